@@ -1,0 +1,301 @@
+"""Recipes: one TOML file describes one run, and these dataclasses are its grammar.
+
+A recipe is the artefact of an experiment. The command line only overrides single keys of it
+(``--optim.lr 1e-3``), and the resolved recipe is stored with every run and every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network, and where its first weights come from."""
+
+    name: str = "volo_d1"
+    """Name of `volo.list_models()`."""
+    weights: str = ""
+    """Start from these: a pretrained tag ("volo_d1.224"), a checkpoint of ours, or a file; empty: from scratch."""
+    drop_path_rate: float | None = None
+    """Stochastic depth at the last block, rising linearly from 0; None: the variant's own (paper, Table 2)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Any other argument of `volo.create_model`, e.g. depths, embed_dims, patch_size, outlook_kernel."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which pictures, in which size."""
+
+    path: str = ""
+    """Folder (train/ and val/ of one folder a class, or one folder split by `split_seed`) or npz folder; empty for the digits."""
+    kind: Literal["auto", "folder", "cifar10", "cifar100", "npz", "digits"] = "auto"
+    """How `path` is read; "auto" looks at what is there."""
+    img_size: Size = 224
+    """Side in pixels, or height and width."""
+    val_fraction: float = 0.1
+    """Share of each class that is held out where the data has no split of its own."""
+    split_seed: int = 0
+    """Seed of that split: the same seed holds out the same pictures."""
+    crop_pct: float = 0.96
+    """Test time: the picture is resized to img_size / crop_pct, then the centre is cropped; above 1 pads (the original's 1.15)."""
+    interpolation: Literal["bicubic", "bilinear", "random"] = "random"
+    """Resampling in training ("random": bilinear or bicubic per picture, as in the paper); tests are bicubic unless "bilinear"."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per channel, subtracted from pixels in 0..1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per channel, divides after `mean`."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A file that cannot be decoded stops the run before training (all of them are named), or is left out."""
+    cache: Literal["auto", "ram", "none"] = "auto"
+    """Keep decoded pictures in memory; "auto" does so when they are small and fit easily."""
+    num_workers: int = -1
+    """Processes that decode and augment; -1 chooses from the data and the cores; 0: in the training process."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to a training picture. Randomness depends on (seed, epoch, picture) alone."""
+
+    crop: Literal["resized", "pad", "none"] = "resized"
+    """"resized": random area and aspect, then scaled (ImageNet); "pad": shifted by up to `pad` pixels (CIFAR); "none": resize only."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the area that a "resized" crop keeps."""
+    ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Aspect ratios of a "resized" crop."""
+    pad: int = 4
+    """Pixels of reflected border for "pad"."""
+    hflip: float = 0.5
+    """Probability of a left-right flip."""
+    rand_augment: str = ""
+    """For example "rand-m9-mstd0.5-inc1" (the paper's); empty: none."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter (not used together with rand_augment)."""
+    erase_prob: float = 0.0
+    """Probability that a random rectangle is replaced (random erasing)."""
+    erase_mode: Literal["pixel", "const"] = "pixel"
+    """Fill of the erased rectangle: normal noise per pixel (the paper's), or zero after normalisation (cutout)."""
+    erase_scale: tuple[float, float] = (0.02, 0.3333333333333333)
+    """Area of the erased rectangle as a share of the picture."""
+    mixup: float = 0.0
+    """Beta parameter of mixup; 0: off."""
+    cutmix: float = 0.0
+    """Beta parameter of CutMix; 0: off."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed by mixup or CutMix at all."""
+    mix_token: float = 0.0
+    """Beta parameter of MixToken (1.0 in the paper); 0: off. Not together with mixup or CutMix."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised."""
+
+    label_smoothing: float = 0.1
+    """Mass that is spread over all classes."""
+    token_weight: float = 0.0
+    """Weight of the loss of the aux head on every token, with the picture's own (mixed) label as the token's target;
+    0: the token logits are trained only through the maximum that joins the class logits."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights move. Optimizers are timm's (`timm.optim.list_optimizers()`)."""
+
+    name: str = "adamw"
+    lr: float = 0.0
+    """Peak learning rate; 0: base_lr * batch_size / 1024."""
+    base_lr: float = 1.6e-3
+    """Peak learning rate at a global batch of 1024."""
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    """Learning rate factor from each layer to the one below it (fine-tuning: 0.65 to 0.9); 1: off."""
+    momentum: float = 0.9
+    """For optimizers that have one."""
+    clip_grad: float = 0.0
+    """Gradient norm above which gradients are scaled down; 0: off."""
+    ema_decay: float = 0.0
+    """Decay of the averaged weights that are evaluated and exported; 0: no average."""
+    ema_warmup: bool = True
+    """Let the decay rise from 0 in the first steps, so that short runs forget their random start."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long, and how the learning rate goes: linear warm-up, cosine, cool-down at the minimum."""
+
+    epochs: float = 300
+    """Passes over the training pictures, warm-up included, cool-down not."""
+    warmup_epochs: float = 20
+    cooldown_epochs: float = 10
+    warmup_lr: float = 1e-6
+    """Learning rate of the first step."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    batch_size: int = 1024
+    """Pictures in an optimizer step, over all processes and accumulated micro batches."""
+    accumulation: int = 1
+    """Micro batches a step is split into, for less memory."""
+    device: str = "auto"
+    """"auto": cuda where there is one, else cpu."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Autocast in the forward pass; fp16 scales the loss."""
+    compile: bool = False
+    """torch.compile the task."""
+    channels_last: bool = False
+    """Memory format of pictures and convolutions."""
+    grad_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more time."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With torchrun: replicate the weights, or shard them (FSDP2, for D5 on small GPUs)."""
+    batch_norm: Literal["train", "sync", "frozen"] = "train"
+    """Statistics of BatchNorm: each process's own, synchronised over processes, or fixed."""
+    seed: int = 0
+    deterministic: bool = True
+    """Ask torch for deterministic kernels: the same seed gives the same weights."""
+    threads: int = 0
+    """CPU threads; 0: torch's choice."""
+    eval_every: float = 1.0
+    """Epochs between evaluations on the held-out pictures; the last epoch is always evaluated."""
+    eval_batch_size: int = 0
+    """0: batch_size / accumulation."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between saves inside an epoch; every evaluation saves too."""
+    tensorboard: bool = True
+    """Write TensorBoard files when the package is installed; metrics.jsonl is always written."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, complete: `volo train recipes/NAME.toml --optim.lr 1e-3`."""
+
+    task: Literal["classify"] = "classify"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def peak_lr(self) -> float:
+        return self.optim.lr or self.optim.base_lr * self.train.batch_size / 1024
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers: what JSON, TOML and checkpoints hold."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A `Recipe` from nested dicts; the inverse of `Recipe.to_dict`.
+
+    Raises ValueError for unknown keys (naming the nearest) and for values of the wrong type.
+    """
+    return _build(Recipe, values, "")
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a TOML recipe; `overrides` maps dotted keys ("optim.lr") to values that replace the file's.
+
+    Raises FileNotFoundError, ValueError (not TOML, unknown key, wrong type).
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        raise FileNotFoundError(
+            f"no recipe at {path}" + (f"; that folder holds {', '.join(near)}" if near else "; give the path of a .toml file")
+        )
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    for dotted, value in (overrides or {}).items():
+        section = values
+        *parents, leaf = dotted.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    return recipe_from_dict(values)
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML, every key written out; None (a default that has no TOML form) is left out."""
+    lines: list[str] = []
+
+    def table(values: Mapping[str, Any], prefix: str) -> None:
+        plain = {k: v for k, v in values.items() if v is not None and not isinstance(v, dict)}
+        nested = {k: v for k, v in values.items() if isinstance(v, dict) and v}
+        if prefix and plain:
+            lines.extend(["", f"[{prefix}]"])
+        # JSON's strings, numbers, booleans and lists are TOML's as well.
+        lines.extend(f"{key} = {json.dumps(value)}" for key, value in plain.items())
+        for key, value in nested.items():
+            table(value, f"{prefix}.{key}" if prefix else key)
+
+    table(recipe.to_dict(), "")
+    return "\n".join(lines) + "\n"
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean X?` for an unknown name, or an empty string: for error messages."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"[{where}] is a table of keys, but {values!r} was given")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            name = f"{where}.{key}" if where else key
+            raise ValueError(f"unknown recipe key {name!r}{nearest(key, hints)} Known here: {', '.join(hints)}")
+    return cls(**{k: _convert(hints[k], v, f"{where}.{k}" if where else k) for k, v in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _convert(option, value, where)
+            except ValueError:
+                continue
+    elif origin is Literal:
+        if value in args:
+            return value
+        raise ValueError(f"{where} is {value!r}; allowed: {', '.join(map(repr, args))}{nearest(str(value), map(str, args))}")
+    elif origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(args):
+        return tuple(_convert(a, v, where) for a, v in zip(args, value))
+    elif origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    elif hint is type(None) and value is None:
+        return None
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    elif hint in (int, bool, str) and type(value) is hint:
+        return value
+    wanted = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise ValueError(f"{where} is {value!r} ({type(value).__name__}); it takes {wanted}")

@@ -1,0 +1,440 @@
+"""VOLO, from pictures to logits, in the order of the paper (arXiv 2106.13112, section 3 and Table 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from volo.config import nearest
+from volo.layers import ClassBlock, Downsample, Outlooker, PatchEmbed, Transformer
+
+
+def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
+        raise ValueError(f"{name} is a positive int or (height, width); given: {value!r}")
+    return pair  # type: ignore[return-value]
+
+
+def _per_stage(value: Sequence[Any], name: str, num_groups: int) -> tuple[Any, Any]:
+    """(stage 1, stage 2) from that pair, or from one entry a block group as the original code writes it."""
+    value = tuple(value)
+    if len(value) == num_groups and len(set(value[1:])) == 1:
+        value = (value[0], value[1])
+    if len(value) != 2:
+        raise ValueError(
+            f"{name} is (stage 1, stage 2), or one entry for each of the {num_groups} depths with all but the first equal; given: {value}"
+        )
+    return value  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class VOLOConfig:
+    """Everything that shapes a VOLO. `VOLO(VOLOConfig(**dataclasses.asdict(model.config)))` rebuilds a model."""
+
+    depths: tuple[int, ...] = (4, 4, 8, 2)
+    """Outlookers, then the groups of transformer blocks."""
+    embed_dims: tuple[int, int] = (192, 384)
+    """Channels of stage 1 (outlookers) and stage 2 (transformers)."""
+    num_heads: tuple[int, int] = (6, 12)
+    mlp_ratios: tuple[float, float] = (3.0, 3.0)
+    stem_dim: int = 64
+    stem_stride: int = 2
+    """Stride of the first convolution."""
+    patch_size: int = 8
+    """Pixels of a stage-1 token; a stage-2 token has twice that."""
+    outlook_kernel: int = 3
+    outlook_stride: int = 2
+    outlook_padding: int | None = None
+    """None: (outlook_kernel - 1) // 2, so that the windows are centred."""
+    num_class_blocks: int = 2
+    img_size: tuple[int, int] = (224, 224)
+    """Size the position embedding is made for; other sizes run too, with the embedding resampled."""
+    in_chans: int = 3
+    num_classes: int = 1000
+    """0: no heads; the model returns the class token's features."""
+    qkv_bias: bool = False
+    drop_rate: float = 0.0
+    """Dropout in the MLPs and after the projections, and before the heads."""
+    pos_drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last transformer block, rising linearly from the first block."""
+    outlooker_drop_path: bool = False
+    """Let outlookers take part in stochastic depth; the original counts them in the schedule but leaves them out."""
+    pad_input: bool = False
+    """Pad pictures at the right and bottom to the next legal size instead of refusing them."""
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        put = partial(object.__setattr__, self)  # the way to normalise fields of a frozen dataclass
+        put("depths", tuple(self.depths))
+        if len(self.depths) < 2 or min(self.depths) < 0:
+            raise ValueError(
+                f"depths is (outlookers, transformers, ...) with at least two entries, none negative; given: {self.depths}"
+            )
+        for name in ("embed_dims", "num_heads", "mlp_ratios"):
+            put(name, _per_stage(getattr(self, name), name, len(self.depths)))
+        put("img_size", _pair(self.img_size, "img_size"))
+        if self.patch_size not in (2, 4, 8, 16) or self.patch_size % self.stem_stride:
+            raise ValueError(
+                f"patch_size is 2, 4, 8 or 16 and a multiple of stem_stride ({self.stem_stride}); given: {self.patch_size}"
+            )
+        if self.num_classes < 0 or self.in_chans < 1:
+            raise ValueError(
+                f"num_classes is 0 or more and in_chans at least 1; given: {self.num_classes} and {self.in_chans}"
+            )
+        if self.outlook_padding is None:
+            put("outlook_padding", (self.outlook_kernel - 1) // 2)
+        if any(size % self.size_multiple for size in self.img_size):
+            raise ValueError(_size_message(self.img_size, self.size_multiple))
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of a picture are multiples of this many pixels."""
+        return self.patch_size * 2
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of stage-2 tokens at `img_size`."""
+        return self.img_size[0] // self.size_multiple, self.img_size[1] // self.size_multiple
+
+
+# Paper, Table 2. The drop path rates are those of training at 224; weights do not depend on them.
+VARIANTS: dict[str, VOLOConfig] = {
+    "volo_d1": VOLOConfig(),
+    "volo_d2": VOLOConfig(depths=(6, 4, 10, 4), embed_dims=(256, 512), num_heads=(8, 16)),
+    "volo_d3": VOLOConfig(depths=(8, 8, 16, 4), embed_dims=(256, 512), num_heads=(8, 16)),
+    "volo_d4": VOLOConfig(depths=(8, 8, 16, 4), embed_dims=(384, 768), num_heads=(12, 16)),
+    "volo_d5": VOLOConfig(
+        depths=(12, 12, 20, 4), embed_dims=(384, 768), num_heads=(12, 16), mlp_ratios=(4.0, 4.0), stem_dim=128
+    ),
+    # Ours, for less compute.
+    "volo_small": VOLOConfig(depths=(3, 3, 5, 1), embed_dims=(160, 320), num_heads=(5, 10)),
+    "volo_tiny": VOLOConfig(depths=(2, 2, 3, 1), embed_dims=(128, 256), num_heads=(4, 8), stem_dim=32, num_class_blocks=1),
+    "volo_nano": VOLOConfig(
+        depths=(3, 4),
+        embed_dims=(64, 128),
+        num_heads=(2, 4),
+        stem_dim=32,
+        patch_size=2,
+        num_class_blocks=1,
+        img_size=(32, 32),
+        num_classes=10,
+    ),
+}
+
+# Stochastic depth the paper trains each variant with.
+DROP_PATH_RATES = {"volo_d1": 0.1, "volo_d2": 0.2, "volo_d3": 0.5, "volo_d4": 0.5, "volo_d5": 0.75}
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` takes."""
+    return sorted(VARIANTS)
+
+
+def create_model(name: str, pretrained: bool | str = False, **overrides: Any) -> VOLO:
+    """Build a VOLO.
+
+    Args:
+        name: one of `list_models()`.
+        pretrained: False for random weights; True for the published weights of `name` (at 224, or at `img_size` where
+            published); a tag such as "volo_d1.384"; or the path of a checkpoint. Head and position embedding are
+            adapted when the overrides ask for another `num_classes` or `img_size`.
+        **overrides: fields of `VOLOConfig`: num_classes, img_size (int or (H, W)), in_chans, patch_size, depths,
+            embed_dims, num_heads, mlp_ratios, stem_dim, outlook_kernel, outlook_stride, drop_path_rate, ...
+
+    Raises ValueError for an unknown name or override, naming the nearest known one.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"unknown model {name!r}{nearest(name, VARIANTS)} Known: {', '.join(list_models())}")
+    fields = [f.name for f in dataclasses.fields(VOLOConfig)]
+    for key in overrides:
+        if key not in fields:
+            raise ValueError(f"{name} has no option {key!r}{nearest(key, fields)} Known: {', '.join(fields)}")
+    if pretrained:
+        from volo.models.weights import create_pretrained
+
+        return create_pretrained(name, pretrained, overrides)
+    return VOLO(dataclasses.replace(VARIANTS[name], **overrides))
+
+
+class VOLO(nn.Module):
+    """Vision Outlooker: `forward(images [B, in_chans, H, W]) -> logits [B, num_classes]`, the same in train and eval.
+
+    logits = head(class token) + 0.5 * max over tokens of aux_head(token). With num_classes = 0 the features of the
+    class token [B, C] are returned instead.
+
+    Height and width may be any multiple of `config.size_multiple` (16 for D1-D5); other sizes raise ValueError, or are
+    padded if `config.pad_input` is set.
+    """
+
+    def __init__(self, config: VOLOConfig = VOLOConfig()) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.grad_checkpointing = False
+        dim1, dim2 = config.embed_dims
+        self.num_features = dim2
+
+        self.patch_embed = PatchEmbed(config.in_chans, config.stem_dim, config.patch_size, dim1, config.stem_stride)
+        # The original's schedule runs over all blocks, the outlookers included.
+        num_blocks = sum(config.depths)
+        rates = [config.drop_path_rate * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
+        outlookers = nn.Sequential(
+            *(
+                Outlooker(
+                    dim1,
+                    config.num_heads[0],
+                    config.outlook_kernel,
+                    config.outlook_stride,
+                    config.outlook_padding,
+                    config.mlp_ratios[0],
+                    config.qkv_bias,
+                    config.attn_drop_rate,
+                    config.drop_rate,
+                    rates[i] if config.outlooker_drop_path else 0.0,
+                    config.norm_eps,
+                )
+                for i in range(config.depths[0])
+            )
+        )
+        groups, first = [], config.depths[0]
+        for depth in config.depths[1:]:
+            blocks = (
+                Transformer(
+                    dim2,
+                    config.num_heads[1],
+                    config.mlp_ratios[1],
+                    config.qkv_bias,
+                    config.attn_drop_rate,
+                    config.drop_rate,
+                    rates[first + i],
+                    config.norm_eps,
+                )
+                for i in range(depth)
+            )
+            groups.append(nn.Sequential(*blocks))
+            first += depth
+        self.network = nn.ModuleList([outlookers, Downsample(dim1, dim2), *groups])
+        self.pos_embed = nn.Parameter(torch.zeros(1, *config.grid_size, dim2))
+        self.pos_drop = nn.Dropout(config.pos_drop_rate)
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim2))
+        self.post_network = nn.ModuleList(
+            ClassBlock(
+                dim2,
+                config.num_heads[1],
+                config.mlp_ratios[1],
+                config.qkv_bias,
+                config.attn_drop_rate,
+                config.drop_rate,
+                config.norm_eps,
+            )
+            for _ in range(config.num_class_blocks)
+        )
+        self.norm = nn.LayerNorm(dim2, eps=config.norm_eps)
+        self.head_drop = nn.Dropout(config.drop_rate)
+        self.head: nn.Module
+        self.aux_head: nn.Module
+        self._make_heads(config.num_classes)
+
+        self.feature_info = [
+            {
+                "num_chs": dim1 if level == 0 else dim2,
+                "reduction": config.patch_size if level == 0 else config.size_multiple,
+                "module": f"network.{0 if level == 0 else level + 1}",
+            }
+            for level in range(len(config.depths))
+        ]
+        self._pos_embed_cache: dict[tuple[int, int], Tensor] = {}
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(_init_weights)
+
+    def _make_heads(self, num_classes: int) -> None:
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.aux_head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    # From pictures to tokens
+
+    def forward_embed(self, images: Tensor) -> Tensor:
+        """Stem: images [B, in_chans, H, W] -> fine tokens [B, H / patch_size, W / patch_size, C1]."""
+        H, W = images.shape[-2:]
+        m = self.config.size_multiple
+        if H % m or W % m:
+            if not self.config.pad_input:
+                raise ValueError(_size_message((H, W), m))
+            images = F.pad(images, (0, -W % m, 0, -H % m))
+        return self.patch_embed(images)
+
+    def forward_tokens(self, fine: Tensor) -> Tensor:
+        """Everything after the stem: fine tokens [B, 2h, 2w, C1] -> normalised [B, 1 + h*w, C2], class token first."""
+        x = self._run_stages(fine)[-1]
+        B, C = x.shape[0], x.shape[-1]
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x.reshape(B, -1, C)], dim=1)
+        for block in self.post_network:
+            x = self._run_block(block, x)
+        return self.norm(x)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """images [B, in_chans, H, W] -> normalised tokens [B, 1 + h*w, C2], class token first."""
+        return self.forward_tokens(self.forward_embed(images))
+
+    def _run_stages(self, fine: Tensor) -> list[Tensor]:
+        """The feature map after the outlookers and after each group of transformers, as [B, H, W, C]."""
+        outlookers, downsample, *groups = self.network
+        x = fine
+        for block in outlookers:
+            x = self._run_block(block, x)
+        maps = [x]
+        x = downsample(x)
+        x = self.pos_drop(x + self._pos_embed_for(x.shape[1], x.shape[2]))
+        for group in groups:
+            for block in group:
+                x = self._run_block(block, x)
+            maps.append(x)
+        return maps
+
+    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def _pos_embed_for(self, height: int, width: int) -> Tensor:
+        """The position embedding [1, height, width, C2], resampled if that is not the grid it was made for."""
+        made_for = self.pos_embed.shape[1:3]
+        if (height, width) == tuple(made_for):
+            return self.pos_embed
+        cacheable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if cacheable and (height, width) in self._pos_embed_cache:
+            cached = self._pos_embed_cache[height, width]
+            if cached.device == self.pos_embed.device and cached.dtype == self.pos_embed.dtype:
+                return cached
+        resampled = resample_pos_embed(self.pos_embed, (height, width))
+        if cacheable:
+            self._pos_embed_cache[height, width] = resampled
+        return resampled
+
+    def train(self, mode: bool = True) -> VOLO:
+        self._pos_embed_cache.clear()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._pos_embed_cache.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    # From tokens to logits
+
+    def class_and_token_logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """features [B, 1 + N, C2] -> class logits [B, num_classes] and token logits [B, N, num_classes]."""
+        features = self.head_drop(features)
+        return self.head(features[:, 0]), self.aux_head(features[:, 1:])
+
+    def combine_logits(self, class_logits: Tensor, token_logits: Tensor) -> Tensor:
+        """The prediction: class logits + 0.5 * the maximum over tokens, per class; [B, num_classes]."""
+        return class_logits + 0.5 * token_logits.amax(dim=1)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """features [B, 1 + N, C2] -> logits [B, num_classes]; the class token's features if num_classes is 0."""
+        if self.num_classes == 0:
+            return features[:, 0]
+        return self.combine_logits(*self.class_and_token_logits(features))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    # What users of timm know
+
+    def forward_intermediates(
+        self, images: Tensor, indices: int | Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Features and the feature maps of the levels in `feature_info`, as [B, C, H, W].
+
+        Args:
+            images: [B, in_chans, H, W].
+            indices: levels to return; an int n means the last n; None all of them.
+
+        Returns:
+            (`forward_features(images)`, list of maps); strides are `feature_info[i]["reduction"]`.
+        """
+        num_levels = len(self.feature_info)
+        if indices is None:
+            indices = num_levels
+        levels = list(range(num_levels))[-indices:] if isinstance(indices, int) else list(indices)
+        if not all(-num_levels <= i < num_levels for i in levels):
+            raise ValueError(f"levels are 0 to {num_levels - 1}; given: {indices}")
+        fine = self.forward_embed(images)
+        maps = self._run_stages(fine)
+        x = maps[-1]
+        B, C = x.shape[0], x.shape[-1]
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x.reshape(B, -1, C)], dim=1)
+        for block in self.post_network:
+            x = self._run_block(block, x)
+        return self.norm(x), [maps[i].permute(0, 3, 1, 2) for i in levels]
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """New, randomly initialised heads (class and aux); 0 removes both, and `forward` returns [B, C2] features."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes is 0 or more; given: {num_classes}")
+        reference = self.pos_embed
+        self.num_classes = num_classes
+        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        self._make_heads(num_classes)
+        for head in (self.head, self.aux_head):
+            head.apply(_init_weights)
+            head.to(device=reference.device, dtype=reference.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay must leave alone (besides biases and norms)."""
+        return {"pos_embed", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that sort parameters into layers, in the form that timm's layer decay takes."""
+        return {
+            "stem": r"^patch_embed",
+            "blocks": [
+                (r"^network\.(\d+)" if coarse else r"^network\.(\d+)\.(\d+)", None),
+                (r"^network\.1\.proj|^pos_embed", (1,)),
+                (r"^cls_token|^post_network\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+
+def resample_pos_embed(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
+    """[1, H, W, C] -> [1, *size, C], bicubic, antialiased where it shrinks; computed in float32."""
+    shrinks = size[0] < pos_embed.shape[1] or size[1] < pos_embed.shape[2]
+    grid = pos_embed.permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, size=size, mode="bicubic", antialias=shrinks, align_corners=False)
+    return grid.permute(0, 2, 3, 1).to(pos_embed.dtype)
+
+
+def _size_message(size: tuple[int, int], multiple: int) -> str:
+    legal = tuple(-(-s // multiple) * multiple for s in size)
+    return (
+        f"pictures must have height and width in multiples of {multiple} pixels; given: {size[0]} x {size[1]}. "
+        f"The next legal size is {legal[0]} x {legal[1]}: resize to it, or set pad_input=True"
+    )
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

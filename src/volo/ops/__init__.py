@@ -1,0 +1,1 @@
+"""The operator: one mathematics (`outlook_attention`), several engines."""
