@@ -1,0 +1,92 @@
+"""Classification with one label a picture: mixing, loss, and the logits that metrics are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from volo.config import AugmentConfig, LossConfig
+from volo.models.volo import VOLO
+from volo.tasks.mixing import (
+    draw_box,
+    draw_share,
+    enlarge_mask,
+    mix_inside,
+    mix_targets,
+    smooth_one_hot,
+    soft_cross_entropy,
+)
+
+
+class ClassifyTask(nn.Module):
+    """A VOLO and what it is trained for: `forward(batch) -> {"loss", "output"}`.
+
+    batch: "image" float [B, in_chans, H, W], normalised; "target" int64 [B] or soft targets [B, K].
+    Returned: "loss", a scalar (without "target" in the batch there is none); "output", the logits [B, K] of
+    `model.forward`, of the mixed pictures where the batch was mixed.
+
+    In training mode pictures are mixed by mixup and CutMix (on pixels) or by MixToken (on fine tokens), as `augment`
+    says. With `loss.token_weight` the aux head learns the picture's own label at every token, and the class head is
+    trained by itself, as in token labeling; without it the cross-entropy is that of the joined logits.
+    """
+
+    def __init__(self, model: VOLO, loss: LossConfig | None = None, augment: AugmentConfig | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss or LossConfig()
+        self.augment = augment or AugmentConfig()
+        if self.augment.mix_token and (self.augment.mixup or self.augment.cutmix):
+            raise ValueError(
+                f"mix_token mixes tokens and mixup / cutmix mix pixels: choose one. Given: mix_token={self.augment.mix_token}, "
+                f"mixup={self.augment.mixup}, cutmix={self.augment.cutmix}"
+            )
+        if model.num_classes == 0:
+            raise ValueError("classification needs a model with a head; num_classes is 0. Call model.reset_classifier(n)")
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        model, images = self.model, batch["image"]
+        if "target" not in batch:
+            return {"output": model(images)}
+        smoothing = self.loss.label_smoothing if self.training else 0.0
+        target = class_target = smooth_one_hot(batch["target"], model.num_classes, smoothing)
+
+        mixed_pixels = self.training and (self.augment.mixup > 0 or self.augment.cutmix > 0)
+        if mixed_pixels:
+            images, class_target = self._mix_pixels(images, target)
+            target = class_target
+        fine = model.forward_embed(images)
+        mask = None
+        if self.training and self.augment.mix_token > 0:
+            h, w = fine.shape[1] // 2, fine.shape[2] // 2
+            mask = draw_box(h, w, self.augment.mix_token, fine.device)
+            fine = mix_inside(fine, enlarge_mask(mask, 2))
+            class_target = mix_targets(target, 1.0 - mask.float().mean())
+        class_logits, token_logits = model.class_and_token_logits(model.forward_tokens(fine))
+        output = model.combine_logits(class_logits, token_logits)
+
+        if self.training and self.loss.token_weight > 0:
+            if mask is not None:
+                token_logits = restore_tokens(token_logits, mask)
+            token_target = target[:, None, :].expand_as(token_logits)
+            loss = soft_cross_entropy(class_logits, class_target)
+            loss = loss + self.loss.token_weight * soft_cross_entropy(token_logits, token_target)
+        else:
+            loss = soft_cross_entropy(output, class_target)
+        return {"loss": loss, "output": output}
+
+    def _mix_pixels(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixup or CutMix (either with equal chance where both are on) with probability `mix_prob`."""
+        mixup, cutmix, prob = self.augment.mixup, self.augment.cutmix, self.augment.mix_prob
+        if torch.rand(()) >= prob:
+            return images, target
+        if cutmix > 0 and (mixup <= 0 or torch.rand(()) < 0.5):
+            mask = draw_box(images.shape[2], images.shape[3], cutmix, images.device)
+            return torch.where(mask, images.flip(0), images), mix_targets(target, 1.0 - mask.float().mean())
+        lam = draw_share(mixup, images.device)
+        return lam.to(images.dtype) * images + (1.0 - lam).to(images.dtype) * images.flip(0), mix_targets(target, lam)
+
+
+def restore_tokens(token_logits: Tensor, mask: Tensor) -> Tensor:
+    """Token logits [B, h*w, K] of a batch mixed with `mask` [h, w], put back to the pictures they came from."""
+    grid = token_logits.unflatten(1, tuple(mask.shape))
+    return mix_inside(grid, mask).flatten(1, 2)

@@ -1,0 +1,64 @@
+"""Mixing two pictures of a batch: mixup, CutMix, and MixToken, which mixes tokens instead of pixels.
+
+Every picture is mixed with the one at the mirrored place in the batch (`flip(0)`), one box or one share a batch, as
+in the original. A box is a mask tensor rather than four integers, so a compiled model compiles once, not once a box.
+All draws come from torch's global generator, which the engine seeds anew in every step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def draw_share(alpha: float, device: torch.device | None = None) -> Tensor:
+    """lam ~ Beta(alpha, alpha), a 0-d float32 tensor on `device`."""
+    gammas = torch._standard_gamma(torch.full((2,), alpha))
+    return (gammas[0] / gammas.sum()).to(device)
+
+
+def draw_box(height: int, width: int, alpha: float, device: torch.device | None = None) -> Tensor:
+    """A random box as a bool mask [height, width]: its area is about 1 - lam, lam ~ Beta(alpha, alpha) (CutMix).
+
+    The centre is uniform over the grid, and the box is clipped at the edges.
+    """
+    side = (1.0 - draw_share(alpha)).sqrt()
+    centre = torch.rand(2)
+
+    def inside(length: int, c: Tensor) -> Tensor:
+        half = (length * side).floor().div(2, rounding_mode="floor")
+        middle = (c * length).floor()
+        places = torch.arange(length)
+        return (places >= (middle - half)) & (places < (middle + half))
+
+    return (inside(height, centre[0])[:, None] & inside(width, centre[1])[None, :]).to(device)
+
+
+def mix_inside(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B, H, W, C] with the places of `mask` [H, W] taken from the batch in reverse order.
+
+    Its own inverse: applied to the result with the same mask it puts everything back.
+    """
+    return torch.where(mask[:, :, None], x.flip(0), x)
+
+
+def enlarge_mask(mask: Tensor, factor: int) -> Tensor:
+    """[h, w] -> [h * factor, w * factor], every place repeated."""
+    return mask.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+
+
+def mix_targets(target: Tensor, lam: Tensor | float) -> Tensor:
+    """Soft targets [B, K]: lam of each picture's own, 1 - lam of its partner's."""
+    return lam * target + (1.0 - lam) * target.flip(0)
+
+
+def smooth_one_hot(target: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Class indices [B] -> soft targets [B, K]; soft targets [B, K] come back smoothed by the same rule."""
+    hard = F.one_hot(target, num_classes).float() if target.dim() == 1 else target.float()
+    return hard * (1.0 - smoothing) + smoothing / num_classes
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over all leading dimensions of the cross-entropy against soft targets; both [..., K], computed in float32."""
+    return torch.sum(-target * F.log_softmax(logits.float(), dim=-1), dim=-1).mean()
