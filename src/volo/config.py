@@ -213,17 +213,41 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     return _build(Recipe, values, "")
 
 
+def find_recipe(name: str | Path) -> Path:
+    """The file behind what a user calls a recipe: a path that exists, else the name of one that ships with the package
+    ("digits", "digits.toml" or "recipes/digits.toml").
+
+    Raises FileNotFoundError, listing the recipes there are.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {recipe.stem: recipe for recipe in list_recipes()}
+    if path.parent in (Path(), Path("recipes")) and path.name.removesuffix(".toml") in shipped:
+        return shipped[path.name.removesuffix(".toml")]
+    beside = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent != Path() else []
+    raise FileNotFoundError(
+        f"no recipe {str(name)!r}{nearest(path.name.removesuffix('.toml'), shipped)}"
+        + (f"; its folder holds {', '.join(beside)}" if beside else "")
+        + f"; give the path of a .toml file or one of {', '.join(shipped) or '(none shipped)'}"
+    )
+
+
+def list_recipes() -> list[Path]:
+    """The recipes that ship with the package, sorted by name."""
+    here = Path(__file__).resolve()
+    # A wheel carries them beside this file; a checkout (and an editable install of it) keeps them at its root.
+    folder = next((f for f in (here.parent / "recipes", here.parents[2] / "recipes") if f.is_dir()), None)
+    return sorted(folder.glob("*.toml")) if folder else []
+
+
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a TOML recipe; `overrides` maps dotted keys ("optim.lr") to values that replace the file's.
+    """Read a TOML recipe, found as `find_recipe` does; `overrides` maps dotted keys ("optim.lr") to values that replace
+    the file's.
 
     Raises FileNotFoundError, ValueError (not TOML, unknown key, wrong type).
     """
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        raise FileNotFoundError(
-            f"no recipe at {path}" + (f"; that folder holds {', '.join(near)}" if near else "; give the path of a .toml file")
-        )
+    path = find_recipe(path)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
