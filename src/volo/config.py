@@ -227,9 +227,9 @@ def find_recipe(name: str | Path) -> Path:
         return shipped[path.name.removesuffix(".toml")]
     beside = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent != Path() else []
     raise FileNotFoundError(
-        f"no recipe {str(name)!r}{nearest(path.name.removesuffix('.toml'), shipped)}"
-        + (f"; its folder holds {', '.join(beside)}" if beside else "")
-        + f"; give the path of a .toml file or one of {', '.join(shipped) or '(none shipped)'}"
+        f"no recipe {str(name)!r}: give the path of a .toml file"
+        + (f" (that folder holds {', '.join(beside)})" if beside else "")
+        + f" or one of {', '.join(shipped)}{nearest(path.name.removesuffix('.toml'), shipped)}"
     )
 
 
