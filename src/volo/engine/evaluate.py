@@ -1,0 +1,136 @@
+"""Score a classifier on labelled pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from volo.config import nearest
+from volo.engine.metrics import ClassificationMetrics
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[dict[str, Tensor]],
+    pixels: nn.Module,
+    *,
+    num_classes: int,
+    device: torch.device | str,
+    amp: str = "off",
+    class_map: Sequence[int] | None = None,
+    label_sets: Sequence[Sequence[int]] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Run `model` over `loader` once and score it; model and pixels are put in eval mode and back.
+
+    Args:
+        model: images [B, 3, H, W] float -> logits [B, num_classes], already on `device`.
+        loader: batches {"image": uint8 [B, 3, H, W], "target": int64 [B], "index": int64 [B]}, an `EvalLoader`.
+        pixels: the data module's `PixelPipeline`, uint8 -> normalised float.
+        amp: "off", "bf16" or "fp16": the type of autocast.
+        class_map: class of the model for each class of the data (`match_classes`); None: they are the same.
+        label_sets: right classes of each picture, by its index in the data (`read_real_labels`): scored as well, and
+            reported under "real" with the keys of the others. Pictures with an empty set are left out there.
+        on_batch: called with the number of pictures done so far on this rank.
+
+    Returns:
+        `ClassificationMetrics.compute()`, over the pictures of all ranks when torch.distributed is set up: then every
+        rank must call this, each with its own share of the pictures.
+    """
+    if amp not in AMP_DTYPES:
+        raise ValueError(f"amp is one of {', '.join(AMP_DTYPES)}; given: {amp!r}")
+    device = torch.device(device)
+    metrics = ClassificationMetrics(num_classes, device)
+    real = ClassificationMetrics(num_classes, device) if label_sets is not None else None
+    to_model_class = None if class_map is None else torch.tensor(class_map)
+    modules = [m for part in (model, pixels) for m in part.modules()]
+    modes = [m.training for m in modules]
+    model.eval()
+    pixels.eval()
+    done = 0
+    try:
+        for batch in loader:
+            with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
+                logits = model(pixels(batch["image"].to(device, non_blocking=True)))
+            target = batch["target"]
+            metrics.update(logits, target if to_model_class is None else to_model_class[target])
+            if real is not None:
+                real.update(logits, [label_sets[i] for i in batch["index"].tolist()])
+            done += len(target)
+            if on_batch is not None:
+                on_batch(done)
+    finally:
+        for module, mode in zip(modules, modes):
+            module.training = mode
+    metrics.merge()
+    result = metrics.compute()
+    if real is not None:
+        real.merge()
+        result["real"] = real.compute()
+    return result
+
+
+def match_classes(data_classes: Sequence[str], model_classes: Sequence[str], wnids: Sequence[str] = ()) -> list[int]:
+    """The model's class for each class of the data, so that a set with some of the classes, or other names, is scored.
+
+    Tried in turn: equal names; WordNet ids (`wnids`, those of the model's classes); integers, which are the model's
+    class numbers as in ImageNet-V2's folders 0 to 999. Raises ValueError where none of them fits.
+    """
+    for names in (model_classes, wnids):
+        index = {name: i for i, name in enumerate(names)}
+        if all(name in index for name in data_classes):
+            return [index[name] for name in data_classes]
+    if all(name.isdecimal() for name in data_classes):
+        numbers = [int(name) for name in data_classes]
+        if max(numbers, default=0) < len(model_classes):
+            return numbers
+    strange = next(name for name in data_classes if name not in model_classes)
+    raise ValueError(
+        f"the data has the class {strange!r}, which the model does not know{nearest(strange, model_classes) or '.'} "
+        f"The data has {_some(data_classes)}; the model has {_some(model_classes)}. Class folders are named like the "
+        "model's classes, or by WordNet id (published ImageNet weights), or by class number from 0"
+    )
+
+
+def read_real_labels(path: str | Path, names: Sequence[str], num_classes: int = 1000) -> list[list[int]]:
+    """ReaL labels (github.com/google-research/reassessed-imagenet, real.json) for pictures called `names`.
+
+    The file is a list of lists of classes, in the order of ILSVRC2012_val_00000001 to ..._00050000; the numbers are
+    looked up in `names`. Raises ValueError for another kind of file or name, FileNotFoundError.
+    """
+    path = Path(path)
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}); ReaL's real.json is a list of lists of class numbers"
+        ) from error
+    if not isinstance(labels, list) or not all(
+        isinstance(entry, list) and all(type(label) is int and 0 <= label < num_classes for label in entry)
+        for entry in labels
+    ):
+        raise ValueError(
+            f"{path} is not ReaL's real.json: that is a list of lists of class numbers 0 to {num_classes - 1}"
+        )
+    chosen = []
+    for name in names:
+        match = re.search(r"ILSVRC2012_val_(\d{8})", name)
+        if match is None or not 1 <= int(match[1]) <= len(labels):
+            raise ValueError(
+                f"ReaL labels go by the picture's number, ILSVRC2012_val_00000001 to ILSVRC2012_val_{len(labels):08d}; "
+                f"{name!r} is none of these. Evaluate the ImageNet validation pictures under their own names, or leave --real out"
+            )
+        chosen.append(labels[int(match[1]) - 1])
+    return chosen
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
