@@ -115,7 +115,7 @@ def outlook_attention(
         )
     if value.device != logits.device:
         raise ValueError(f"value and logits must be on one device; given: {value.device} and {logits.device}")
-    if torch.is_autocast_enabled(value.device.type):
+    if value.device.type != "meta" and torch.is_autocast_enabled(value.device.type):  # meta has no autocast to ask
         dtype = torch.get_autocast_dtype(value.device.type)
         value, logits = value.to(dtype), logits.to(dtype)
     if value.dtype != logits.dtype or value.dtype not in SUPPORTED_DTYPES:

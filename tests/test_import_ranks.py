@@ -1,0 +1,105 @@
+"""Modules import lower ranks only, so that data flows one way and nothing has to know who uses it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import volo
+
+SOURCE = Path(volo.__file__).resolve().parent
+
+# Units of one line do not import one another. The package itself (`from volo import ...`) stands between models and
+# tasks, since it offers the models; the command line alone sees everything.
+LINES = [
+    ("ops", "config"),
+    ("layers",),
+    ("data",),
+    ("models",),
+    ("__init__",),
+    ("tasks",),
+    ("engine", "deploy", "explain"),
+    ("bench",),
+    ("cli",),
+    ("__main__",),
+]
+RANK = {unit: rank for rank, units in enumerate(LINES) for unit in units}
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def unit_of(path: Path) -> str:
+    """The first folder or module under the package: "models" for models/volo.py, "layers" for layers.py."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_units(path: Path, source: str) -> Iterator[tuple[int, str]]:
+    """(line, unit) of every import of this package in `source`, those inside functions and `if TYPE_CHECKING` included."""
+    package = ["volo", *path.relative_to(SOURCE).parent.parts]
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from volo import layers` imports a module, `from volo import create_model` the package itself.
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "volo" else [module]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            names = [node.args[0].value] if isinstance(node.args[0], ast.Constant) else []
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "volo":
+                is_module = len(parts) > 1 and ((SOURCE / parts[1]).is_dir() or (SOURCE / f"{parts[1]}.py").is_file())
+                yield node.lineno, parts[1] if is_module else "__init__"
+
+
+def violations(path: Path, source: str) -> list[str]:
+    own = unit_of(path)
+    return [
+        f"{path.relative_to(SOURCE)}:{line} ({own}) imports {unit}"
+        for line, unit in imported_units(path, source)
+        if unit != own and RANK[unit] >= RANK[own]
+    ]
+
+
+def test_every_module_has_a_rank() -> None:
+    assert {unit_of(path) for path in MODULES} <= RANK.keys()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_down(path: Path) -> None:
+    assert violations(path, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("layers.py", "from volo.models.volo import VOLO"),
+        ("layers.py", "import volo.data"),
+        ("layers.py", "from volo import models"),
+        ("models/volo.py", "def f():\n    from volo.tasks import classify"),
+        ("data/images.py", "from ..models import volo"),
+        ("ops/reference.py", "from .. import config"),
+        ("engine/train.py", "from volo.explain.plots import curves"),
+        ("models/volo.py", "from volo import create_model"),
+        ("tasks/classify.py", "import importlib\nimportlib.import_module('volo.engine.train')"),
+    ],
+)
+def test_the_walk_sees_imports_that_go_up(module: str, source: str) -> None:
+    assert violations(SOURCE / module, source) != []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("layers.py", "import torch\nfrom volo.ops.outlook_attention import outlook_attention"),
+        ("ops/outlook_attention.py", "from . import reference\nfrom volo.ops.reference import x"),
+        ("engine/checkpoint.py", "from volo import __version__\nfrom volo.config import Recipe"),
+        ("cli.py", "from volo.bench import ops"),
+    ],
+)
+def test_the_walk_lets_imports_that_go_down_pass(module: str, source: str) -> None:
+    assert violations(SOURCE / module, source) == []

@@ -1,0 +1,119 @@
+"""Every recipe that ships is complete: it loads, its head says where it comes from, and its model can be built."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from volo.config import Recipe, find_recipe, list_recipes, load_recipe, recipe_from_dict, recipe_to_toml
+from volo.models.volo import DROP_PATH_RATES, VARIANTS, create_model
+
+RECIPES = {path.stem: path for path in list_recipes()}
+HEAD_FIELDS = ("Paper", "Command", "Expected", "Hardware", "Hours", "Reproduced")
+
+every_recipe = pytest.mark.parametrize("name", RECIPES)
+
+
+def head_of(path: Path) -> tuple[str, dict[str, str]]:
+    """Title and fields of the comment a recipe starts with; a field may run over several lines."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    head = [line[1:] for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
+    fields: dict[str, str] = {}
+    name = ""
+    for line in head:
+        if match := re.match(r" ([A-Z][a-z]+): +(\S.*)", line):
+            name, fields[match[1]] = match[1], match[2]
+        elif name:
+            fields[name] += " " + line.strip()
+    return head[0].strip(), fields
+
+
+def build(recipe: Recipe, num_classes: int) -> torch.nn.Module:
+    rate = recipe.model.drop_path_rate
+    options = {"drop_path_rate": DROP_PATH_RATES.get(recipe.model.name, 0.0) if rate is None else rate}
+    return create_model(
+        recipe.model.name, img_size=recipe.data.img_size, num_classes=num_classes, **(options | recipe.model.options)
+    )
+
+
+def test_published_runs_are_all_here() -> None:
+    published = ["d1_224", "d2_224", "d3_224", "d4_224", "d5_224", "d1_384", "d2_384"]
+    published += ["d3_448", "d4_448", "d5_448", "d5_512"]
+    assert {f"imagenet_volo_{run}" for run in published} <= RECIPES.keys()
+
+
+@every_recipe
+def test_head_says_where_the_recipe_comes_from(name: str) -> None:
+    title, fields = head_of(RECIPES[name])
+    assert title.endswith(".")
+    assert [field for field in HEAD_FIELDS if not fields.get(field)] == []
+    assert f"train recipes/{name}.toml" in fields["Command"]
+
+
+@every_recipe
+def test_model_builds_and_runs_at_the_size_of_the_recipe(name: str) -> None:
+    recipe = load_recipe(RECIPES[name])
+    size = recipe.data.img_size
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.device("meta"):
+        model = build(recipe, num_classes=7)
+        logits = model(torch.empty(2, 3, height, width))
+    assert logits.shape == (2, 7)
+
+
+@every_recipe
+def test_recipe_survives_being_written_out(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPES[name])
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.toml") == recipe
+
+
+@every_recipe
+def test_batch_divides_into_micro_batches(name: str) -> None:
+    train = load_recipe(RECIPES[name]).train
+    assert train.batch_size % train.accumulation == 0
+
+
+# Learning rate at the recipe's batch, from the authors' commands (D1 to D3) and the paper's Table 2 (D4, D5).
+@pytest.mark.parametrize(("variant", "lr"), [("d1", 1.6e-3), ("d2", 1e-3), ("d3", 1e-3), ("d4", 1e-3), ("d5", 8e-4)])
+def test_training_from_scratch_follows_the_paper(variant: str, lr: float) -> None:
+    recipe = load_recipe(f"imagenet_volo_{variant}_224")
+    assert recipe.peak_lr == pytest.approx(lr)
+    assert recipe.model.drop_path_rate == DROP_PATH_RATES[f"volo_{variant}"]
+    assert recipe.model.weights == ""
+    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs, recipe.schedule.cooldown_epochs) == (300, 20, 10)
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if re.fullmatch(r"imagenet_volo_d\d_(?!224)\d+", n)])
+def test_fine_tuning_starts_from_the_224_weights(name: str) -> None:
+    recipe = load_recipe(RECIPES[name])
+    assert recipe.model.weights == f"{recipe.model.name}.224"
+    assert recipe.model.name in VARIANTS
+    assert recipe.model.drop_path_rate == DROP_PATH_RATES[recipe.model.name]
+    assert name.endswith(f"_{recipe.data.img_size}")
+    assert (recipe.peak_lr, recipe.schedule.min_lr, recipe.optim.weight_decay) == (8e-6, 4e-6, 1e-8)
+    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs) == (30, 5)
+
+
+def test_a_recipe_is_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = RECIPES["imagenet_volo_d1_224"]
+    for name in ("imagenet_volo_d1_224", "imagenet_volo_d1_224.toml", "recipes/imagenet_volo_d1_224.toml", shipped):
+        assert find_recipe(name) == shipped
+    own = tmp_path / "imagenet_volo_d1_224.toml"
+    own.write_text("", encoding="utf-8")
+    assert find_recipe("imagenet_volo_d1_224.toml") == Path("imagenet_volo_d1_224.toml"), (
+        "a file that exists comes first"
+    )
+
+
+def test_an_unknown_recipe_names_the_nearest_and_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'imagenet_volo_d1_224'\?"):
+        find_recipe("imagenet_volo_d1_242")
+    (tmp_path / "mine.toml").write_text("", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"that folder holds mine\.toml"):
+        find_recipe(tmp_path / "mina.toml")
