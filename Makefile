@@ -1,0 +1,49 @@
+# Needs python3 (3.11 or later), pip and make; gcc builds the CPU kernel, and without it everything still runs, slower.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+BIN := $(VENV)/bin
+READY := $(VENV)/.volo-ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-slow lint format demo bench constraints clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(READY) ## .venv with pinned versions and this package, installed editable
+
+# uv is several times faster than pip, but nothing depends on it.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "volo needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
+	  echo "python3 -m venv is incomplete here; filling the environment with the outer pip"; \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
+	@$(BIN)/python -m pip install -q -c constraints.txt uv || echo "uv cannot be had; going on with pip"
+	@{ test -x $(BIN)/uv && $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]'; } \
+	  || $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: setup lint ## lint, then all tests but the slow ones
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-slow: setup ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: setup ## bring constraints.txt in line with pyproject.toml; pins that still fit stay
+	printf 'setuptools\nuv\n' | $(BIN)/uv pip compile pyproject.toml - --all-extras --universal --python-version 3.11 \
+	  --no-header --no-annotate --quiet --output-file constraints.txt
+
+clean: ## remove caches and build outputs; .venv and runs/ stay
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* htmlcov
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
