@@ -1,4 +1,4 @@
-"""`import volo` needs torch and nothing else: it is quick, and a broken extra never breaks it."""
+"""`import volo` and its models need torch and nothing else, so a broken extra never breaks them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import json, sys
 import torch
 before = set(sys.modules)
 import volo
+volo.create_model, volo.outlook_attention  # loaded when first asked for
 new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 print(json.dumps(sorted(name for name in new if not name.startswith("__editable__"))))
 """
@@ -38,8 +39,12 @@ def test_importing_loads_nothing_beyond_torch() -> None:
 
 
 def test_heavy_packages_are_not_loaded() -> None:
-    loaded = run(f"import sys, volo; print([name for name in {HEAVY} if name in sys.modules])")
+    loaded = run(f"import sys, volo; volo.create_model; print([name for name in {HEAVY} if name in sys.modules])")
     assert loaded.strip() == "[]"
+
+
+def test_the_bare_import_leaves_torch_alone() -> None:
+    assert run("import sys, volo; print(volo.__version__, 'torch' in sys.modules)").split()[1] == "False"
 
 
 def test_models_run_with_torch_alone() -> None:
