@@ -1,0 +1,337 @@
+"""Pictures of a run: loss and accuracy over time, who is taken for whom, what was seen in which picture."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+BLUE, ORANGE, GREEN, RED, INK, GREY, PALE = "#2563ab", "#e07b22", "#2e8b57", "#c23b3b", "#22282f", "#8a929b", "#e7eaee"
+_STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": "#c4cad1",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": PALE,
+    "xtick.color": "#5a636d",
+    "ytick.color": "#5a636d",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+}
+# White to blue, light enough for black figures up to the middle.
+_SHARES = LinearSegmentedColormap.from_list("shares", ["#ffffff", "#d3e3f3", "#7fb0dc", "#2f74b5", "#123f70"])
+
+# Up to so many classes the matrix has a figure in every cell, and names at its sides; above, names would be dust.
+MAX_FIGURES, MAX_NAMES = 20, 60
+
+
+@dataclass(frozen=True)
+class SheetItem:
+    """One picture of a prediction sheet."""
+
+    image: Tensor | np.ndarray
+    """uint8 [3, H, W], any size."""
+    top: Sequence[tuple[str, float]]
+    """Classes and probabilities, most probable first."""
+    name: str = ""
+    truth: str | None = None
+    """Where it is known the answer is shown in green or red."""
+
+
+def training_curves(metrics: str | Path, out: str | Path) -> None:
+    """Draw loss, accuracy and learning rate of a run from its metrics.jsonl as a PNG.
+
+    Raises FileNotFoundError, and ValueError where the file holds no steps. A last line that was cut off is left out.
+    """
+    steps, evaluations = _read_metrics(Path(metrics))
+    if not steps and not evaluations:
+        raise ValueError(f"{metrics} holds no steps yet, so there is no curve to draw")
+    with _figure(out, 13.5, 3.9) as figure:
+        figure.get_layout_engine().set(wspace=0.06)
+        loss, accuracy, rate = figure.subplots(1, 3)
+        x = [line["epoch"] for line in steps]
+        losses = [line["loss"] for line in steps]
+        if steps:
+            if len(steps) > 50:
+                loss.plot(x, losses, color=BLUE, alpha=0.2, linewidth=0.8)
+            loss.plot(x, _smooth(losses), color=BLUE, linewidth=1.8, label="training")
+            rate.plot(x, [line["lr"] for line in steps], color=BLUE, linewidth=1.8)
+        marker = {"marker": "o", "markersize": 3.5} if len(evaluations) <= 40 else {}
+        ex = [line["epoch"] for line in evaluations]
+        if evaluations:
+            loss.plot(
+                ex, [line["loss"] for line in evaluations], color=ORANGE, linewidth=1.8, label="held out", **marker
+            )
+            for key, label, color in (
+                ("top1", "top-1", ORANGE),
+                ("mean_class_accuracy", "mean of classes", GREY),
+                ("train_top1", "top-1 in training", BLUE),
+            ):
+                values = [100 * line.get(key, math.nan) for line in evaluations]
+                if any(map(math.isfinite, values)):
+                    dashes = "--" if key == "mean_class_accuracy" else "-"
+                    accuracy.plot(ex, values, color=color, linewidth=1.8, linestyle=dashes, label=label, **marker)
+            best = max(evaluations, key=lambda line: line["top1"])
+            accuracy.axhline(100 * best["top1"], color=GREY, linewidth=0.8, linestyle=":")
+            accuracy.plot(
+                [best["epoch"]],
+                [100 * best["top1"]],
+                "o",
+                color=ORANGE,
+                markeredgecolor="white",
+                markersize=9,
+                clip_on=False,
+                zorder=3,
+            )
+            accuracy.set_title(f"Held-out accuracy: best {100 * best['top1']:.2f} %")
+            low = min(100 * line["top1"] for line in evaluations)
+            accuracy.set_ylim(max(0.0, min(low - 4, 96)), min(101.0, 100 * best["top1"] + 6))
+            accuracy.legend(loc="lower right")
+        else:
+            accuracy.set_title("Held-out accuracy")
+            _say(accuracy, "not evaluated yet")
+        loss.set_title("Loss")
+        if losses:
+            # A first step far above all others would press the curve flat.
+            loss.set_ylim(
+                0, max(1.15 * np.quantile([*_smooth(losses), *(e["loss"] for e in evaluations)], 0.995), 1e-3)
+            )
+        loss.legend(loc="upper right")
+        rate.set_title("Learning rate")
+        rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        accuracy.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        rate.set_ylim(bottom=0)
+        end = max([*x, *ex])
+        for axes in (loss, accuracy, rate):
+            axes.set_xlabel("epoch")
+            axes.set_xlim(0, end if end > 0 else 1)
+            axes.grid(visible=True)
+
+
+def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str], out: str | Path) -> None:
+    """Draw a confusion matrix (rows: truth, columns: prediction, counts of pictures) as a PNG.
+
+    Colours are shares of each row. Above 60 classes the names give way to a list of the most frequent confusions.
+    """
+    counts = np.asarray(confusion, dtype=np.int64)
+    K = len(classes)
+    if counts.shape != (K, K):
+        raise ValueError(f"{K} classes need a {K} x {K} matrix; given: {' x '.join(map(str, counts.shape))}")
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(totals, 1)
+    share_right = counts.trace() / max(counts.sum(), 1)
+    labels = [_short(name, 24) for name in classes]
+    title = f"{100 * share_right:.2f} % of {counts.sum():,} pictures right"
+    if K > MAX_NAMES:
+        with _figure(out, 14, 7) as figure:
+            matrix, bars = figure.subplots(1, 2, width_ratios=[1.15, 1])
+            # One confusion among hundreds of classes is less than a pixel: a spot shows the largest share of a block of
+            # classes, and the square root darkens it.
+            block = -(-K // 200)
+            padded = np.pad(shares, (0, -K % block))
+            spots = padded.reshape(len(padded) // block, block, -1, block).max(axis=(1, 3))
+            edges = (-0.5, len(padded) - 0.5)
+            matrix.imshow(np.sqrt(spots), cmap=_SHARES, vmin=0, vmax=1, extent=(*edges, *edges[::-1]))
+            matrix.set_xlim(-0.5, K - 0.5)
+            matrix.set_ylim(K - 0.5, -0.5)
+            matrix.set_anchor("N")
+            matrix.set_xlabel("predicted class (number)")
+            matrix.set_ylabel("true class (number)")
+            matrix.set_title(title)
+            _draw_confusions(bars, counts, labels)
+        return
+    longest = max(map(len, labels))
+    side = max(3.2, 0.42 * K if K <= MAX_FIGURES else 0.22 * K)
+    with _figure(out, side + 1.4 + 0.085 * longest, side + 1.1 + 0.075 * longest) as figure:
+        axes = figure.subplots()
+        drawn = axes.imshow(shares, cmap=_SHARES, vmin=0, vmax=1)
+        size = 10 if K <= MAX_FIGURES else 7
+        slanted = longest > 3
+        axes.set_xticks(
+            range(K),
+            labels,
+            rotation=45 if slanted else 0,
+            ha="right" if slanted else "center",
+            rotation_mode="anchor",
+            fontsize=size,
+            parse_math=False,
+        )
+        axes.set_yticks(range(K), labels, fontsize=size, parse_math=False)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        axes.set_title(title)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks(np.arange(K + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(K + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color=PALE, linewidth=0.8)
+        axes.tick_params(which="minor", length=0)
+        if K <= MAX_FIGURES:
+            for row, column in zip(*counts.nonzero()):
+                axes.text(
+                    column,
+                    row,
+                    f"{counts[row, column]}",
+                    ha="center",
+                    va="center",
+                    fontsize=9 if counts.max() < 1000 else 7,
+                    color="white" if shares[row, column] > 0.6 else INK,
+                )
+        bar = figure.colorbar(drawn, ax=axes, fraction=0.04, pad=0.03, format=lambda v, _: f"{100 * v:.0f} %")
+        bar.outline.set_visible(False)
+        bar.set_label("share of the true class")
+
+
+def prediction_sheet(items: Sequence[SheetItem], out: str | Path, columns: int = 0) -> None:
+    """Draw pictures with their most probable classes (up to three) as bars, as a PNG.
+
+    columns: 0 chooses from the number of pictures. Raises ValueError for an empty sheet.
+    """
+    if not items:
+        raise ValueError("a prediction sheet needs at least one picture that could be read")
+    columns = min(columns or max(4, min(8, math.ceil(math.sqrt(1.6 * len(items))))), len(items))
+    rows = math.ceil(len(items) / columns)
+    num_bars = max(1, max(min(3, len(item.top)) for item in items))
+    bar_height = 0.27 * (num_bars + 1)
+    with _figure(out, 2.15 * columns + 0.2, rows * (2.0 + bar_height + 0.35) + 0.1) as figure:
+        figure.get_layout_engine().set(w_pad=0.09, h_pad=0.05, hspace=0.02, wspace=0.02)
+        ratios = [2.0, bar_height] * rows
+        grid = figure.subplots(2 * rows, columns, height_ratios=ratios, squeeze=False)
+        for axes in grid.flat:
+            axes.axis("off")
+        for i, item in enumerate(items):
+            row, column = divmod(i, columns)
+            picture, bars = grid[2 * row, column], grid[2 * row + 1, column]
+            _draw_picture(picture, item)
+            _draw_bars(bars, item, num_bars)
+
+
+def _draw_picture(axes: Axes, item: SheetItem) -> None:
+    image = np.asarray(item.image).transpose(1, 2, 0)
+    # Pixels of tiny pictures are shown as they are; a blur would look like a fault of the picture.
+    axes.imshow(image, interpolation="nearest" if max(image.shape[:2]) < 100 else "antialiased")
+    # All pictures get the same square, whatever their shape.
+    axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, facecolor="#f3f5f7", zorder=-1))
+    H, W = image.shape[:2]
+    half = max(H, W) / 2
+    axes.set_xlim((W - 1) / 2 - half, (W - 1) / 2 + half)
+    axes.set_ylim((H - 1) / 2 + half, (H - 1) / 2 - half)
+    if item.name:
+        axes.set_title(
+            _short(item.name, 26, keep_end=True), fontsize=7.5, fontweight="normal", color=GREY, pad=3, loc="center"
+        ).set_parse_math(False)
+
+
+def _draw_bars(axes: Axes, item: SheetItem, num_bars: int) -> None:
+    axes.set_xlim(0, 1)
+    axes.set_ylim(num_bars + 0.4, -0.6)  # a line is left below for the truth
+    color = BLUE if item.truth is None else GREEN if item.top and item.top[0][0] == item.truth else RED
+    for rank, (name, probability) in enumerate(item.top[:num_bars]):
+        axes.barh(rank, 1, height=0.82, color=PALE)
+        axes.barh(rank, probability, height=0.82, color=color, alpha=0.42 if rank == 0 else 0.22)
+        style: dict[str, Any] = {"va": "center", "fontsize": 8.5, "fontweight": "bold" if rank == 0 else "normal"}
+        axes.text(0.025, rank, _short(name, 17 if rank == 0 else 19), parse_math=False, **style)
+        axes.text(0.975, rank, f"{100 * probability:.0f} %", ha="right", **style)
+    if color == RED:
+        axes.text(
+            0.025,
+            num_bars,
+            _short(f"really: {item.truth}", 26),
+            va="center",
+            fontsize=8.5,
+            color=RED,
+            parse_math=False,
+        )
+
+
+def _draw_confusions(axes: Axes, counts: np.ndarray, labels: Sequence[str], most: int = 24) -> None:
+    """Horizontal bars of the largest entries off the diagonal."""
+    wrong = counts.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(wrong, axis=None)[::-1][:most]
+    pairs = [(t, p) for t, p in zip(*np.unravel_index(order, wrong.shape)) if wrong[t, p]]
+    axes.set_title("Most frequent confusions (true → predicted)")
+    if not pairs:
+        _say(axes, "none")
+        return
+    values = [wrong[t, p] for t, p in pairs]
+    axes.barh(range(len(pairs)), values, color=ORANGE, height=0.7)
+    axes.set_yticks(range(len(pairs)), [f"{labels[t]} → {labels[p]}" for t, p in pairs], fontsize=8, parse_math=False)
+    axes.set_ylim(most - 0.5, -0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("pictures")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+    axes.set_yticks([])
+
+
+@contextlib.contextmanager
+def _figure(out: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure in our style (inches), written to `out` as a whole or not at all."""
+    out = Path(out)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        try:
+            # Long sheets stay below 30 megapixels.
+            dpi = min(150, int(math.sqrt(3e7 / (width * height))))
+            figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.12)
+            temporary.replace(out)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _read_metrics(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Lines of steps and lines of evaluations."""
+    steps, evaluations = [], []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+        (evaluations if "top1" in values else steps).append(values)
+    return steps, evaluations
+
+
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """Mean over the thirtieth of the run around each step, as far as there are steps."""
+    half, n = len(values) // 60, len(values)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    first, end = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+    return (sums[end] - sums[first]) / (end - first)
+
+
+def _short(name: str, width: int, keep_end: bool = False) -> str:
+    name = " ".join(name.split())
+    if len(name) <= width:
+        return name
+    return "…" + name[1 - width :] if keep_end else name[: width - 1] + "…"
