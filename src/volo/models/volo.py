@@ -92,10 +92,13 @@ class VOLOConfig:
             raise ValueError(
                 f"num_classes is 0 or more and in_chans at least 1; given: {self.num_classes} and {self.in_chans}"
             )
-        if self.outlook_padding is None:
-            put("outlook_padding", (self.outlook_kernel - 1) // 2)
         if any(size % self.size_multiple for size in self.img_size):
             raise ValueError(_size_message(self.img_size, self.size_multiple))
+
+    @property
+    def window_padding(self) -> int:
+        """Tokens that the first window reaches over the edge."""
+        return (self.outlook_kernel - 1) // 2 if self.outlook_padding is None else self.outlook_padding
 
     @property
     def size_multiple(self) -> int:
@@ -119,7 +122,9 @@ VARIANTS: dict[str, VOLOConfig] = {
     ),
     # Ours, for less compute.
     "volo_small": VOLOConfig(depths=(3, 3, 5, 1), embed_dims=(160, 320), num_heads=(5, 10)),
-    "volo_tiny": VOLOConfig(depths=(2, 2, 3, 1), embed_dims=(128, 256), num_heads=(4, 8), stem_dim=32, num_class_blocks=1),
+    "volo_tiny": VOLOConfig(
+        depths=(2, 2, 3, 1), embed_dims=(128, 256), num_heads=(4, 8), stem_dim=32, num_class_blocks=1
+    ),
     "volo_nano": VOLOConfig(
         depths=(3, 4),
         embed_dims=(64, 128),
@@ -196,7 +201,7 @@ class VOLO(nn.Module):
                     config.num_heads[0],
                     config.outlook_kernel,
                     config.outlook_stride,
-                    config.outlook_padding,
+                    config.window_padding,
                     config.mlp_ratios[0],
                     config.qkv_bias,
                     config.attn_drop_rate,
@@ -255,7 +260,7 @@ class VOLO(nn.Module):
             }
             for level in range(len(config.depths))
         ]
-        self._pos_embed_cache: dict[tuple[int, int], Tensor] = {}
+        self._pos_embed_cache: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(_init_weights)
@@ -278,12 +283,7 @@ class VOLO(nn.Module):
 
     def forward_tokens(self, fine: Tensor) -> Tensor:
         """Everything after the stem: fine tokens [B, 2h, 2w, C1] -> normalised [B, 1 + h*w, C2], class token first."""
-        x = self._run_stages(fine)[-1]
-        B, C = x.shape[0], x.shape[-1]
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x.reshape(B, -1, C)], dim=1)
-        for block in self.post_network:
-            x = self._run_block(block, x)
-        return self.norm(x)
+        return self._attend_class(self._run_stages(fine)[-1])
 
     def forward_features(self, images: Tensor) -> Tensor:
         """images [B, in_chans, H, W] -> normalised tokens [B, 1 + h*w, C2], class token first."""
@@ -293,16 +293,24 @@ class VOLO(nn.Module):
         """The feature map after the outlookers and after each group of transformers, as [B, H, W, C]."""
         outlookers, downsample, *groups = self.network
         x = fine
-        for block in outlookers:
+        for block in outlookers.children():
             x = self._run_block(block, x)
         maps = [x]
         x = downsample(x)
         x = self.pos_drop(x + self._pos_embed_for(x.shape[1], x.shape[2]))
         for group in groups:
-            for block in group:
+            for block in group.children():
                 x = self._run_block(block, x)
             maps.append(x)
         return maps
+
+    def _attend_class(self, tokens: Tensor) -> Tensor:
+        """Last feature map [B, h, w, C2] -> normalised [B, 1 + h*w, C2], class token first."""
+        B, h, w, C = tokens.shape
+        x = torch.cat([self.cls_token.expand(B, -1, -1), tokens.reshape(B, h * w, C)], dim=1)
+        for block in self.post_network:
+            x = self._run_block(block, x)
+        return self.norm(x)
 
     def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
@@ -314,23 +322,26 @@ class VOLO(nn.Module):
         made_for = self.pos_embed.shape[1:3]
         if (height, width) == tuple(made_for):
             return self.pos_embed
-        cacheable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if cacheable and (height, width) in self._pos_embed_cache:
-            cached = self._pos_embed_cache[height, width]
-            if cached.device == self.pos_embed.device and cached.dtype == self.pos_embed.dtype:
-                return cached
-        resampled = resample_pos_embed(self.pos_embed, (height, width))
-        if cacheable:
-            self._pos_embed_cache[height, width] = resampled
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return resample_pos_embed(self.pos_embed, (height, width))
+        # The version counts changes in place: loading, or an EMA update of a model that stays in eval mode.
+        source, version = self.pos_embed, 0 if self.pos_embed.is_inference() else self.pos_embed._version
+        cached = self._pos_embed_cache.get((height, width))
+        if cached is not None and cached[0] is source and cached[1] == version:
+            return cached[2]
+        if len(self._pos_embed_cache) >= 16:  # pictures of ever new sizes must not fill the memory
+            self._pos_embed_cache.clear()
+        resampled = resample_pos_embed(source, (height, width))
+        self._pos_embed_cache[height, width] = source, version, resampled
         return resampled
 
     def train(self, mode: bool = True) -> VOLO:
         self._pos_embed_cache.clear()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _apply(self, *args: Any, **kwargs: Any) -> VOLO:  # to(), half(), cuda() ...
         self._pos_embed_cache.clear()
-        super()._load_from_state_dict(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
 
     # From tokens to logits
 
@@ -369,17 +380,13 @@ class VOLO(nn.Module):
         num_levels = len(self.feature_info)
         if indices is None:
             indices = num_levels
-        levels = list(range(num_levels))[-indices:] if isinstance(indices, int) else list(indices)
-        if not all(-num_levels <= i < num_levels for i in levels):
-            raise ValueError(f"levels are 0 to {num_levels - 1}; given: {indices}")
-        fine = self.forward_embed(images)
-        maps = self._run_stages(fine)
-        x = maps[-1]
-        B, C = x.shape[0], x.shape[-1]
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x.reshape(B, -1, C)], dim=1)
-        for block in self.post_network:
-            x = self._run_block(block, x)
-        return self.norm(x), [maps[i].permute(0, 3, 1, 2) for i in levels]
+        levels = [i - indices for i in range(indices)] if isinstance(indices, int) else list(indices)
+        if not levels or not all(-num_levels <= i < num_levels for i in levels):
+            raise ValueError(
+                f"indices are levels 0 to {num_levels - 1}, or how many (1 to {num_levels}); given: {indices}"
+            )
+        maps = self._run_stages(self.forward_embed(images))
+        return self._attend_class(maps[-1]), [maps[i].permute(0, 3, 1, 2) for i in levels]
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -411,8 +418,11 @@ class VOLO(nn.Module):
             "blocks": [
                 (r"^network\.(\d+)" if coarse else r"^network\.(\d+)\.(\d+)", None),
                 (r"^network\.1\.proj|^pos_embed", (1,)),
-                (r"^cls_token|^post_network\.(\d+)", None),
-                (r"^norm", (99999,)),
+            ],
+            "class_blocks": [
+                (r"^cls_token", (0,)),
+                (r"^post_network" if coarse else r"^post_network\.(\d+)", (0,) if coarse else None),
+                (r"^norm", (99999,)),  # timm's sign for: together with the layer before
             ],
         }
 
