@@ -1,0 +1,127 @@
+"""Checkpoints: one file of plain dicts, lists, numbers, strings and tensors, never half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from volo.config import Recipe, recipe_from_dict
+from volo.models.volo import VOLO, VOLOConfig
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model with what is needed to use it."""
+
+    model: VOLO
+    """In eval mode."""
+    classes: tuple[str, ...]
+    recipe: Recipe
+    """How it was trained; `recipe.data` holds sizes, mean and std."""
+    metrics: dict[str, Any]
+    """Of the last evaluation before the checkpoint."""
+    step: int
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Write `checkpoint` so that `path` is at every moment either the old file or the whole new one.
+
+    Raises OSError (a full disk, for example); the old file is then still in place and no other is left behind.
+    """
+    write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, bring it to the disk, then rename it to `path`.
+
+    Raises OSError with what to do next; `path` is then unchanged.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself
+        finally:
+            os.close(directory)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # torch.save reports a failed write as a RuntimeError about positions; the cause is in its context.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
+            raise
+        free = shutil.disk_usage(path.parent).free / 1e6
+        kept = f"The old {path.name} is unchanged. " if path.exists() else ""
+        raise OSError(
+            cause.errno,
+            f"{cause.strerror} ({free:.1f} MB free there). {kept}Make room or choose another folder, then continue with --resume",
+            str(path),
+        ) from error
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours onto the CPU.
+
+    Raises FileNotFoundError; ValueError for a truncated file, one with code in it, or one that is not ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; a run folder holds last.pt and best.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of volo, or holds more than plain data; it is not opened, because such a file can run code"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or cut off ({str(error).partition(chr(10))[0]})") from error
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint or "model_config" not in checkpoint:
+        raise ValueError(
+            f"{path} holds weights but is not a checkpoint of volo; read it with volo.models.weights.load_weights"
+        )
+    if checkpoint["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {checkpoint['format']}, written by volo {checkpoint.get('volo_version')}; this version reads format {FORMAT}"
+        )
+    return checkpoint
+
+
+def load_model(path: str | Path, *, use_ema: bool = True, device: torch.device | str = "cpu") -> LoadedModel:
+    """The model of a checkpoint, ready to predict; its averaged weights where there are some and `use_ema` is set.
+
+    Raises FileNotFoundError, ValueError.
+    """
+    checkpoint = load_checkpoint(path)
+    with torch.device("meta"):  # the weights follow; drawing random ones would only take time
+        model = VOLO(VOLOConfig(**checkpoint["model_config"]))
+    weights = checkpoint["ema"] if use_ema and checkpoint["ema"] is not None else checkpoint["model"]
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit its model_config: {error}") from error
+    return LoadedModel(
+        model=model.to(device).eval(),
+        classes=tuple(checkpoint["classes"]),
+        recipe=recipe_from_dict(checkpoint["recipe"]),
+        metrics=checkpoint["metrics"],
+        step=checkpoint["step"],
+    )
+
+
+def model_config_dict(model: VOLO) -> dict[str, Any]:
+    """The model's configuration as dicts, lists and numbers: `VOLO(VOLOConfig(**d))` rebuilds it."""
+    return json.loads(json.dumps(asdict(model.config)))

@@ -1,0 +1,203 @@
+"""Several processes, started by torchrun: set-up, gradients that are shared, decisions that all take together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from volo.config import TrainConfig
+from volo.layers import ClassBlock, Outlooker, Transformer
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run and this one's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """This process writes files and reports."""
+        return self.rank == 0
+
+
+@contextmanager
+def join_world(device: str = "auto") -> Iterator[World]:
+    """Join the other processes where torchrun (or the caller) started some, and leave them at the end.
+
+    device: "auto" (cuda where there is one, else cpu), or any name torch knows. Each process takes the GPU of its
+    LOCAL_RANK. Raises ValueError for a device that is not there.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        chosen = torch.device(kind)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not known to torch; use auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no GPU here; use --train.device cpu, or auto")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if chosen.type == "cuda":
+        index = chosen.index if chosen.index is not None else local_rank
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine wants GPU {index}, but there are {torch.cuda.device_count()}: "
+                "start torchrun with --nproc-per-node no larger than that"
+            )
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    mine = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if mine:
+        # gloo beside nccl: decisions are taken between the host programs, without waiting for the GPUs.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        joined = dist.is_initialized()
+        yield World(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, chosen)
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def prepare_batch_norm(task: nn.Module, config: TrainConfig, world: World) -> nn.Module:
+    """SyncBatchNorm in place of BatchNorm where the recipe asks for it and there are several processes.
+
+    Raises ValueError on a CPU, where torch has no SyncBatchNorm.
+    """
+    if config.batch_norm != "sync" or world.size == 1:
+        return task
+    if world.device.type != "cuda":
+        raise ValueError(
+            f"batch_norm = 'sync' needs GPUs, and this run is on {world.device.type} with {world.size} processes. Use --train.batch_norm frozen "
+            "(statistics fixed, as for fine-tuning), or train (each process has its own)"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(task)
+
+
+def shard(module: nn.Module, world: World) -> None:
+    """FSDP2: every block's parameters, gradients and optimizer state are spread over the processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in [m for m in module.modules() if isinstance(m, (Outlooker, Transformer, ClassBlock))]:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def replicate(task: nn.Module, config: TrainConfig, world: World) -> nn.Module:
+    """The task as it is called in training: itself, or in DDP."""
+    if world.size == 1 or config.parallel == "fsdp":
+        return task
+    return DistributedDataParallel(
+        task,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        # Own statistics in each process: the first one's are everybody's, and the ones that are saved.
+        broadcast_buffers=config.batch_norm == "train",
+        gradient_as_bucket_view=True,
+    )
+
+
+def gradient_sync(wrapped: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+    """Around a micro batch: gradients go to the other processes only after the last one of a step."""
+    if isinstance(wrapped, DistributedDataParallel):
+        return nullcontext() if enabled else wrapped.no_sync()
+    if hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP2
+        wrapped.set_requires_gradient_sync(enabled)
+    return nullcontext()
+
+
+def mean_over_ranks(values: Tensor, world: World) -> Tensor:
+    if world.size > 1:
+        dist.all_reduce(values)
+        values /= world.size
+    return values
+
+
+def share_buffers(module: nn.Module, world: World) -> None:
+    """Everybody takes the first process's BatchNorm statistics: before an evaluation that is spread over all."""
+    if world.size > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+class Vote:
+    """All processes agree on what to do at a step boundary, without waiting for each other.
+
+    What is said at one boundary is heard by all at the next: the exchange runs beside the step between them.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def __call__(self, signal_number: int, save: bool) -> tuple[int, bool]:
+        """(largest signal number any process has received, 0 for none; whether any process wants to save)."""
+        if self._world.size == 1:
+            return signal_number, save
+        heard = self.close()
+        ballot = torch.tensor([signal_number, int(save)])
+        self._pending = (dist.all_reduce(ballot, op=dist.ReduceOp.MAX, async_op=True), ballot)
+        return heard
+
+    def close(self) -> tuple[int, bool]:
+        """Wait for the exchange under way."""
+        if self._pending is None:
+            return 0, False
+        work, ballot = self._pending
+        self._pending = None
+        work.wait()
+        return int(ballot[0]), bool(ballot[1])
+
+
+def gather_full(tree: Any, world: World) -> Any:
+    """Nested dicts and lists with every sharded tensor made whole, on the CPU of the first process; None on the others.
+
+    All processes must call it.
+    """
+    if isinstance(tree, DTensor):
+        whole = tree.detach().full_tensor()
+        return whole.cpu() if world.is_main else None
+    if isinstance(tree, dict):
+        return {key: gather_full(value, world) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(gather_full(value, world) for value in tree)
+    return tree
+
+
+def load_weights_into(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a whole state dict into a module whose parameters may be sharded."""
+    own = module.state_dict()
+    sharded = {
+        name: distribute_tensor(value.to(own[name].device), own[name].device_mesh, own[name].placements)
+        if isinstance(own.get(name), DTensor)
+        else value
+        for name, value in weights.items()
+    }
+    module.load_state_dict(sharded)
+
+
+def load_optimizer_into(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a whole optimizer state into an optimizer whose parameters may be sharded."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state["state"].items():
+        p = parameters[index]
+        if isinstance(p, DTensor):
+            state["state"][index] = {
+                key: distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+                if isinstance(value, Tensor) and value.shape == p.shape
+                else value
+                for key, value in values.items()
+            }
+    optimizer.load_state_dict(state)

@@ -1,0 +1,138 @@
+"""How weights move: the optimizer, the learning rate as a function of the step, and the averaged weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from volo.config import OptimConfig, Recipe, nearest
+
+
+def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """One of timm's optimizers over the model's parameters.
+
+    Biases, norms and `model.no_weight_decay()` are not decayed. With `layer_decay` below 1 the groups carry an "lr_scale"
+    by the layer of `model.group_matcher()`. Muon takes matrices and convolutions; heads, embeddings, biases and norms
+    go to its AdamW, as its author advises.
+
+    Raises ValueError for an unknown name, and for optimizers that need more than one gradient a step.
+    """
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+
+    known = list_optimizers()
+    if config.name not in known:
+        raise ValueError(f"unknown optimizer {config.name!r}{nearest(config.name, known)} Known: {', '.join(known)}")
+    info = get_optimizer_info(config.name)
+    if info.second_order:
+        raise ValueError(
+            f"optimizer {config.name!r} needs second derivatives, which the training loop does not compute"
+        )
+    options: dict = {}
+    if "muon" in config.name:
+        options |= {"fallback_list": ("head.*", "aux_head.*"), "fallback_no_weight_decay": True}
+    elif info.opt_class in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+        # One kernel instead of a dozen for every parameter, felt with small models and most of all on a CPU.
+        options["fused"] = True
+    return create_optimizer_v2(
+        model,
+        opt=config.name,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        layer_decay=config.layer_decay if config.layer_decay != 1.0 else None,
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up, half a cosine from `peak` to `min_lr`, then `min_lr`: a pure function of the step."""
+
+    peak: float
+    warmup_lr: float
+    min_lr: float
+    warmup_steps: int
+    cosine_end: int
+    total_steps: int
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, steps_per_epoch: int) -> LearningRate:
+        """Raises ValueError where the schedule contradicts itself."""
+        schedule = recipe.schedule
+        if not 0 <= schedule.warmup_epochs <= schedule.epochs or schedule.epochs <= 0 or schedule.cooldown_epochs < 0:
+            raise ValueError(
+                f"the schedule needs epochs > 0, warmup_epochs from 0 to epochs and cooldown_epochs >= 0; given: epochs={schedule.epochs}, "
+                f"warmup_epochs={schedule.warmup_epochs}, cooldown_epochs={schedule.cooldown_epochs}. Set --schedule.warmup_epochs"
+            )
+        if schedule.min_lr > recipe.peak_lr:
+            raise ValueError(
+                f"the learning rate falls from its peak to min_lr, but the peak is {recipe.peak_lr:.3g} and min_lr {schedule.min_lr:.3g}: "
+                "raise --optim.lr or lower --schedule.min_lr"
+            )
+        return cls(
+            peak=recipe.peak_lr,
+            warmup_lr=min(schedule.warmup_lr, recipe.peak_lr),
+            min_lr=schedule.min_lr,
+            warmup_steps=round(schedule.warmup_epochs * steps_per_epoch),
+            cosine_end=max(1, round(schedule.epochs * steps_per_epoch)),
+            total_steps=max(1, round((schedule.epochs + schedule.cooldown_epochs) * steps_per_epoch)),
+        )
+
+    def at(self, step: int) -> float:
+        """The learning rate of the step that follows `step` finished ones."""
+        if step < self.warmup_steps:
+            return self.warmup_lr + (self.peak - self.warmup_lr) * step / self.warmup_steps
+        if step >= self.cosine_end:
+            return self.min_lr
+        done = (step - self.warmup_steps) / (self.cosine_end - self.warmup_steps)
+        return self.min_lr + (self.peak - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group `lr` times its "lr_scale" (layer decay)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+class WeightAverage:
+    """Exponential moving average of a module's parameters and floating-point buffers (BatchNorm's statistics).
+
+    The rule and its warm-up are those of timm's ModelEmaV3 (decay 1 - (1 + step)^(-2/3) up to `decay`). That class cannot
+    hold a model of sharded parameters and plain buffers, and walks the whole state dict in every step.
+
+    Attributes:
+        module: the averaged copy, in eval mode; its state dict is the whole state.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, warmup: bool) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"ema_decay is between 0 and 1 (0 turns the average off); given: {decay}")
+        self.decay = decay
+        self.warmup = warmup
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+
+    def decay_at(self, step: int) -> float:
+        """Decay of the update after `step` finished steps, counted from 1; the first update copies the weights."""
+        if step <= 1:
+            return 0.0
+        return min(self.decay, 1.0 - step ** (-2.0 / 3.0)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move towards the weights that `module` has after `step` steps."""
+        averaged, current = self._tensors(self.module), self._tensors(module)
+        floats = [(a, c) for a, c in zip(averaged, current) if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in floats], [c for _, c in floats], 1.0 - self.decay_at(step))
+        for a, c in zip(averaged, current):
+            if not a.is_floating_point():
+                a.copy_(c)
+
+    def _tensors(self, module: nn.Module) -> list[Tensor]:
+        # Averaging is element by element, so each process averages its own shards.
+        tensors = [*module.parameters(), *module.buffers()]
+        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

@@ -1,0 +1,172 @@
+"""What a training run tells: to a `Reporter` while it goes, to metrics.jsonl and TensorBoard for later."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from volo.config import Recipe
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is about to be trained."""
+
+    recipe: Recipe
+    out: Path
+    device: torch.device
+    world_size: int
+    num_parameters: int
+    classes: tuple[str, ...]
+    num_train: int
+    num_val: int
+    steps_per_epoch: int
+    total_steps: int
+    start_step: int
+    """Above 0 when a run is continued."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One finished optimizer step."""
+
+    step: int
+    """Counted from 1."""
+    epoch: float
+    loss: float
+    """Mean over the global batch."""
+    lr: float
+    """Of groups without layer decay."""
+    grad_norm: float | None
+    """Before clipping; None when gradients are not clipped."""
+    images_per_second: float
+    """Over all processes, data included."""
+    seconds: float
+    """Since the start of the run, evaluations included, interruptions not."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    status: str
+    """"completed" or "interrupted"."""
+    signal: int
+    """The signal that interrupted it, 0 for none."""
+    out: Path
+    step: int
+    total_steps: int
+    classes: tuple[str, ...]
+    metrics: dict[str, Any]
+    """Of the last evaluation: step, epoch, top1, top5, mean_class_accuracy, ece, loss, per_class_accuracy, count."""
+    best: dict[str, Any]
+    """The same of the evaluation with the highest top1: the weights in best.pt."""
+    confusion: list[list[int]]
+    """Of the best evaluation, rows are the truth; empty if there was none."""
+    seconds: float
+    images_per_second: float
+    """Mean over the steps of this process, 0 if there were none."""
+
+
+class Reporter(Protocol):
+    """Who wants to know how it goes; the command line shows it. Called in the first process only."""
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        """A long task other than training ("checking pictures", "evaluating") has come to `done` of `total`."""
+
+    def on_start(self, run: RunInfo) -> None: ...
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def on_eval(self, metrics: dict[str, Any], is_best: bool) -> None: ...
+
+    def on_checkpoint(self, path: Path, step: int) -> None: ...
+
+    def on_message(self, text: str) -> None: ...
+
+    def on_end(self, result: TrainResult) -> None: ...
+
+
+class NullReporter:
+    """Says nothing; a base for reporters that care about some of the events."""
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        pass
+
+    def on_start(self, run: RunInfo) -> None:
+        pass
+
+    def on_step(self, report: StepReport) -> None:
+        pass
+
+    def on_eval(self, metrics: dict[str, Any], is_best: bool) -> None:
+        pass
+
+    def on_checkpoint(self, path: Path, step: int) -> None:
+        pass
+
+    def on_message(self, text: str) -> None:
+        pass
+
+    def on_end(self, result: TrainResult) -> None:
+        pass
+
+
+class RunLog:
+    """metrics.jsonl, and TensorBoard where it is installed."""
+
+    def __init__(self, out: Path, keep_bytes: int, step: int, tensorboard: bool) -> None:
+        # Lines after the checkpoint are of steps that will be taken once more.
+        self._file = (out / "metrics.jsonl").open("ab")
+        self._file.truncate(min(keep_bytes, self._file.tell()))
+        self._file.seek(0, os.SEEK_END)
+        self._board = None
+        if tensorboard and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write_step(self, report: StepReport) -> None:
+        figures = {
+            "loss": report.loss,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "images_per_second": round(report.images_per_second, 1),
+        }
+        self._write({"kind": "step", "step": report.step, "epoch": report.epoch, **figures, "seconds": report.seconds})
+        if self._board is not None:
+            for name, value in figures.items():
+                if value is not None:
+                    self._board.add_scalar(f"train/{name}", value, report.step)
+
+    def write_evaluation(self, metrics: dict[str, Any], seconds: float) -> None:
+        figures = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict))}
+        self._write({"kind": "eval", **figures, "seconds": seconds})
+        if self._board is not None:
+            for name in ("top1", "top5", "mean_class_accuracy", "ece", "loss"):
+                self._board.add_scalar(f"val/{name}", metrics[name], metrics["step"])
+
+    def _write(self, record: dict[str, Any]) -> None:
+        # JSON has no NaN: what is missing, or overflowed in a step that fp16 skipped, is left out.
+        finite = {
+            k: v for k, v in record.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))
+        }
+        self._file.write(json.dumps(finite).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Bring everything to the disk; the length of metrics.jsonl."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()

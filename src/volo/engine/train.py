@@ -1,0 +1,709 @@
+"""Train a classifier: one recipe in, one run folder out.
+
+A run folder holds recipe.toml, last.pt (all that is needed to continue), best.pt (the best evaluation's weights),
+metrics.jsonl (a line for every step and every evaluation), summary.json and tensorboard/.
+
+Everything random is a function of (seed, step) or (seed, epoch, picture), never of what happened before in the
+process. A checkpoint therefore needs no generator states, and a run that was cut off continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from volo import __version__
+from volo.config import Recipe, TrainConfig, recipe_to_toml
+from volo.data.images import DataSplits, open_data
+from volo.data.keyed import key
+from volo.data.loader import EvalLoader, TrainLoader
+from volo.data.transforms import PixelPipeline
+from volo.engine.checkpoint import FORMAT, load_checkpoint, model_config_dict, save_checkpoint, write_atomically
+from volo.engine.distributed import (
+    Vote,
+    World,
+    gather_full,
+    gradient_sync,
+    join_world,
+    load_optimizer_into,
+    load_weights_into,
+    mean_over_ranks,
+    prepare_batch_norm,
+    replicate,
+    shard,
+    share_buffers,
+)
+from volo.engine.evaluate import AMP_DTYPES, evaluate
+from volo.engine.optim import LearningRate, WeightAverage, create_optimizer, set_learning_rate
+from volo.engine.report import NullReporter, Reporter, RunInfo, RunLog, StepReport, TrainResult
+from volo.models.volo import DROP_PATH_RATES, VOLO, VOLOConfig, create_model
+from volo.tasks.classify import ClassifyTask
+
+# A run may be continued with other values of these: they change speed, place or reports, not what is computed (rounding
+# aside). The data is checked by its classes and its number of pictures, so it may have moved.
+CHANGEABLE = frozenset(
+    {"data.path", "data.kind", "data.num_workers", "data.cache"}
+    | {
+        "train.device",
+        "train.threads",
+        "train.compile",
+        "train.channels_last",
+        "train.grad_checkpointing",
+        "train.parallel",
+    }
+    | {"train.eval_every", "train.eval_batch_size", "train.checkpoint_minutes", "train.tensorboard"}
+)
+
+RUN_FILES = ("recipe.toml", "last.pt", "best.pt", "metrics.jsonl", "summary.json", "curves.png", "confusion.png")
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss, the gradients or the weights became NaN or infinite. Attributes: step, lr."""
+
+    def __init__(self, what: str, step: int, lr: float, advice: str) -> None:
+        super().__init__(f"{what} at step {step}, where the learning rate was {lr:.3g}. {advice}")
+        self.step = step
+        self.lr = lr
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> TrainResult:
+    """Run `recipe` and leave its results in the folder `out`.
+
+    The first Ctrl-C or SIGTERM ends the run after the current step with a checkpoint and status "interrupted"; the
+    second ends it at once. Under torchrun every process calls this; the first one writes and reports.
+
+    Args:
+        resume: continue from `out`/last.pt; where there is none yet, start from the beginning.
+        overwrite: replace a run that is already in `out`.
+
+    Raises:
+        FileExistsError: `out` holds a run, and neither `resume` nor `overwrite` is set.
+        ValueError: the recipe contradicts itself, the data, the machine or (with `resume`) the run in `out`.
+        NonFiniteLossError: training diverged; last.pt is from before.
+        OSError: a file cannot be written (disk full); the checkpoints on the disk are whole.
+    """
+    out = Path(out)
+    reporter = reporter or NullReporter()
+    with join_world(recipe.train.device) as world, _torch_settings(recipe.train, world.device):
+        if not world.is_main:
+            reporter = NullReporter()
+        checkpoint = _look_into(out, recipe, resume, overwrite)
+        if world.size > 1:
+            dist.barrier()  # nobody writes before all have looked
+        with _main_first(world) if recipe.data.kind in ("cifar10", "cifar100") else contextlib.nullcontext():
+            splits = open_data(
+                recipe.data, on_progress=lambda done, total: reporter.on_progress("checking pictures", done, total)
+            )
+        for bad in splits.skipped:
+            reporter.on_message(f"left out: {bad}")
+        run = _Run(recipe, out, splits, world, reporter, checkpoint)
+        del checkpoint
+        return run.run(fresh=not resume)
+
+
+def build_model(recipe: Recipe, num_classes: int) -> VOLO:
+    """The model of a recipe for so many classes, with random weights from the recipe's seed or those of `model.weights`."""
+    options = dict(recipe.model.options)
+    for name in ("num_classes", "drop_path_rate"):
+        if name in options:
+            instead = "it follows from the data" if name == "num_classes" else "use model.drop_path_rate"
+            raise ValueError(f"model.options must not hold {name}: {instead}")
+    rate = recipe.model.drop_path_rate
+    rate = DROP_PATH_RATES.get(recipe.model.name, 0.0) if rate is None else rate
+    torch.manual_seed(recipe.train.seed)
+    return create_model(
+        recipe.model.name,
+        recipe.model.weights or False,
+        **{"num_classes": num_classes, "img_size": recipe.data.img_size, "drop_path_rate": rate, **options},
+    )
+
+
+class _Run:
+    """The state of a run and the four things that happen to it: a step, an evaluation, a save, a restore."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        splits: DataSplits,
+        world: World,
+        reporter: Reporter,
+        checkpoint: dict[str, Any] | None,
+    ) -> None:
+        config = recipe.train
+        self.recipe, self.config, self.out, self.world, self.reporter = recipe, config, out, world, reporter
+        self.classes = splits.classes
+        self.num_train, self.num_val = len(splits.train), len(splits.val)
+        if config.amp not in AMP_DTYPES:
+            raise ValueError(f"train.amp is one of {', '.join(AMP_DTYPES)}; given: {config.amp!r}")
+        if config.parallel == "fsdp" and config.amp == "fp16":
+            raise ValueError("sharded training (parallel = 'fsdp') goes with amp 'bf16' or 'off', not with 'fp16'")
+
+        self.loader = TrainLoader(
+            splits.train,
+            recipe.data,
+            recipe.augment,
+            batch_size=config.batch_size,
+            accumulation=config.accumulation,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            pin_memory=world.device.type == "cuda",
+        )
+        self.val_loader = None
+        if self.num_val:
+            self.val_loader = EvalLoader(
+                splits.val,
+                recipe.data,
+                batch_size=config.eval_batch_size or max(1, config.batch_size // config.accumulation // world.size),
+                rank=world.rank,
+                world_size=world.size,
+                pin_memory=world.device.type == "cuda",
+            )
+        self.rate = LearningRate.from_recipe(recipe, self.loader.steps_per_epoch)
+
+        if checkpoint is None:
+            with _main_first(world):  # downloads once
+                model = build_model(recipe, len(self.classes))
+        else:
+            model = VOLO(VOLOConfig(**checkpoint["model_config"]))
+        self.model_config = model_config_dict(model)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        model.set_grad_checkpointing(config.grad_checkpointing)
+        task = prepare_batch_norm(ClassifyTask(model, recipe.loss, recipe.augment), config, world)
+        task = task.to(world.device)
+        if config.channels_last:
+            task = task.to(memory_format=torch.channels_last)
+        self.ema = None
+        if recipe.optim.ema_decay:
+            self.ema = WeightAverage(task, recipe.optim.ema_decay, recipe.optim.ema_warmup)
+        self.is_sharded = config.parallel == "fsdp" and world.size > 1
+        if self.is_sharded:
+            shard(task, world)
+            if self.ema is not None:
+                shard(self.ema.module, world)
+        if config.compile:
+            task.compile()
+        self.task: nn.Module = task
+        self.wrapped = replicate(task, config, world)
+        self.optimizer = create_optimizer(task.model, recipe.optim, recipe.peak_lr)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
+        self.pixels = PixelPipeline(recipe.data, recipe.augment).to(world.device)
+        self._training_mode()
+
+        self.step = 0
+        self.evaluated_step = 0
+        self.metrics: dict[str, Any] = {}
+        self.best: dict[str, Any] = {}
+        self.confusion: Tensor | None = None
+        self.earlier_seconds = 0.0
+        self.metrics_bytes = 0
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+        self.signals = _StopSignals()
+        self.pending: deque[_PendingStep] = deque()
+        self.log: RunLog | None = None
+        self.last_lr = 0.0
+        self.step_seconds = 0.0
+        self.timed_steps = 0
+
+    def run(self, fresh: bool) -> TrainResult:
+        start_step = self.step
+        self.started = time.monotonic()
+        if self.world.is_main:
+            self._open_folder(fresh)
+        self.reporter.on_start(
+            RunInfo(
+                self.recipe,
+                self.out,
+                self.world.device,
+                self.world.size,
+                self.num_parameters,
+                self.classes,
+                self.num_train,
+                self.num_val,
+                self.loader.steps_per_epoch,
+                self.rate.total_steps,
+                start_step,
+            )
+        )
+        try:
+            with self.signals:
+                signal_number = self._loop()
+            result = self._result(signal_number)
+            if self.world.is_main:
+                self._write_summary(result)
+        finally:
+            if self.log is not None:
+                self.log.close()
+        self.reporter.on_end(result)
+        return result
+
+    def _loop(self) -> int:
+        """Steps, evaluations and saves until the end (returns 0) or a signal (returns its number)."""
+        vote = Vote(self.world)
+        saved_step, saved_at = self.step if self.metrics_bytes else -1, time.monotonic()
+        self.mark = _Mark(self.world.device)
+        with contextlib.closing(self.loader.batches(self.step, self.rate.total_steps)) as batches:
+            while True:
+                self._write_steps()
+                if self._is_evaluation_due() and self._evaluate():
+                    saved_step, saved_at = self.step, time.monotonic()
+                done = self.step >= self.rate.total_steps
+                save_due = self.world.is_main and time.monotonic() - saved_at >= 60 * self.config.checkpoint_minutes
+                if save_due:
+                    saved_at = time.monotonic()
+                signal_number, save = vote(self.signals.received, save_due)
+                if (done or signal_number or save) and saved_step != self.step:
+                    self._save()
+                    saved_step, saved_at = self.step, time.monotonic()
+                if done or signal_number:
+                    vote.close()
+                    return 0 if done and not self._is_evaluation_due() else signal_number
+                self._train_step(batches)
+
+    # A step
+
+    def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
+        config, device = self.config, self.world.device
+        self.last_lr = self.rate.at(self.step)
+        set_learning_rate(self.optimizer, self.last_lr)
+        values = torch.zeros(2, device=device)  # loss, gradient norm
+        for micro in range(config.accumulation):
+            batch = next(batches)
+            # After the batch is there: transforms that run in this process may draw from the same generator.
+            torch.manual_seed(int(key(config.seed, self.step, micro, self.world.rank)[0]))
+            with torch.no_grad():
+                images = self.pixels(batch["image"].to(device, non_blocking=True))
+            if config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            target = batch["target"].to(device, non_blocking=True)
+            with gradient_sync(self.wrapped, enabled=micro == config.accumulation - 1):
+                with torch.autocast(device.type, AMP_DTYPES[config.amp], enabled=config.amp != "off"):
+                    loss = self.wrapped({"image": images, "target": target})["loss"] / config.accumulation
+                self.scaler.scale(loss).backward()
+            values[0] += loss.detach()
+        if self.recipe.optim.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.recipe.optim.clip_grad)
+            values[1] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.task, self.step)
+        values = _to_host(mean_over_ranks(values, self.world))
+        start, self.mark = self.mark, _Mark(device)
+        self.pending.append(_PendingStep(self.step, self.last_lr, values, start, self.mark, self._seconds()))
+
+    def _write_steps(self, wait: bool = False) -> None:
+        """Log the steps whose figures have arrived from the device: nothing waits for a GPU, unless `wait` is set."""
+        while self.pending and (wait or len(self.pending) > 64 or self.pending[0].end.reached()):
+            done = self.pending.popleft()
+            done.end.wait()
+            loss, norm = done.values.tolist()
+            seconds = done.end.seconds_since(done.start)
+            clips = bool(self.recipe.optim.clip_grad)
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss became {loss}", done.step, done.lr)
+            if clips and not math.isfinite(norm) and not self.scaler.is_enabled():
+                raise self._diverged(f"the gradient norm became {norm}", done.step, done.lr)
+            self.step_seconds += seconds
+            self.timed_steps += 1
+            report = StepReport(
+                step=done.step,
+                epoch=self._epoch(done.step),
+                loss=loss,
+                lr=done.lr,
+                grad_norm=norm if clips else None,
+                images_per_second=self.config.batch_size / max(seconds, 1e-9),
+                seconds=done.at_seconds,
+            )
+            if self.log is not None:
+                self.log.write_step(report)
+            self.reporter.on_step(report)
+
+    def _diverged(self, what: str, step: int, lr: float) -> NonFiniteLossError:
+        advice = "Try a lower learning rate (--optim.lr), a longer warm-up (--schedule.warmup_epochs) or clipped gradients (--optim.clip_grad 1)"
+        if self.config.amp == "fp16":
+            advice += ", or --train.amp bf16, which does not overflow"
+        last = self.out / "last.pt"
+        advice += f". {last} is from before it" if last.exists() else ". No checkpoint had been written yet"
+        return NonFiniteLossError(what, step, lr, advice)
+
+    # An evaluation
+
+    def _is_evaluation_due(self) -> bool:
+        if self.val_loader is None or self.step in (0, self.evaluated_step):
+            return False
+        if self.step >= self.rate.total_steps:
+            return True
+        every = self.config.eval_every * self.loader.steps_per_epoch
+        if every <= 0:
+            return False
+        every = max(every, 1.0)
+        return self.step == round(round(self.step / every) * every)
+
+    def _evaluate(self) -> bool:
+        """Score the held-out pictures and save; False if a signal cut it short: it is made up for after a restart."""
+        self._write_steps(wait=True)
+        scored = self.task if self.ema is None else self.ema.module
+        share_buffers(scored, self.world)
+
+        def on_batch(done: int) -> None:
+            self.reporter.on_progress("evaluating", done * self.world.size, self.num_val)
+            if self.signals.received and self.world.size == 1:
+                raise _Interrupted
+
+        try:
+            metrics = evaluate(
+                _Logits(scored) if self.is_sharded else scored.model,
+                self.val_loader,
+                self.pixels,
+                num_classes=len(self.classes),
+                device=self.world.device,
+                amp=self.config.amp,
+                on_batch=on_batch,
+            )
+        except _Interrupted:
+            return False
+        finally:
+            self.mark = _Mark(self.world.device)
+        confusion = torch.tensor(metrics.pop("confusion"), dtype=torch.int32)
+        self.metrics = {"step": self.step, "epoch": self._epoch(self.step), **metrics}
+        self.evaluated_step = self.step
+        is_best = self.metrics["top1"] > self.best.get("top1", -1.0)
+        if is_best:
+            self.best, self.confusion = self.metrics, confusion
+        if self.log is not None:
+            self.log.write_evaluation(self.metrics, self._seconds())
+        self._save(is_best)
+        self.reporter.on_eval(self.metrics, is_best)
+        return True
+
+    # A save and a restore
+
+    def _save(self, is_best: bool = False) -> None:
+        self._write_steps(wait=True)
+        weights = gather_full(self.task.model.state_dict(), self.world)
+        averaged = None if self.ema is None else gather_full(self.ema.module.model.state_dict(), self.world)
+        optimizer = gather_full(self.optimizer.state_dict(), self.world)
+        if not self.world.is_main:
+            return
+        # The last update may have spoilt the weights though the loss before it was fine.
+        if not all(bool(t.isfinite().all()) for t in weights.values() if t.is_floating_point()):
+            raise self._diverged("weights became NaN or infinite", self.step, self.last_lr)
+        assert self.log is not None
+        checkpoint = {
+            "format": FORMAT,
+            "model": dict(weights),
+            "ema": averaged and dict(averaged),
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "recipe": self.recipe.to_dict(),
+            "model_config": self.model_config,
+            "classes": list(self.classes),
+            "metrics": self.metrics,
+            "confusion": self.confusion,
+            "history": {
+                "evaluated_step": self.evaluated_step,
+                "metrics_bytes": self.log.sync(),
+                "seconds": self._seconds(),
+                "num_train": self.num_train,
+                "num_val": self.num_val,
+                "world_size": self.world.size,
+            },
+            "volo_version": __version__,
+            "torch_version": str(torch.__version__),
+        }
+        # best.pt first: a last.pt that speaks of a best evaluation implies the file.
+        if is_best:
+            save_checkpoint(self.out / "best.pt", {**checkpoint, "optimizer": None, "scaler": None})
+        save_checkpoint(self.out / "last.pt", checkpoint)
+        self.reporter.on_checkpoint(self.out / "last.pt", self.step)
+        self.mark = _Mark(self.world.device)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        history = checkpoint["history"]
+        now = (self.num_train, self.num_val, list(self.classes))
+        then = (history["num_train"], history["num_val"], checkpoint["classes"])
+        if now != then:
+            raise ValueError(
+                f"the run in {self.out} was started with {then[0]} training and {then[1]} held-out pictures of {len(then[2])} classes, but the data "
+                f"now has {now[0]}, {now[1]} and {len(now[2])} or other class names. Give it the same data, or start a new run"
+            )
+        load_weights_into(self.task.model, checkpoint["model"])
+        if self.ema is not None:
+            load_weights_into(self.ema.module.model, checkpoint["ema"])
+        load_optimizer_into(self.optimizer, checkpoint["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.step = checkpoint["step"]
+        self.metrics, self.best, self.confusion = checkpoint["metrics"], checkpoint["best"], checkpoint["confusion"]
+        self.evaluated_step = history["evaluated_step"]
+        self.metrics_bytes = history["metrics_bytes"]
+        self.earlier_seconds = history["seconds"]
+        if history["world_size"] != self.world.size:
+            self.reporter.on_message(
+                f"continued with {self.world.size} processes instead of {history['world_size']}: the same pictures in the same steps, but "
+                "other random draws for dropout and mixing"
+            )
+
+    # Small things
+
+    def _training_mode(self) -> None:
+        self.task.train()
+        self.pixels.train()
+        if self.config.batch_norm == "frozen":
+            for module in self.task.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def _epoch(self, step: int) -> float:
+        return round(step / self.loader.steps_per_epoch, 4)
+
+    def _seconds(self) -> float:
+        return round(self.earlier_seconds + time.monotonic() - self.started, 3)
+
+    def _open_folder(self, fresh: bool) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            for name in RUN_FILES:
+                (self.out / name).unlink(missing_ok=True)
+        if self.step == 0 and (self.out / "tensorboard").is_dir():
+            shutil.rmtree(self.out / "tensorboard")
+        text = recipe_to_toml(self.recipe).encode()
+        write_atomically(self.out / "recipe.toml", lambda file: file.write(text))
+        self.log = RunLog(self.out, self.metrics_bytes, self.step, self.config.tensorboard)
+
+    def _result(self, signal_number: int) -> TrainResult:
+        return TrainResult(
+            status="interrupted" if signal_number else "completed",
+            signal=signal_number,
+            out=self.out,
+            step=self.step,
+            total_steps=self.rate.total_steps,
+            classes=self.classes,
+            metrics=self.metrics,
+            best=self.best,
+            confusion=[] if self.confusion is None else self.confusion.tolist(),
+            seconds=self._seconds(),
+            images_per_second=self.timed_steps * self.config.batch_size / max(self.step_seconds, 1e-9),
+        )
+
+    def _write_summary(self, result: TrainResult) -> None:
+        def figures(metrics: dict[str, Any]) -> dict[str, Any]:
+            per_class = metrics.get("per_class_accuracy", [])
+            return {**metrics, "per_class_accuracy": dict(zip(self.classes, per_class))} if metrics else {}
+
+        device = self.world.device
+        summary = {
+            "status": result.status,
+            "step": result.step,
+            "total_steps": result.total_steps,
+            "epoch": self._epoch(result.step),
+            "best": figures(result.best),
+            "final": figures(result.metrics),
+            "seconds": result.seconds,
+            "images_per_second": round(result.images_per_second, 1),
+            "model": self.recipe.model.name,
+            "num_parameters": self.num_parameters,
+            "num_classes": len(self.classes),
+            "num_train": self.num_train,
+            "num_val": self.num_val,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "world_size": self.world.size,
+            "versions": {
+                "volo": __version__,
+                "torch": str(torch.__version__),
+                "timm": timm.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        text = json.dumps(summary, indent=1).encode()
+        write_atomically(self.out / "summary.json", lambda file: file.write(text))
+
+
+class _Logits(nn.Module):
+    """The model in a sharded task: only the forward of the task itself gathers the shards."""
+
+    def __init__(self, task: nn.Module) -> None:
+        super().__init__()
+        self.task = task
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.task({"image": images})["output"]
+
+
+class _Interrupted(Exception):
+    """A signal came during an evaluation."""
+
+
+class _StopSignals:
+    """While active, the first SIGINT or SIGTERM is noted in `received`; the next one acts as it would without us."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            self.__exit__()
+            signal.raise_signal(number)
+        self.received = number
+
+
+class _Mark:
+    """A point in the work of a device: when it was reached, without stopping the host for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._time = 0.0
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+        else:
+            self._time = time.perf_counter()
+
+    def reached(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: _Mark) -> float:
+        if self._event is None:
+            return self._time - earlier._time
+        return earlier._event.elapsed_time(self._event) / 1e3
+
+
+@dataclass
+class _PendingStep:
+    """A step the host has finished while the device may still be at it."""
+
+    step: int
+    lr: float
+    values: Tensor
+    """Loss and gradient norm, on the host once `end` is reached."""
+    start: _Mark
+    end: _Mark
+    at_seconds: float
+
+
+def _to_host(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
+
+
+def _look_into(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """The checkpoint to continue from, or None for a run from the beginning."""
+    if resume and overwrite:
+        raise ValueError("a run is either continued (resume) or replaced (overwrite), not both")
+    if not resume:
+        if not overwrite and any((out / name).exists() for name in RUN_FILES):
+            raise FileExistsError(
+                f"{out} already holds a run: continue it with --resume, replace it with --overwrite, or choose another --out"
+            )
+        return None
+    if not (out / "last.pt").exists():
+        return None
+    checkpoint = load_checkpoint(out / "last.pt")
+    changed = _differences(checkpoint["recipe"], recipe.to_dict())
+    if changed:
+        lines = "; ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
+        raise ValueError(
+            f"the run in {out} was started with another recipe ({lines}). Continue it with its own recipe ({out / 'recipe.toml'}), or start "
+            "another run, which may begin with these weights (--model.weights)"
+        )
+    return checkpoint
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys whose change would make it another run, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(old.keys() | new.keys()):
+        a, b, dotted = old.get(name), new.get(name), prefix + name
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= _differences(a, b, dotted + ".")
+        elif a != b and dotted not in CHANGEABLE:
+            found[dotted] = (a, b)
+    return found
+
+
+@contextlib.contextmanager
+def _main_first(world: World) -> Iterator[None]:
+    """The first process does it, then all others: for what is downloaded into a common cache."""
+    if world.size > 1 and not world.is_main:
+        dist.barrier()
+    yield
+    if world.size > 1 and world.is_main:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def _torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """torch's global switches as the recipe wants them, and back."""
+    threads = torch.get_num_threads()
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that would write every tensor twice
+    torch.backends.cudnn.deterministic = config.deterministic
+    torch.backends.cudnn.benchmark = not config.deterministic
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
