@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,9 +18,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 178_956_970
-"""Pictures above this are refused (twice Pillow's warning limit): half a gigabyte decoded, more likely an attack than a photo."""
+"""Pictures above this (Pillow's own limit) are refused: half a gigabyte decoded, more likely an attack than a photo."""
 
-# What Pillow raises on damaged files. MemoryError and I/O errors of the machine are not the picture's fault and pass through.
+# What Pillow raises on damaged files. MemoryError is not among them: that is not the picture's fault.
 _DECODE_ERRORS = (
     UnidentifiedImageError,
     Image.DecompressionBombError,
@@ -90,30 +94,13 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
         data, name = source, name or "picture"
     else:
         name = name or str(source)
-        try:
-            data = Path(source).read_bytes()
-        except FileNotFoundError:
-            raise BadImageError(name, "no such file") from None
-        except IsADirectoryError:
-            raise BadImageError(name, "a folder, not a file") from None
-        except PermissionError:
-            raise BadImageError(name, "no permission to read it") from None
-    if not data:
-        raise BadImageError(name, "the file is empty (0 bytes)")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            _check_size(image, name)
-            image.load()
-            pixels = _rgb(image, name)
-            orientation = _orientation(image)
-    except UnidentifiedImageError:
-        raise BadImageError(name, _what_is(data)) from None
-    except BadImageError:
-        raise
-    except Image.DecompressionBombError:
-        raise BadImageError(name, f"more than {MAX_PIXELS:,} pixels; scale it down first") from None
-    except _DECODE_ERRORS as error:
-        raise BadImageError(name, f"damaged ({error or type(error).__name__})") from error
+        with _open_file(source, name) as file:
+            data = file.read()
+    with _naming(name, data), Image.open(io.BytesIO(data)) as image:
+        _check_size(image, name)
+        image.load()
+        pixels = _rgb(image, name)
+        orientation = _orientation(image)
     transpose, flip_rows, flip_columns = _ORIENTATIONS.get(orientation, (False, False, False))
     if transpose:
         pixels = pixels.transpose(1, 0, 2)
@@ -124,14 +111,36 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
 
 def check_header(path: Path, name: str) -> None:
     """Raise BadImageError where the first bytes already show that `path` is no picture; pixels are not decoded."""
-    try:
-        with Image.open(path) as image:
+    with _open_file(path, name) as file:
+        start = file.read(64)
+        file.seek(0)
+        with _naming(name, start), Image.open(file) as image:
             _check_size(image, name)
-    except UnidentifiedImageError:
-        with open(path, "rb") as file:
-            raise BadImageError(name, _what_is(file.read(64))) from None
+
+
+def _open_file(path: str | Path, name: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        # Too many open files or no memory: the machine's trouble, and no reason to leave a picture out.
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        raise BadImageError(name, (error.strerror or "cannot be opened").lower()) from None
+
+
+@contextmanager
+def _naming(name: str, data: bytes) -> Iterator[None]:
+    """Everything Pillow raises on a bad picture becomes a BadImageError; `data` is the file, or its beginning."""
+    if not data:
+        raise BadImageError(name, "the file is empty (0 bytes)")
+    try:
+        yield
     except BadImageError:
         raise
+    except UnidentifiedImageError:
+        raise BadImageError(name, _what_is(data)) from None
+    except Image.DecompressionBombError:
+        raise BadImageError(name, f"more than {MAX_PIXELS:,} pixels; scale it down first") from None
     except _DECODE_ERRORS as error:
         raise BadImageError(name, f"damaged ({error or type(error).__name__})") from error
 
@@ -177,11 +186,11 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
 def _eight_bits(values: np.ndarray, mode: str, name: str) -> np.ndarray:
     low, high = values.min(), values.max()
     if mode == "F":
-        if 0 <= low and high <= 1:
+        if low >= 0 and high <= 1:
             return (values * 255).round().astype(np.uint8)
-        if 0 <= low and high <= 255:
+        if low >= 0 and high <= 255:
             return values.round().astype(np.uint8)
-    elif 0 <= low and high <= 65535:  # 16-bit grey arrives as "I;16" or, from some formats, as "I"
+    elif low >= 0 and high <= 65535:  # 16-bit grey arrives as "I;16" or, from some formats, as "I"
         return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     raise BadImageError(
         name, f"32-bit values from {low} to {high}: the range that is black to white is unknown; save with 8 or 16 bits"

@@ -53,7 +53,7 @@ def own_random_state() -> Iterator[None]:
 
 
 def seed_random_state(value: int) -> None:
-    """Seed torch's CPU generator and `random`; unlike `torch.manual_seed` it leaves other devices alone and is quick."""
+    """Seed torch's CPU generator and `random`; unlike `torch.manual_seed` quick, and the CPU's only."""
     torch.default_generator.manual_seed(value)
     random.seed(value)
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from volo.config import AugmentConfig, DataConfig
 from volo.data import keyed
 from volo.data.decode import BadImageError
-from volo.data.images import ArraySource, ImageSource
+from volo.data.sources import ArraySource, ImageSource, available_cores
 from volo.data.transforms import check_augment, eval_transform, fit_transform, height_width, train_transform
 
 Batch = dict[str, Tensor]
@@ -36,8 +37,8 @@ class TrainLoader:
     """Endless shuffled, augmented batches of a source, addressed by step.
 
     The global batch of step t is `batch_size` pictures of epoch t // steps_per_epoch; pictures that do not fill a last
-    batch wait for another epoch's order. It is cut into accumulation x world_size micro batches; micro batch m of rank r
-    is the slice number m * world_size + r.
+    batch wait for another epoch's order. It is cut into accumulation x world_size micro batches; micro batch m of rank
+    r is the slice number m * world_size + r.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class TrainLoader:
         slices = accumulation * world_size
         if batch_size < 1 or batch_size % slices:
             raise ValueError(
-                f"train.batch_size is {batch_size}, which does not divide by {accumulation} accumulated micro batches x "
-                f"{world_size} processes; the next one that does is {max(1, -(-batch_size // slices)) * slices}"
+                f"train.batch_size is {batch_size}, which does not divide by {accumulation} accumulated micro batches "
+                f"x {world_size} processes; the next one that does is {max(1, -(-batch_size // slices)) * slices}"
             )
         if len(source) < batch_size:
             largest = len(source) // slices * slices
@@ -145,7 +146,7 @@ class EvalLoader:
         start, stop = (len(self.source) * r // self.world_size for r in (self.rank, self.rank + 1))
         largest_share = -(-len(self.source) // self.world_size)
         count = -(-largest_share // self.batch_size)
-        # Shares differ by one picture at most. A share that would fill one batch less gives up a picture of the one before.
+        # Shares differ by one picture at most. One that would fill a batch less takes a picture from the batch before.
         bounds = [max(0, min(i * self.batch_size, stop - start - (count - i))) for i in range(count + 1)]
         for low, high in zip(bounds, bounds[1:]):
             if high > low:
@@ -153,7 +154,7 @@ class EvalLoader:
 
 
 class OneByOne:
-    """Pictures loaded and transformed one after the other, each with its own seed (None: the transform draws nothing)."""
+    """Pictures loaded and transformed one by one, each with its own seed (None: the transform draws nothing)."""
 
     def __init__(
         self, source: ImageSource, size: tuple[int, int], transform: Callable[[Tensor], Tensor], seed: int | None
@@ -184,7 +185,7 @@ class Whole:
         self.images, self.transform = images, transform
 
     def __call__(self, epoch: int, indices: np.ndarray) -> Tensor:
-        return self.transform(self.images[torch.from_numpy(indices)])
+        return self.transform(self.images[torch.from_numpy(indices)]).contiguous()
 
 
 class ShiftAndFlip:
@@ -212,7 +213,7 @@ class ShiftAndFlip:
 
 
 def shift(images: np.ndarray, pad: int, down: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Crop [B, C, H, W] at row `down` and column `right` (0..2 pad, [B]) of the picture with `pad` reflected pixels around."""
+    """Crop [B, C, H, W] at row `down`, column `right` (int [B], 0..2 pad) of the pictures with `pad` mirrored pixels."""
     B, C, H, W = images.shape
     padded = np.empty((B, C, H + 2 * pad, W + 2 * pad), images.dtype)
     padded[:, :, pad:-pad, pad:-pad] = images
@@ -227,9 +228,8 @@ def shift(images: np.ndarray, pad: int, down: np.ndarray, right: np.ndarray) -> 
 
 
 def default_workers() -> int:
-    """For data.num_workers = -1: the cores of this process's share where a GPU trains, half of them where the CPU does."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """For data.num_workers = -1: this process's share of the cores where a GPU trains, else half of it."""
+    cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(16, cores if torch.cuda.is_available() else cores // 2))
 
 
@@ -259,12 +259,10 @@ def _run(
 ) -> Iterator[Batch]:
     options: dict[str, Any] = {}
     if num_workers:
-        options = {
-            "worker_init_fn": _WorkerStart(os.getpid()),
-            # Forked workers share the pictures in memory; elsewhere torch moves tensors into shared memory.
-            "multiprocessing_context": "fork" if sys.platform == "linux" else None,
-        }
-    loader = DataLoader(
+        # Forked workers share the pictures in memory; elsewhere torch moves tensors into shared memory.
+        context = "fork" if sys.platform == "linux" else None
+        options = {"worker_init_fn": _WorkerStart(os.getpid()), "multiprocessing_context": context}
+    loader: DataLoader[Batch | BadImageError] = DataLoader(
         _Dataset(source.targets, pictures),  # type: ignore[arg-type]
         batch_size=None,
         sampler=requests,
@@ -275,10 +273,12 @@ def _run(
         generator=torch.Generator(),
         **options,
     )
-    for batch in loader:
+    with _signals_held_back():
+        batches = iter(loader)
+    for batch in batches:
         if isinstance(batch, BadImageError):
             raise BadImageError(
-                batch.name, f"{batch.reason} (it was readable at the start, or only its header was checked)"
+                batch.name, f"{batch.reason}. At the start it was readable, or only its header was checked"
             )
         yield batch
 
@@ -287,16 +287,30 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C or SIGTERM; to this process they come when the block ends.
+
+    Both mean "save and stop", often to the whole process group. That is for the training process to do, which ends its
+    workers afterwards: one that died before would make it fail in the middle of the last step.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @dataclass(frozen=True)
 class _WorkerStart:
-    """Workers leave signals to the training process, and end with it even when it is killed."""
+    """A worker uses one thread, and ends with the training process even when that is killed."""
 
     parent: int
 
     def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # A SIGTERM to the whole group means "save and stop": the training process does so, and then ends its workers.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         torch.set_num_threads(1)
         if sys.platform == "linux":
             PR_SET_PDEATHSIG = 1

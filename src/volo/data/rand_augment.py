@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al., arXiv 1909.13719) as timm words it: "rand-m9-mstd0.5-inc1".
 
-Every geometric operation is one `affine` call on all inputs, so that whatever belongs to the picture (a label map, a mask)
-moves along if a kernel for it is registered with torchvision; other operations touch pictures only.
+Every geometric operation is one `affine` call on all inputs, so that whatever belongs to the picture (a label map, a
+mask) moves along if a kernel for it is registered with torchvision; other operations touch pictures only.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class RandAugment(v2.Transform):
     """`num_layers` operations, drawn with replacement, each applied with probability `prob` at about `magnitude` of 10.
 
     The magnitude is drawn anew for each from a normal distribution of deviation `magnitude_std` (uniform from 0 to
-    `magnitude` when that is infinite) and clipped to 0..`magnitude_max`. `increasing`: every operation gets stronger with
-    magnitude. `fill` (per channel, 0..255) is what moves in from outside. Draws come from torch's CPU generator.
+    `magnitude` when that is infinite) and clipped to 0..`magnitude_max`. `increasing`: every operation gets stronger
+    with magnitude. `fill` (per channel, 0..255) is what moves in from outside. Draws come from torch's CPU generator.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What happens to a picture between its file and the model: uint8 in the workers, floats in `PixelPipeline` on the device."""
+"""From a decoded picture to the model: uint8 transforms in the workers, then floats in `PixelPipeline`."""
 
 from __future__ import annotations
 

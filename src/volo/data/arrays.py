@@ -1,0 +1,204 @@
+"""Pictures that fit into memory as arrays: npz files, CIFAR, the digits."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from volo.config import DataConfig
+from volo.data.decode import BadImage, BadImageError, decode_image
+from volo.data.sources import LAYOUTS, VAL_FOLDERS, ArraySource, DataSplits, Names, Progress, raise_bad, split_by_seed
+from volo.data.transforms import height_width
+
+
+def open_digits(config: DataConfig) -> DataSplits:
+    """scikit-learn's 1,797 handwritten digits, real scans of 8 x 8, enlarged to `img_size`. Raises ValueError."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("the digits come with scikit-learn: pip install scikit-learn, or set data.path") from error
+    scans = load_digits()
+    grey = torch.from_numpy((scans.images * (255 / 16)).round().astype(np.uint8))[
+        :, None
+    ]  # [1797, 1, 8, 8], from 0..16
+    images = F.resize(grey, list(height_width(config.img_size)), InterpolationMode.BICUBIC, antialias=True)
+    names = [f"digits/{i}" for i in range(len(grey))]
+    source = ArraySource(images.repeat(1, 3, 1, 1), torch.from_numpy(scans.target).long(), names, tuple("0123456789"))
+    return DataSplits(*split_by_seed(source, config), source.classes)
+
+
+def open_torchvision_cifar(kind: str, root: Path | None) -> DataSplits:
+    """ "cifar10" or "cifar100" as torchvision stores it below `root` (None: the cache folder), downloaded if need be.
+
+    Raises ValueError where it is not there and no download is possible.
+    """
+    from torchvision import datasets
+
+    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
+    root = root or Path(os.environ.get("VOLO_CACHE") or Path.home() / ".cache" / "volo") / "data"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        parts = [dataset(str(root), train=is_train, download=True) for is_train in (True, False)]
+    except (OSError, RuntimeError) as error:  # URLError is an OSError
+        raise ValueError(
+            f"{kind} is not in {root} and cannot be downloaded ({error}). Unpack {dataset.url} there by hand, "
+            "or point data.path to a folder that has it"
+        ) from error
+    classes = tuple(parts[0].classes)
+    train, val = (
+        ArraySource(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(part.targets, dtype=torch.int64),
+            Names(f"{prefix}/{i}" for i in range(len(part))),
+            classes,
+        )
+        for part, prefix in zip(parts, ("train", "test"))
+    )
+    return DataSplits(train, val, classes)
+
+
+def open_npz(path: Path, config: DataConfig, on_progress: Progress | None = None) -> DataSplits:
+    """Training and held-out pictures of an npz file or folder; see `volo.data.images.open_data`. Raises ValueError."""
+    if path.is_dir():
+        train_files = sorted(path.glob("data_batch_*.npz")) or [file for file in [path / "train.npz"] if file.is_file()]
+        val_files = [file for name in ("test_batch", *VAL_FOLDERS) if (file := path / f"{name}.npz").is_file()][:1]
+    else:
+        train_files, val_files = [path] if config.path and path.is_file() else [], []
+    if not train_files:
+        raise ValueError(f"data.path is {config.path or 'empty'}: no training .npz was found there.\n{LAYOUTS}")
+    files = [_read_npz(file) for file in (*train_files, *val_files)]
+    total, done = sum(len(arrays["labels"]) for arrays in files), 0
+    splits: dict[str, list[_NpzPictures]] = {"train": [], "test": []}
+    for i, arrays in enumerate(files):
+        prefix = "train" if i < len(train_files) else "test"
+        first = sum(part.count for part in splits[prefix])
+        splits[prefix].append(_decode_npz(arrays, f"{prefix}/", first, done, total, on_progress))
+        done += len(arrays["labels"])
+    skipped = [bad for parts in splits.values() for part in parts for bad in part.bad]
+    if config.on_bad_image == "error":
+        raise_bad(skipped, total, path)
+    classes = _npz_classes(path, files)
+    train, *held = [_join(parts, classes, path) for parts in splits.values() if parts]
+    train_source, val_source = (train, held[0]) if held else split_by_seed(train, config)
+    return DataSplits(train_source, val_source, classes, skipped)
+
+
+@dataclass(frozen=True)
+class _NpzPictures:
+    images: Tensor
+    targets: Tensor
+    names: list[str]
+    bad: list[BadImage]
+
+    @property
+    def count(self) -> int:
+        return len(self.names) + len(self.bad)
+
+
+def _read_npz(file: Path) -> dict[str, np.ndarray]:
+    """Arrays of one file: labels int64 [N], and images uint8 [N, H, W, C] or jpeg and offsets. Raises ValueError."""
+    try:
+        # Pickled objects could run code: refused. Every array is unpacked once, not at each access.
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {
+                name: archive[name]
+                for name in ("images", "jpeg", "offsets", "labels", "classes")
+                if name in archive.files
+            }
+            held = ", ".join(archive.files)
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file} is not a readable .npz file: {error}") from error
+    if "labels" not in arrays or not ("images" in arrays or {"jpeg", "offsets"} <= set(arrays)):
+        raise ValueError(f"{file} holds the arrays {held}; needed are labels and images, or labels, jpeg and offsets")
+    labels = arrays["labels"]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (len(labels) and labels.min() < 0):
+        raise ValueError(f"{file}: labels are {labels.dtype} {labels.shape}; needed are integers from 0, one a picture")
+    arrays["labels"] = labels.astype(np.int64)
+    if "images" in arrays:
+        images = arrays["images"]
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
+            images = images.transpose(0, 2, 3, 1)
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3) or len(images) != len(labels):
+            raise ValueError(
+                f"{file}: images are {images.dtype} {arrays['images'].shape} for {len(labels)} labels; "
+                "needed are uint8 [N, H, W, 3] or [N, H, W] with one label a picture"
+            )
+        arrays["images"] = images
+    else:
+        offsets, size = arrays["offsets"], len(arrays["jpeg"])
+        if len(offsets) != len(labels) + 1 or (np.diff(offsets) < 0).any() or offsets[0] < 0 or offsets[-1] > size:
+            raise ValueError(
+                f"{file}: offsets must rise from 0 to at most {size} and be one more than the {len(labels)} labels"
+            )
+    return arrays
+
+
+def _decode_npz(
+    arrays: dict[str, np.ndarray], prefix: str, first: int, done: int, total: int, on_progress: Progress | None
+) -> _NpzPictures:
+    targets = torch.from_numpy(arrays["labels"])
+    names = [f"{prefix}{first + i}" for i in range(len(targets))]
+    if "images" in arrays:
+        images = torch.from_numpy(np.ascontiguousarray(arrays["images"].transpose(0, 3, 1, 2)))
+        if on_progress:
+            on_progress(done + len(names), total)
+        return _NpzPictures(images.expand(-1, 3, -1, -1).contiguous(), targets, names, [])
+    encoded, offsets = arrays["jpeg"], arrays["offsets"]
+    kept: list[int] = []
+    bad: list[BadImage] = []
+    images = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    for i, name in enumerate(names):
+        try:
+            picture = decode_image(encoded[offsets[i] : offsets[i + 1]].tobytes(), name)
+            if not kept:
+                images = torch.empty(len(names), *picture.shape, dtype=torch.uint8)
+            elif picture.shape != images.shape[1:]:
+                sizes = [f"{shape[2]} x {shape[1]}" for shape in (picture.shape, images.shape[1:])]
+                raise BadImageError(
+                    name, f"{sizes[0]} pixels where the first picture has {sizes[1]}; folders take any size"
+                )
+            images[len(kept)] = picture
+            kept.append(i)
+        except BadImageError as error:
+            bad.append(BadImage(error.name, error.reason))
+        if on_progress and (i % 256 == 255 or i + 1 == len(names)):
+            on_progress(done + i + 1, total)
+    return _NpzPictures(images[: len(kept)], targets[kept], [names[i] for i in kept], bad)
+
+
+def _join(parts: list[_NpzPictures], classes: tuple[str, ...], path: Path) -> ArraySource:
+    sizes = sorted({tuple(part.images.shape[2:]) for part in parts if part.names})
+    if len(sizes) != 1:
+        raise ValueError(f"{path}: pictures need one size, but the files hold {sizes or 'none'} (height, width)")
+    filled = [part for part in parts if part.names]
+    images = filled[0].images if len(filled) == 1 else torch.cat([part.images for part in filled])
+    return ArraySource(
+        images, torch.cat([part.targets for part in filled]), Names(n for p in filled for n in p.names), classes
+    )
+
+
+def _npz_classes(path: Path, files: list[dict[str, np.ndarray]]) -> tuple[str, ...]:
+    """From classes.txt, else the array `classes`, else the numbers up to the largest label."""
+    count = max((int(arrays["labels"].max()) + 1 for arrays in files if len(arrays["labels"])), default=0)
+    listed = (path if path.is_dir() else path.parent) / "classes.txt"
+    if path.is_dir() and listed.is_file():
+        classes = tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip())
+    else:
+        given = next((arrays["classes"] for arrays in files if "classes" in arrays), None)
+        classes = tuple(map(str, given)) if given is not None else tuple(map(str, range(count)))
+    if len(classes) < max(count, 2):
+        raise ValueError(
+            f"{path}: labels go up to {count - 1}, but there are {len(classes)} classes; at least two are needed"
+        )
+    return classes

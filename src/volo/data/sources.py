@@ -1,0 +1,205 @@
+"""What a source of labelled pictures is, the two kinds there are, and what all readers of data share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from volo.config import DataConfig
+from volo.data.decode import BadImage, decode_image
+
+Progress = Callable[[int, int], None]
+"""`on_progress(done, total)`, called while pictures are decoded."""
+
+VAL_FOLDERS = ("val", "validation", "valid", "test")
+"""Where held-out pictures are looked for, in this order."""
+
+LAYOUTS = """\
+data.path can be
+  a folder with train/ and val/ (or validation/, valid/, test/), each with a folder of pictures for every class;
+  a folder with a folder of pictures for every class: data.val_fraction of each class is held out;
+  an npz folder: data_batch_*.npz, test_batch.npz (JPEG bytes, offsets, labels), classes.txt;
+  train.npz with val.npz or test.npz, or a single .npz: arrays images (uint8 [N, H, W, 3] or [N, H, W]) and labels;
+  a folder with torchvision's CIFAR files (data.kind "cifar10" or "cifar100" downloads them);
+  empty: scikit-learn's handwritten digits."""
+
+
+class ImageSource(Protocol):
+    """Labelled pictures by number."""
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 [N]"""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Relative path or "test/17": stable, for people."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Tensor:
+        """uint8 [3, H, W] RGB, not to be written to. Raises BadImageError."""
+
+
+class Names(Sequence[str]):
+    """Many short strings in one array: a list of a million would be copied into every worker, page by page."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._encoded = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [os.fsdecode(name) for name in self._encoded[index]]
+        return os.fsdecode(self._encoded[index])
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Pictures of one size, all in memory: images uint8 [N, 3, H, W]."""
+
+    images: Tensor
+    targets: Tensor
+    names: Sequence[str]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def select(self, indices: Sequence[int]) -> ArraySource:
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return ArraySource(
+            self.images[chosen], self.targets[chosen], Names(self.names[i] for i in indices), self.classes
+        )
+
+
+class PixelCache:
+    """Decoded pictures of different sizes in one flat tensor, which worker processes share without copies."""
+
+    def __init__(self, pixels: Tensor, shapes: np.ndarray, starts: np.ndarray) -> None:
+        self.pixels, self.shapes, self.starts = pixels, shapes, starts
+
+    @classmethod
+    def of(cls, pictures: list[Tensor]) -> PixelCache:
+        """From uint8 [3, H, W] pictures, which it takes out of the list so that memory is not needed twice."""
+        shapes = np.array([p.shape[1:] for p in pictures], np.int64).reshape(-1, 2)
+        ends = np.cumsum(shapes.prod(axis=1) * 3)
+        cache = cls(
+            torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.uint8), shapes, ends - shapes.prod(axis=1) * 3
+        )
+        for i in reversed(range(len(pictures))):
+            cache[i].copy_(pictures.pop())
+        return cache
+
+    def __getitem__(self, index: int) -> Tensor:
+        height, width = self.shapes[index].tolist()
+        start = int(self.starts[index])
+        return self.pixels[start : start + 3 * height * width].view(height, width, 3).permute(2, 0, 1)
+
+    def select(self, indices: Sequence[int]) -> PixelCache:
+        return PixelCache(self.pixels, self.shapes[indices], self.starts[indices])
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Picture files of any size, named relative to `root`; decoded when asked for, unless `cache` holds the pixels."""
+
+    root: Path
+    targets: Tensor
+    names: Sequence[str]
+    classes: tuple[str, ...]
+    cache: PixelCache | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> Tensor:
+        if self.cache is not None:
+            return self.cache[index]
+        name = self.names[index]
+        return decode_image(self.root / name, name)
+
+    def select(self, indices: Sequence[int]) -> FolderSource:
+        cache = self.cache and self.cache.select(indices)
+        names = Names(self.names[i] for i in indices)
+        return FolderSource(
+            self.root, self.targets[torch.as_tensor(indices, dtype=torch.int64)], names, self.classes, cache
+        )
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """What `open_data` found."""
+
+    train: ImageSource
+    val: ImageSource
+    classes: tuple[str, ...]
+    skipped: list[BadImage] = field(default_factory=list)
+    """Files left out because they cannot be decoded (only with data.on_bad_image "skip")."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know: ignored files, classes without held-out pictures, checks that were shortened."""
+
+
+def held_out(names: Sequence[str], targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of training and held-out pictures: `fraction` of every class, in the order given.
+
+    Which ones depends on the names and the seed alone. A class keeps at least one training picture, and gives one away
+    if it has two.
+    """
+    by_class: dict[int, list[tuple[bytes, int]]] = {}
+    for i, (name, target) in enumerate(zip(names, targets, strict=True)):
+        rank = hashlib.blake2b(os.fsencode(f"{seed}/{name}"), digest_size=8).digest()
+        by_class.setdefault(int(target), []).append((rank, i))
+    val: set[int] = set()
+    for ranked in by_class.values():
+        count = min(max(round(fraction * len(ranked)), 1), len(ranked) - 1)
+        val.update(i for _, i in sorted(ranked)[:count])
+    return [i for i in range(len(names)) if i not in val], sorted(val)
+
+
+def split_by_seed(source: ArraySource | FolderSource, config: DataConfig) -> tuple[ImageSource, ImageSource]:
+    train, val = held_out(source.names, source.targets.tolist(), config.val_fraction, config.split_seed)
+    if not val:
+        raise ValueError(f"{len(train)} pictures, one a class: none can be held out. Add pictures, or a val/ folder.")
+    return source.select(train), source.select(val)
+
+
+def contents_of(path: Path) -> str:
+    children = sorted(path.iterdir())
+    shown = ", ".join(child.name + ("/" if child.is_dir() else "") for child in children[:8])
+    return f"{shown} and {len(children) - 8} more" if len(children) > 8 else shown or "nothing"
+
+
+def raise_bad(bad: list[BadImage], total: int, where: Path) -> None:
+    """Raise ValueError that names every one of `bad`, if there are any."""
+    if bad:
+        listed = "\n".join(f"  {item}" for item in bad)
+        raise ValueError(
+            f"{len(bad)} of {total} pictures in {where} cannot be used:\n{listed}\n"
+            'Repair or remove them, or leave them out with data.on_bad_image "skip".'
+        )
+
+
+def available_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
