@@ -65,7 +65,9 @@ def test_mix_token_outputs_losses_and_gradients(golden):
     loss.backward()
     compared = 0
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, tensors[f"grad.{name}"], atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, tensors[f"grad.{name}"], atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )
         compared += 1
     assert compared == sum(k.startswith("grad.") for k in tensors) > 50
     model.load_state_dict(state)
