@@ -41,7 +41,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, bring it to the disk, then rename it to `path`.
 
     Raises OSError with what to do next; `path` is then unchanged.

@@ -97,14 +97,13 @@ def shard(module: nn.Module, world: World) -> None:
 
 
 def replicate(task: nn.Module, config: TrainConfig, world: World) -> nn.Module:
-    """The task as it is called in training: itself, or in DDP."""
+    """The task as it is called in training: itself, or in DDP, which also hands the first process's BatchNorm statistics
+    to all before each step."""
     if world.size == 1 or config.parallel == "fsdp":
         return task
     return DistributedDataParallel(
         task,
         device_ids=[world.device] if world.device.type == "cuda" else None,
-        # Own statistics in each process: the first one's are everybody's, and the ones that are saved.
-        broadcast_buffers=config.batch_norm == "train",
         gradient_as_bucket_view=True,
     )
 
@@ -114,7 +113,7 @@ def gradient_sync(wrapped: nn.Module, enabled: bool) -> AbstractContextManager[N
     if isinstance(wrapped, DistributedDataParallel):
         return nullcontext() if enabled else wrapped.no_sync()
     if hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP2
-        wrapped.set_requires_gradient_sync(enabled)
+        wrapped.set_requires_gradient_sync(enabled)  # type: ignore[operator]
     return nullcontext()
 
 
@@ -167,7 +166,7 @@ def gather_full(tree: Any, world: World) -> Any:
     All processes must call it.
     """
     if isinstance(tree, DTensor):
-        whole = tree.detach().full_tensor()
+        whole = tree.full_tensor().detach()
         return whole.cpu() if world.is_main else None
     if isinstance(tree, dict):
         return {key: gather_full(value, world) for key, value in tree.items()}

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -196,10 +196,10 @@ class _Run:
         self.model_config = model_config_dict(model)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         model.set_grad_checkpointing(config.grad_checkpointing)
-        task = prepare_batch_norm(ClassifyTask(model, recipe.loss, recipe.augment), config, world)
-        task = task.to(world.device)
+        task = cast(ClassifyTask, prepare_batch_norm(ClassifyTask(model, recipe.loss, recipe.augment), config, world))
+        task.to(world.device)
         if config.channels_last:
-            task = task.to(memory_format=torch.channels_last)
+            task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = None
         if recipe.optim.ema_decay:
             self.ema = WeightAverage(task, recipe.optim.ema_decay, recipe.optim.ema_warmup)
@@ -210,7 +210,8 @@ class _Run:
                 shard(self.ema.module, world)
         if config.compile:
             task.compile()
-        self.task: nn.Module = task
+        self.task = task
+        self.averaged_task = None if self.ema is None else cast(ClassifyTask, self.ema.module)
         self.wrapped = replicate(task, config, world)
         self.optimizer = create_optimizer(task.model, recipe.optim, recipe.peak_lr)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
@@ -271,7 +272,7 @@ class _Run:
         vote = Vote(self.world)
         saved_step, saved_at = self.step if self.metrics_bytes else -1, time.monotonic()
         self.mark = _Mark(self.world.device)
-        with contextlib.closing(self.loader.batches(self.step, self.rate.total_steps)) as batches:
+        with contextlib.closing(self.loader.batches(self.step, self.rate.total_steps)) as batches:  # type: ignore[type-var]
             while True:
                 self._write_steps()
                 if self._is_evaluation_due() and self._evaluate():
@@ -374,8 +375,9 @@ class _Run:
 
     def _evaluate(self) -> bool:
         """Score the held-out pictures and save; False if a signal cut it short: it is made up for after a restart."""
+        assert self.val_loader is not None
         self._write_steps(wait=True)
-        scored = self.task if self.ema is None else self.ema.module
+        scored = self.averaged_task or self.task
         share_buffers(scored, self.world)
 
         def on_batch(done: int) -> None:
@@ -414,7 +416,7 @@ class _Run:
     def _save(self, is_best: bool = False) -> None:
         self._write_steps(wait=True)
         weights = gather_full(self.task.model.state_dict(), self.world)
-        averaged = None if self.ema is None else gather_full(self.ema.module.model.state_dict(), self.world)
+        averaged = self.averaged_task and gather_full(self.averaged_task.model.state_dict(), self.world)
         optimizer = gather_full(self.optimizer.state_dict(), self.world)
         if not self.world.is_main:
             return
@@ -463,8 +465,8 @@ class _Run:
                 f"now has {now[0]}, {now[1]} and {len(now[2])} or other class names. Give it the same data, or start a new run"
             )
         load_weights_into(self.task.model, checkpoint["model"])
-        if self.ema is not None:
-            load_weights_into(self.ema.module.model, checkpoint["ema"])
+        if self.averaged_task is not None:
+            load_weights_into(self.averaged_task.model, checkpoint["ema"])
         load_optimizer_into(self.optimizer, checkpoint["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint["scaler"])
@@ -617,6 +619,7 @@ class _Mark:
     def seconds_since(self, earlier: _Mark) -> float:
         if self._event is None:
             return self._time - earlier._time
+        assert earlier._event is not None
         return earlier._event.elapsed_time(self._event) / 1e3
 
 
@@ -690,14 +693,15 @@ def _torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]
     """torch's global switches as the recipe wants them, and back."""
     threads = torch.get_num_threads()
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that would write every tensor twice
+    # A debugging aid that would write every new tensor twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = config.deterministic
     torch.backends.cudnn.benchmark = not config.deterministic
     try:
@@ -705,5 +709,5 @@ def _torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn

@@ -1,0 +1,50 @@
+"""Train the recipe given as JSON, as a process of its own that tests can kill: run_recipe.py JSON OUT [--resume] [--slow]."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+
+from volo.config import recipe_from_dict
+from volo.engine.report import NullReporter, StepReport
+from volo.engine.train import train
+
+
+class SlowReporter(NullReporter):
+    """Makes the third step last a minute."""
+
+    def on_step(self, report: StepReport) -> None:
+        if report.step == 3:
+            time.sleep(60)
+
+
+def die_at_step(step: int) -> None:
+    """This process gets killed in its forward pass of `step`, as by a machine that fails."""
+    from volo.tasks.classify import ClassifyTask
+
+    forward, calls = ClassifyTask.forward, 0
+
+    def dying(self, batch):
+        nonlocal calls
+        calls += "target" in batch
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(self, batch)
+
+    ClassifyTask.forward = dying
+
+
+if __name__ == "__main__":
+    if os.environ.get("RANK_TO_KILL") == os.environ.get("RANK", "none"):
+        die_at_step(20)
+    result = train(
+        recipe_from_dict(json.loads(sys.argv[1])),
+        sys.argv[2],
+        resume="--resume" in sys.argv,
+        reporter=SlowReporter() if "--slow" in sys.argv else None,
+    )
+    print(result.status, result.step, flush=True)
+    sys.exit(128 + result.signal if result.signal else 0)
