@@ -79,15 +79,18 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(state.stall)
         extra = state.headers.get(path, {})
         if state.statuses or path not in state.files | state.redirects:
-            return self._head(state.statuses.pop(0) if state.statuses else 404, {})
+            self._head(state.statuses.pop(0) if state.statuses else 404, {})
+            return
         if path in state.redirects:
-            return self._head(302, {"Location": state.redirects[path], **extra})
+            self._head(302, {"Location": state.redirects[path], **extra})
+            return
         data = state.files[path]
         etag = f'"{hashlib.md5(data).hexdigest()}"'
         if wanted and state.supports_range and self.headers.get("If-Range", etag) == etag:
             start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
             if start >= len(data):
-                return self._head(416, {"Content-Range": f"bytes */{len(data)}"})
+                self._head(416, {"Content-Range": f"bytes */{len(data)}"})
+                return
             body = data[start:]
             status, about = 206, {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
         else:
@@ -686,7 +689,7 @@ def test_create_pretrained_from_files(published: dict[str, VOLO], tmp_path: Path
         volo.create_model("volo_d2", pretrained=tmp_path / "best.pt")
     own["model_config"]["colour"] = "blue"
     torch.save(own, tmp_path / "best.pt")
-    with pytest.raises(ValueError, match="another version of volo.*colour"):
+    with pytest.raises(ValueError, match=r"another version of volo.*colour"):
         volo.create_model("volo_d1", pretrained=tmp_path / "best.pt")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ def list_models() -> list[str]:
     return sorted(VARIANTS)
 
 
-def create_model(name: str, pretrained: bool | str = False, **overrides: Any) -> VOLO:
+def create_model(name: str, pretrained: bool | str | Path = False, **overrides: Any) -> VOLO:
     """Build a VOLO.
 
     Args:
@@ -160,11 +161,11 @@ def create_model(name: str, pretrained: bool | str = False, **overrides: Any) ->
     Raises ValueError for an unknown name or override, naming the nearest known one.
     """
     if name not in VARIANTS:
-        raise ValueError(f"unknown model {name!r}{nearest(name, VARIANTS)} Known: {', '.join(list_models())}")
+        raise ValueError(f"unknown model {name!r}{nearest(name, VARIANTS)} (known: {', '.join(list_models())})")
     fields = [f.name for f in dataclasses.fields(VOLOConfig)]
     for key in overrides:
         if key not in fields:
-            raise ValueError(f"{name} has no option {key!r}{nearest(key, fields)} Known: {', '.join(fields)}")
+            raise ValueError(f"{name} has no option {key!r}{nearest(key, fields)} (known: {', '.join(fields)})")
     if pretrained:
         from volo.models.weights import create_pretrained
 
@@ -292,15 +293,11 @@ class VOLO(nn.Module):
     def _run_stages(self, fine: Tensor) -> list[Tensor]:
         """The feature map after the outlookers and after each group of transformers, as [B, H, W, C]."""
         outlookers, downsample, *groups = self.network
-        x = fine
-        for block in outlookers.children():
-            x = self._run_block(block, x)
-        maps = [x]
-        x = downsample(x)
+        maps = [self._run_group(outlookers, fine)]
+        x = downsample(maps[0])
         x = self.pos_drop(x + self._pos_embed_for(x.shape[1], x.shape[2]))
         for group in groups:
-            for block in group.children():
-                x = self._run_block(block, x)
+            x = self._run_group(group, x)
             maps.append(x)
         return maps
 
@@ -311,6 +308,13 @@ class VOLO(nn.Module):
         for block in self.post_network:
             x = self._run_block(block, x)
         return self.norm(x)
+
+    def _run_group(self, group: nn.Module, x: Tensor) -> Tensor:
+        if not self.grad_checkpointing:
+            return group(x)  # as one call, so that hooks on the modules of `feature_info` fire
+        for block in group.children():
+            x = self._run_block(block, x)
+        return x
 
     def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():

@@ -139,7 +139,7 @@ def fetch(tag: str, *, cache_dir: str | Path | None = None, **options: Any) -> P
 def _known(tag: str) -> PretrainedWeights:
     if tag not in PRETRAINED:
         raise ValueError(
-            f"{tag!r} is neither a published tag nor an existing file{nearest(tag, PRETRAINED)} Tags: {', '.join(PRETRAINED)}"
+            f"{tag!r} is neither a published tag nor an existing file{nearest(tag, PRETRAINED)} (tags: {', '.join(PRETRAINED)})"
         )
     return PRETRAINED[tag]
 
@@ -653,7 +653,7 @@ def _locate(name: str, pretrained: bool | str | Path, overrides: Mapping[str, An
     if weights.variant != name:
         raise ValueError(
             f"{weights.tag} are weights of {weights.variant}, not of {name}{nearest(weights.tag, tags)} "
-            f"Tags of {name}: {', '.join(tags) or 'none'}"
+            f"(tags of {name}: {', '.join(tags) or 'none'})"
         )
     return fetch(weights.tag), weights.tag
 
