@@ -62,7 +62,7 @@ def evaluate(
                 logits = model(pixels(batch["image"].to(device, non_blocking=True)))
             target = batch["target"]
             metrics.update(logits, target if to_model_class is None else to_model_class[target])
-            if real is not None:
+            if real is not None and label_sets is not None:
                 real.update(logits, [label_sets[i] for i in batch["index"].tolist()])
             done += len(target)
             if on_batch is not None:
@@ -78,25 +78,21 @@ def evaluate(
     return result
 
 
-def match_classes(data_classes: Sequence[str], model_classes: Sequence[str], wnids: Sequence[str] = ()) -> list[int]:
-    """The model's class for each class of the data, so that a set with some of the classes, or other names, is scored.
+def match_classes(data_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:
+    """The model's class for each class of the data: that of the same name, or of that number where all are numbers.
 
-    Tried in turn: equal names; WordNet ids (`wnids`, those of the model's classes); integers, which are the model's
-    class numbers as in ImageNet-V2's folders 0 to 999. Raises ValueError where none of them fits.
+    Raises ValueError for data with classes that the model does not know.
     """
-    for names in (model_classes, wnids):
-        index = {name: i for i, name in enumerate(names)}
-        if all(name in index for name in data_classes):
-            return [index[name] for name in data_classes]
-    if all(name.isdecimal() for name in data_classes):
-        numbers = [int(name) for name in data_classes]
-        if max(numbers, default=0) < len(model_classes):
-            return numbers
-    strange = next(name for name in data_classes if name not in model_classes)
+    index = {name: i for i, name in enumerate(model_classes)}
+    if all(name in index for name in data_classes):
+        return [index[name] for name in data_classes]
+    if all(name.isdecimal() and int(name) < len(model_classes) for name in data_classes):
+        return [int(name) for name in data_classes]
+    strange = next(name for name in data_classes if name not in index)
     raise ValueError(
-        f"the data has the class {strange!r}, which the model does not know{nearest(strange, model_classes) or '.'} "
-        f"The data has {_some(data_classes)}; the model has {_some(model_classes)}. Class folders are named like the "
-        "model's classes, or by WordNet id (published ImageNet weights), or by class number from 0"
+        f"the data has the class {strange!r}, which the model does not know{nearest(strange, index) or '.'} "
+        f"The data has {_some(data_classes)}; the model has {_some(model_classes)}. Give it data with classes of the "
+        "same names (or the numbers of the model's classes, from 0)"
     )
 
 

@@ -309,7 +309,8 @@ def _figure(out: str | Path, width: float, height: float) -> Iterator[Figure]:
 
 def _read_metrics(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """Lines of steps and lines of evaluations."""
-    steps, evaluations = [], []
+    steps: list[Mapping[str, Any]] = []
+    evaluations: list[Mapping[str, Any]] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -318,7 +319,10 @@ def _read_metrics(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
-        (evaluations if "top1" in values else steps).append(values)
+        if values["kind"] == "eval":
+            evaluations.append(values)
+        elif "loss" in values:  # a step that fp16 skipped has none
+            steps.append(values)
     return steps, evaluations
 
 
