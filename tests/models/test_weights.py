@@ -293,6 +293,18 @@ def test_a_disk_that_takes_no_more_is_reported_and_not_tried_again(server: FileS
     assert server.requests[1] == ("/w.bin", "bytes=100000-")
 
 
+def test_without_locks_each_process_has_a_part_of_its_own(
+    server: FileServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("volo.models.weights.fcntl", None)  # as on Windows
+    cache.mkdir()
+    (cache / "w.bin.part").write_bytes(b"another process writes here")
+    assert get(server, sha256=SHA256).read_bytes() == DATA
+    with pytest.raises(DownloadError):
+        get(server, name="x.bin", sha256="0" * 64)
+    assert left_over(cache) == {"w.bin", "w.bin.part"}
+
+
 CHILD = """
 import sys
 from volo.models.weights import download

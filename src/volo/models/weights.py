@@ -212,6 +212,8 @@ def download(
         part = path.with_name(f"{name}.part" if is_ours else f"{name}.{os.getpid()}.part")
         try:
             _download_whole(url, part, sha256, size, on_progress, timeout, attempts, backoff)
+            part.replace(path)
+            _forget(part)
         except _Failed as error:
             later = "try again later" if isinstance(error, _BrokeOff) else "check the address and the mirror"
             raise DownloadError(
@@ -220,8 +222,6 @@ def download(
         finally:
             if not is_ours:
                 _forget(part)
-        part.replace(path)
-        _forget(part)
     return path
 
 
