@@ -68,7 +68,7 @@ def open_torchvision_cifar(kind: str, root: Path | None) -> DataSplits:
 
 def open_npz(path: Path, config: DataConfig, on_progress: Progress | None = None) -> DataSplits:
     """Training and held-out pictures of an npz file or folder; see `volo.data.images.open_data`. Raises ValueError."""
-    if path.is_dir():
+    if config.path and path.is_dir():
         train_files = sorted(path.glob("data_batch_*.npz")) or [file for file in [path / "train.npz"] if file.is_file()]
         val_files = [file for name in ("test_batch", *VAL_FOLDERS) if (file := path / f"{name}.npz").is_file()][:1]
     else:

@@ -52,7 +52,7 @@ def is_image_name(name: str) -> bool:
 
 def open_folders(path: Path, config: DataConfig, on_progress: Progress | None = None) -> DataSplits:
     """Training and held-out pictures of an image folder; see `volo.data.images.open_data`. Raises ValueError."""
-    if not path.is_dir():
+    if not config.path or not path.is_dir():
         raise ValueError(f"data.path is {config.path or 'empty'}, but data.kind 'folder' needs a folder.\n{LAYOUTS}")
     has_train = (path / "train").is_dir()
     val_root = next((path / name for name in VAL_FOLDERS if (path / name).is_dir()), None)
@@ -160,7 +160,8 @@ def _scan(root: Path) -> _Scan:
 
 
 def _require_known(scan: _Scan, classes: Sequence[str]) -> None:
-    unknown = [name for name in scan.files if name not in set(classes)]
+    known = set(classes)
+    unknown = [name for name in scan.files if name not in known]
     if unknown:
         raise ValueError(
             f"{len(unknown)} class folders in {scan.root} are unknown: {', '.join(unknown)}. "

@@ -71,7 +71,7 @@ class Names(Sequence[str]):
         return os.fsdecode(self._encoded[index])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ArraySource:
     """Pictures of one size, all in memory: images uint8 [N, 3, H, W]."""
 
@@ -120,7 +120,7 @@ class PixelCache:
         return PixelCache(self.pixels, self.shapes[indices], self.starts[indices])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FolderSource:
     """Picture files of any size, named relative to `root`; decoded when asked for, unless `cache` holds the pixels."""
 
