@@ -22,7 +22,7 @@ LINES = [
     ("__init__",),
     ("tasks",),
     ("engine", "deploy", "explain"),
-    ("bench",),
+    ("bench", "console"),
     ("cli",),
     ("__main__",),
 ]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from volo.config import nearest
+from volo.config import DataConfig, nearest
+from volo.data.decode import BadImage
+from volo.data.folders import open_folder
+from volo.data.images import open_data
+from volo.data.sources import VAL_FOLDERS, ImageSource
 from volo.engine.metrics import ClassificationMetrics
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,6 +82,60 @@ def evaluate(
         real.merge()
         result["real"] = real.compute()
     return result
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Pictures to score a model on."""
+
+    source: ImageSource
+    class_map: list[int] | None
+    """Class of the model for each class of `source`; None: they are the same."""
+    skipped: list[BadImage]
+    """Left out, because they cannot be decoded."""
+    what: str
+    """For people: which part of which data this is."""
+
+
+def open_labelled(
+    path: str | Path | None,
+    data: DataConfig,
+    classes: Sequence[str],
+    wnids: Sequence[str] = (),
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LabelledData:
+    """Pictures to score a model with `classes` on, prepared as `data` (that of its training) says.
+
+    Args:
+        path: None: the pictures held out from the training. A folder of class folders, named like the classes, by their
+            WordNet id or by their number (ImageNet-V2); or one that has them in val/ (or validation/, valid/, test/);
+            or any other data of `volo.data.images.open_data`, whose held-out part is taken.
+        wnids: WordNet ids of the classes, for models of ImageNet.
+
+    Raises ValueError as `open_data` does, and for classes that the model does not know.
+    """
+    given = Path(data.path if path is None else path).expanduser()
+    trained_on = Path(data.path).expanduser()
+    if path is not None and given.resolve() != trained_on.resolve():
+        data = dataclasses.replace(data, path=str(given), kind="auto")
+        is_new = True
+    elif data.path or data.kind != "auto" or not wnids:
+        is_new = False
+    else:
+        raise ValueError("published weights come without pictures; give a folder of class folders with --data")
+
+    val = next((given / name for name in VAL_FOLDERS if (given / name).is_dir()), None)
+    is_packed = any(given.glob("*.npz")) or any(given.glob("cifar-*"))
+    if data.path and given.is_dir() and data.kind in ("auto", "folder") and not is_packed and (val or is_new):
+        folder = val or given
+        names = {child.name for child in folder.iterdir() if child.is_dir()}
+        known = wnids if wnids and names <= set(wnids) else classes
+        source, skipped = open_folder(folder, known, data, on_progress=on_progress)
+        return LabelledData(source, None, skipped, str(folder))
+    splits = open_data(data, on_progress=on_progress)
+    class_map = None if splits.classes == tuple(classes) else match_classes(splits.classes, classes)
+    return LabelledData(splits.val, class_map, splits.skipped, f"held-out part of {data.path or data.kind}")
 
 
 def match_classes(data_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:

@@ -1,0 +1,8 @@
+"""`python -m volo` is `volo`; torchrun starts it this way."""
+
+import sys
+
+from volo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""What a run looks like in a terminal, and in a log file: progress, figures, tables."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from volo.engine.predict import Prediction
+from volo.engine.report import NullReporter, RunInfo, StepReport, TrainResult
+
+LIVE_SECONDS = 0.25
+"""A terminal is redrawn no more often than this: drawing takes milliseconds that the training could use."""
+LINE_SECONDS = 30.0
+"""A log file gets a line no more often than this."""
+
+
+class Bar:
+    """One line that is redrawn in a terminal, or a plain line once in a while anywhere else.
+
+    Nothing runs beside the caller: it draws when it is told something. Use as a context manager.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._drawn = time.monotonic()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.clear()
+
+    def show(self, what: str, done: int, total: int, figures: str = "") -> None:
+        now = time.monotonic()
+        if now - self._drawn < (LIVE_SECONDS if self.console.is_terminal else LINE_SECONDS):
+            return
+        self._drawn = now
+        if not self.console.is_terminal:
+            self.console.print(Text(f"{what}: {done:,} of {total:,}  {figures}".rstrip()))
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan"),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TextColumn("{task.fields[figures]}", style="dim"),
+                console=self.console,
+                auto_refresh=False,
+                transient=True,
+                expand=True,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(what, figures=figures)
+        self._progress.update(self._task, description=what, completed=done, total=total, figures=figures, refresh=True)
+
+    def clear(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class TrainReporter(NullReporter):
+    """Shows a training run: a bar with speed and time left, and a row of figures for every evaluation."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Bar(console)
+        self._losses: deque[float] = deque(maxlen=50)
+        self._since_eval: list[float] = []
+        self._has_head = False
+
+    def __enter__(self) -> TrainReporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.clear()
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        self.bar.show(what, done, total)
+        if done >= total:
+            self.bar.clear()
+
+    def on_start(self, run: RunInfo) -> None:
+        self.run = run
+        self._started, self._first = time.monotonic(), run.start_step
+        data, name = run.recipe.data, run.recipe.model.name
+        where = f"{run.device}, {run.world_size} processes" if run.world_size > 1 else str(run.device)
+        self._say(
+            Text.assemble(
+                (name, "bold"),
+                f" ({millions(run.num_parameters)} parameters) on {data.path or data.kind}: {run.num_train:,} training and "
+                f"{run.num_val:,} held-out pictures of {len(run.classes)} classes\n"
+                f"{run.total_steps:,} steps of {run.recipe.train.batch_size} pictures, {run.steps_per_epoch:,} an epoch; "
+                f"{where}; everything goes to {run.out}",
+            )
+        )
+        if run.start_step:
+            self._say(Text(f"continued after step {run.start_step:,}", style="green"))
+
+    def on_step(self, report: StepReport) -> None:
+        self._losses.append(report.loss)
+        self._since_eval.append(report.loss)
+        run = self.run
+        left = (time.monotonic() - self._started) / (report.step - self._first) * (run.total_steps - report.step)
+        self.bar.show(
+            f"epoch {report.epoch:.1f}/{run.total_steps / run.steps_per_epoch:g}",
+            report.step,
+            run.total_steps,
+            f"loss {sum(self._losses) / len(self._losses):.3f}  lr {report.lr:.1e}  "
+            f"{report.images_per_second:,.0f} pictures/s  {duration(left)} left",
+        )
+
+    def on_eval(self, metrics: dict[str, Any], is_best: bool) -> None:
+        if not self._has_head:
+            self._has_head = True
+            head = f"{'epoch':>7}{'step':>9}{'loss':>9}{'held out':>10}{'top-1':>9}{'top-5':>9}{'classes':>9}{'ECE':>8}{'time':>9}"
+            self._say(Text(head, style="dim"))
+        loss = sum(self._since_eval) / len(self._since_eval) if self._since_eval else float("nan")
+        self._since_eval.clear()
+        figures = "".join(f"{100 * metrics[key]:>7.2f} %" for key in ("top1", "top5", "mean_class_accuracy"))
+        row = (
+            f"{metrics['epoch']:>7.1f}{metrics['step']:>9,}{loss:>9.4f}{metrics['loss']:>10.4f}{figures}{metrics['ece']:>8.4f}"
+            f"{duration(time.monotonic() - self._started):>9}"
+        )
+        self._say(Text.assemble(row, (" best" if is_best else "", "bold green")))
+
+    def on_message(self, text: str) -> None:
+        self._say(Text(text, style="yellow"))
+
+    def _say(self, text: Text) -> None:
+        self.console.print(text, soft_wrap=True)
+
+
+def show_result(console: Console, result: TrainResult, pictures: Sequence[Path]) -> None:
+    """The end of a run: how good it is, where everything lies, what to do next."""
+    best = result.best
+    if best:
+        console.print(
+            Text.assemble(
+                (f"best top-1 {100 * best['top1']:.2f} %", "bold green"),
+                f" at epoch {best['epoch']:g} (mean of classes {100 * best['mean_class_accuracy']:.2f} %, ECE {best['ece']:.4f})",
+            ),
+            soft_wrap=True,
+        )
+    console.print(
+        f"{duration(result.seconds)} in all, {result.images_per_second:,.0f} pictures/s in training", highlight=False
+    )
+    weights = result.out / ("best.pt" if best else "last.pt")
+    for path, what in [(weights, "the weights")] + [(p, p.stem) for p in pictures]:
+        console.print(Text.assemble("  ", (str(path), "cyan"), f"  {what}"), soft_wrap=True)
+    console.print(
+        Text.assemble(
+            "next: ",
+            (f"volo predict {result.out} PICTURES...", "bold"),
+            "   or   ",
+            (f"volo evaluate {result.out}", "bold"),
+        ),
+        soft_wrap=True,
+    )
+
+
+def show_evaluation(
+    console: Console, result: dict[str, Any], classes: Sequence[str], what: str, most: int = 60
+) -> None:
+    """Figures of an evaluation as tables; above `most` classes only the worst ones are listed."""
+    columns = {"": result} | ({"ReaL labels": result["real"]} if "real" in result else {})
+    figures = Table(
+        title=f"{result['count']:,} pictures, {what}", title_justify="left", show_header=len(columns) > 1, box=None
+    )
+    figures.add_column()
+    for name in columns:
+        figures.add_column(name or "labels", justify="right")
+    for key, label in (
+        ("top1", "top-1"),
+        ("top5", f"top-{min(5, len(classes))}"),
+        ("mean_class_accuracy", "mean of classes"),
+    ):
+        figures.add_row(label, *(f"{100 * column[key]:.2f} %" for column in columns.values()))
+    for key, label in (("ece", "calibration error (ECE)"), ("loss", "loss")):
+        figures.add_row(label, *(f"{column[key]:.4f}" for column in columns.values()))
+    if len(columns) > 1:
+        figures.add_row("pictures with labels", *(f"{column['count']:,}" for column in columns.values()))
+    console.print(figures, highlight=False)
+
+    counts = [sum(row) for row in result["confusion"]]
+    accuracies = result["per_class_accuracy"]
+    seen = [i for i, accuracy in enumerate(accuracies) if accuracy is not None]
+    shown = seen if len(seen) <= most else sorted(seen, key=lambda i: accuracies[i])[:20]
+    title = (
+        "accuracy by class"
+        if len(seen) <= most
+        else f"the 20 worst of {len(seen)} classes (all of them: --json or --out)"
+    )
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    table.add_column("class", max_width=40, no_wrap=True, overflow="ellipsis")
+    table.add_column("right", justify="right")
+    table.add_column("of", justify="right")
+    table.add_column("accuracy", justify="right")
+    table.add_column("")
+    for i in shown:
+        share = accuracies[i]
+        table.add_row(
+            Text(classes[i]),
+            f"{result['confusion'][i][i]:,}",
+            f"{counts[i]:,}",
+            f"{100 * share:.1f} %",
+            Text("━" * round(20 * share), style="cyan"),
+        )
+    console.print(table, highlight=False)
+
+
+def prediction_line(prediction: Prediction, name_width: int, class_width: int) -> Text:
+    """One picture of a table of predictions; the widths align it with the others."""
+    name = prediction.name if len(prediction.name) <= name_width else "…" + prediction.name[1 - name_width :]
+    line = Text(f"{name:<{name_width}}  ")
+    if prediction.error:
+        reason = prediction.error.removeprefix(f"{prediction.name}: ")
+        return line.append(f"not read: {reason}", style="red")
+    for rank, (label, probability) in enumerate(prediction.top):
+        label = label if len(label) <= class_width else label[: class_width - 1] + "…"
+        line.append(f"{label:<{class_width}} {100 * probability:5.1f} %  ", style="bold" if rank == 0 else "dim")
+    line.rstrip()
+    return line
+
+
+def show_info(console: Console, facts: dict[str, Any]) -> None:
+    """What `volo info` found out, as tables."""
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=bool(columns))
+        for i, column in enumerate(columns):
+            made.add_column(column, justify="right" if i and columns[i] not in ("", "what", "depths") else "left")
+        return made
+
+    def show(made: Table) -> None:
+        console.print(made, highlight=False)
+        console.print()
+
+    versions = table("versions")
+    for name, version in facts["versions"].items():
+        versions.add_row(name, version or Text("not installed", style="dim"))
+    show(versions)
+    devices = table("devices")
+    for name, what in facts["devices"].items():
+        devices.add_row(name, what)
+    show(devices)
+    for device, engines in facts["outlook_attention"].items():
+        made = table(f"engines of outlook attention on {device}, the first that serves is taken")
+        for name, why_not in engines.items():
+            made.add_row(name, Text(f"no: {why_not}", style="yellow") if why_not else Text("serves", style="green"))
+        show(made)
+    if "models" in facts:
+        made = table("models", "", "parameters", "pixels", "depths", "widths")
+        for name, m in facts["models"].items():
+            depths, widths = (", ".join(map(str, m[key])) for key in ("depths", "embed_dims"))
+            made.add_row(name, f"{m['parameters']:,}", str(m["img_size"]), depths, widths)
+        show(made)
+        made = table(
+            "published weights (ImageNet-1k, %)", "", "top-1", "ReaL", "V2", "crop original", "crop timm", "here"
+        )
+        for tag, w in facts["pretrained"].items():
+            figures = (f"{w[key]:.2f}" for key in ("top1", "real", "v2", "crop_original", "crop_timm"))
+            made.add_row(tag, *figures, "yes" if w["cached"] else "")
+        show(made)
+        made = table("recipes", "", "what")
+        for name, what in facts["recipes"].items():
+            made.add_row(name, what)
+        show(made)
+    console.print(f"downloads are kept in {facts['cache']}", soft_wrap=True, highlight=False)
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+def duration(seconds: float) -> str:
+    """H:MM:SS, without hours that are not there."""
+    whole = max(0, round(seconds))
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
