@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.volo-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format demo bench constraints clean
+.PHONY: help setup test test-slow lint format demo constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,6 +39,12 @@ lint: setup ## ruff and mypy
 format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+demo: setup ## train on handwritten digits, then name digits that were held out
+	$(BIN)/volo train recipes/digits.toml --out runs/digits --overwrite
+	$(BIN)/python examples/held_out_pictures.py runs/digits runs/digits/held_out
+	$(BIN)/volo predict runs/digits runs/digits/held_out --sheet runs/digits/predictions.png
+	@echo "Pictures to look at: runs/digits/predictions.png, runs/digits/curves.png, runs/digits/confusion.png"
 
 constraints: setup ## bring constraints.txt in line with pyproject.toml; pins that still fit stay
 	printf 'setuptools\nuv\n' | $(BIN)/uv pip compile pyproject.toml - --all-extras --universal --python-version 3.11 \
