@@ -213,7 +213,7 @@ class ShiftAndFlip:
 
 
 def shift(images: np.ndarray, pad: int, down: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Crop [B, C, H, W] at row `down`, column `right` (int [B], 0..2 pad) of the pictures with `pad` mirrored pixels."""
+    """Crop [B, C, H, W] at row `down`, column `right` (int [B], 0..2 pad) of pictures with `pad` mirrored pixels."""
     B, C, H, W = images.shape
     padded = np.empty((B, C, H + 2 * pad, W + 2 * pad), images.dtype)
     padded[:, :, pad:-pad, pad:-pad] = images

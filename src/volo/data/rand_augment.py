@@ -31,17 +31,14 @@ def _enhance(strength: float, increasing: bool) -> float:
     return max(0.1, 1 + _signed(strength * 0.9)) if increasing else strength * 1.8 + 0.1
 
 
-def _posterize(image: Tensor, bits: int) -> Tensor:
-    return F.posterize(image, bits)
-
-
 def _solarize(image: Tensor, threshold: int) -> Tensor:
     return F.solarize(image, threshold) if threshold < 256 else image
 
 
 def _solarize_add(image: Tensor, addition: int) -> Tensor:
     # Dark values (below 128) are lifted; 127 + 128 still fits into 8 bits.
-    return torch.where(image < 128, image + addition, image)
+    lifted = torch.where(image < 128, image + addition, image)
+    return tv_tensors.wrap(lifted, like=image) if isinstance(image, tv_tensors.TVTensor) else lifted
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ OPERATIONS: dict[str, Operation] = {
     "auto_contrast": Operation(None, F.autocontrast),
     "equalize": Operation(None, F.equalize),
     "invert": Operation(None, F.invert),
-    "posterize": Operation(lambda s, inc: 4 - int(s * 4) if inc else int(s * 4), _posterize),
+    "posterize": Operation(lambda s, inc: max(1, 4 - int(s * 4) if inc else int(s * 4)), F.posterize),
     "solarize": Operation(lambda s, inc: 256 - min(256, int(s * 256)) if inc else min(256, int(s * 256)), _solarize),
     "solarize_add": Operation(lambda s, inc: min(128, int(s * 110)), _solarize_add),
     "color": Operation(_enhance, F.adjust_saturation),
@@ -72,7 +69,10 @@ OPERATIONS: dict[str, Operation] = {
     "translate_x": Operation(lambda s, inc: _signed(s * 0.45)),
     "translate_y": Operation(lambda s, inc: _signed(s * 0.45)),
 }
-"""timm's 15 operations; ranges at strength 1: 30 degrees, shear 0.3, translation 0.45 of the side, blend 0.1 to 1.9."""
+"""timm's 15 operations; ranges at strength 1: 30 degrees, shear 0.3, translation 0.45 of the side, blend 0.1 to 1.9.
+
+One difference: posterize keeps at least one bit, where timm's 0 bits make the picture black (and newer Pillow fail).
+"""
 
 
 class RandAugment(v2.Transform):
@@ -80,7 +80,8 @@ class RandAugment(v2.Transform):
 
     The magnitude is drawn anew for each from a normal distribution of deviation `magnitude_std` (uniform from 0 to
     `magnitude` when that is infinite) and clipped to 0..`magnitude_max`. `increasing`: every operation gets stronger
-    with magnitude. `fill` (per channel, 0..255) is what moves in from outside. Draws come from torch's CPU generator.
+    with magnitude. `fill` (per channel, 0..255) moves into pictures from outside, zero into anything else. Draws come
+    from torch's CPU generator.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class RandAugment(v2.Transform):
         for name, argument in params["chosen"]:
             apply = OPERATIONS[name].apply
             if apply is None:
-                inpt = move(inpt, name, argument, self.fill)
+                inpt = move(inpt, name, argument, self.fill if is_picture else None)
             elif is_picture:
                 inpt = apply(inpt) if argument is None else apply(inpt, argument)
         return inpt
@@ -128,7 +129,7 @@ class RandAugment(v2.Transform):
         return min(max(level, 0.0), self.magnitude_max)
 
 
-def move(inpt: Any, name: str, amount: float, fill: Sequence[float]) -> Any:
+def move(inpt: Any, name: str, amount: float, fill: Sequence[float] | None) -> Any:
     """One of the geometric OPERATIONS: degrees for "rotate", tangent for a shear, share of the side for a translation.
 
     Shears keep the top left corner in place, rotations the centre. Raises TypeError for a tv_tensor without an affine
@@ -155,7 +156,7 @@ def move(inpt: Any, name: str, amount: float, fill: Sequence[float]) -> Any:
         scale=1.0,
         shear=shear,
         interpolation=v2.InterpolationMode.BILINEAR,
-        fill=list(fill),
+        fill=fill and list(fill),
         center=center,
     )
 

@@ -51,8 +51,8 @@ class ResizeAndCenterCrop(v2.Transform):
     def __init__(self, size: Size, crop_pct: float = 1.0, interpolation: str = "bicubic") -> None:
         super().__init__()
         self.size = height_width(size)
-        self.cover = tuple(math.floor(side / crop_pct) for side in self.size)
-        if crop_pct <= 0 or min(self.cover) < 1:
+        self.cover = tuple(math.floor(side / crop_pct) if crop_pct > 0 else 0 for side in self.size)
+        if min(self.cover) < 1:
             raise ValueError(f"crop_pct is {crop_pct}; it is above 0 and usually from 0.8 to 1.15")
         self.mode = _MODES["bilinear" if interpolation == "bilinear" else "bicubic"]
 
