@@ -1,0 +1,666 @@
+// Outlook attention and its gradient, included once per instruction set with VOLO_ISA, VOLO_VECTOR_BYTES and
+// VOLO_VECTORS_HELD defined. Everything lives in a namespace of that set and nothing comes from a shared inline
+// function: the linker must never take AVX-512 code for a processor that has none.
+//
+// What makes it fast. Nothing is unfolded. A thread owns a band of output rows and walks its windows in order; of each
+// window it takes the softmax of the logits (contiguous for all heads, hence dense vectors), holds the K*K values of a
+// head in registers while the K*K queries stream past, and adds the sums where they belong, in rows that are still in
+// the cache. A row of logits belongs to exactly one output token, so bands share no work in the forward pass except at
+// their borders the loads of the values, and no two threads write to one place. Every token receives its windows in
+// the same order whatever the bands, so results do not depend on the number of threads.
+//
+// Two ways through the memory. *Direct*: float (double) and a head_dim that fills whole vectors; values are read and
+// sums are written where they are. *Staged*: every other head_dim, and bfloat16, whose sums must stay in float until
+// they are complete: values are widened and padded in scratch, and sums grow in a ring of K rows.
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "outlook_attention.h"
+
+#define VOLO_INLINE inline __attribute__((always_inline))
+
+namespace volo {
+namespace VOLO_ISA {
+namespace {
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+// ---- vectors: the compilers' generic ones, so that one text serves every instruction set ----
+
+template <class A>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  static constexpr int count = VOLO_VECTOR_BYTES / 4;
+  typedef float Vec __attribute__((vector_size(VOLO_VECTOR_BYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(VOLO_VECTOR_BYTES)));
+  typedef uint16_t Half __attribute__((vector_size(VOLO_VECTOR_BYTES / 2)));
+};
+
+template <>
+struct Lanes<double> {
+  static constexpr int count = VOLO_VECTOR_BYTES / 8;
+  typedef double Vec __attribute__((vector_size(VOLO_VECTOR_BYTES)));
+};
+
+template <class A>
+using Vec = typename Lanes<A>::Vec;
+using Bits = Lanes<float>::Bits;
+using Half = Lanes<float>::Half;
+
+VOLO_INLINE Vec<float> load(const float* p) {
+  Vec<float> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+VOLO_INLINE Vec<double> load(const double* p) {
+  Vec<double> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+VOLO_INLINE Vec<float> load(const Bf16* p) {
+  Half h;
+  memcpy(&h, p, sizeof h);
+  return (Vec<float>)(__builtin_convertvector(h, Bits) << 16);
+}
+
+VOLO_INLINE void store(float* p, Vec<float> v) { memcpy(p, &v, sizeof v); }
+
+VOLO_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v, sizeof v); }
+
+// Rounds to nearest, ties to even; the addend cannot carry a number into NaN, and a NaN keeps a mantissa bit.
+VOLO_INLINE void store(Bf16* p, Vec<float> v) {
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits nan = (bits >> 16) | 0x40u;
+  const Half h = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Half);
+  memcpy(p, &h, sizeof h);
+}
+
+// The first `n` elements, 0 behind them.
+template <class A, class T>
+VOLO_INLINE Vec<A> load_part(const T* p, int64_t n) {
+  T part[Lanes<A>::count] = {};
+  memcpy(part, p, n * sizeof(T));
+  return load(part);
+}
+
+template <class T, class V>
+VOLO_INLINE void store_part(T* p, V v, int64_t n) {
+  T part[sizeof(V) / sizeof(v[0])];
+  store(part, v);
+  memcpy(p, part, n * sizeof(T));
+}
+
+template <class A>
+VOLO_INLINE A sum_lanes(Vec<A> v) {
+  constexpr int W = Lanes<A>::count;
+  A part[W];
+  store(part, v);
+  for (int step = W / 2; step > 0; step /= 2)
+    for (int l = 0; l < step; ++l) part[l] += part[l + step];
+  return part[0];
+}
+
+// ---- softmax ----
+
+// x * scale as a power of two, the factor in two floats: the exponent is then exact to less than its last place.
+struct Exponent {
+  float high, low;
+  explicit Exponent(double scale) {
+    const double log2e = 1.4426950408889634 * scale;
+    high = (float)log2e;
+    low = (float)(log2e - high);
+  }
+};
+
+constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+constexpr uint32_t kRoundingBits = 0x4b400000u;
+constexpr uint32_t kPlainExponent = 35;  // |exponent| <= 35: no maximum need be subtracted for exp to stay harmless
+
+// 2^r for |r| <= 1/2, relative error 2e-9 before rounding.
+VOLO_INLINE Vec<float> exp2_fraction(Vec<float> r) {
+  Vec<float> p = r * 0.00015353362f + 0.0013398874f;
+  p = p * r + 0.009618437f;
+  p = p * r + 0.055503324f;
+  p = p * r + 0.24022648f;
+  p = p * r + 0.69314718f;
+  return p * r + 1.0f;
+}
+
+// exp(x * scale) where the exponent is moderate; `widest` keeps the largest shifted exponent seen, NaN and infinity included.
+VOLO_INLINE Vec<float> exp_plain(Vec<float> x, Exponent e, Bits& widest) {
+  const Vec<float> shifted = x * e.high + kRoundingShift;
+  const Vec<float> n = shifted - kRoundingShift;
+  const Vec<float> r = x * e.low + (x * e.high - n);
+  const Bits exponent = (Bits)shifted - (kRoundingBits - kPlainExponent);
+  widest = exponent > widest ? exponent : widest;
+  return (Vec<float>)((Bits)exp2_fraction(r) + ((Bits)shifted << 23));
+}
+
+// exp(x) for x <= 0 or NaN; 0 from where the result would be denormal.
+VOLO_INLINE Vec<float> exp_negative(Vec<float> x, Exponent e) {
+  const Vec<float> lowest = (Vec<float>){} - 87.0f;
+  const Vec<float> safe = x < lowest ? lowest : x;
+  const Vec<float> shifted = safe * e.high + kRoundingShift;
+  const Vec<float> n = shifted - kRoundingShift;
+  const Vec<float> r = safe * e.low + (safe * e.high - n);
+  const Vec<float> result = (Vec<float>)((Bits)exp2_fraction(r) + ((Bits)shifted << 23));
+  return x < lowest ? (Vec<float>){} : result;
+}
+
+VOLO_INLINE float widen(float x) { return x; }
+VOLO_INLINE double widen(double x) { return x; }
+VOLO_INLINE float widen(Bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+// Largest of a row times scale; exp of the rest relative to it. For logits too wide for exp_plain, and for masks of -inf.
+template <class T>
+void exp_shifted(const T* logits, int64_t rows, int64_t length, double scale, float* e) {
+  constexpr int W = Lanes<float>::count;
+  const float factor = (float)scale;
+  for (int64_t r = 0; r < rows; ++r) {
+    float largest = widen(logits[r * length]) * factor;
+    for (int64_t k = 0; k < length; ++k) {
+      const float x = widen(logits[r * length + k]) * factor;
+      e[r * length + k] = x;
+      if (x > largest) largest = x;
+    }
+    for (int64_t k = 0; k < length; ++k) e[r * length + k] -= largest;
+  }
+  const Exponent natural(1.0);
+  for (int64_t i = 0; i < rows * length; i += W) store(e + i, exp_negative(load(e + i), natural));
+}
+
+template <class T>
+VOLO_INLINE void exponentials(const T* logits, int64_t rows, int64_t length, double scale, float* e) {
+  constexpr int W = Lanes<float>::count;
+  const int64_t n = rows * length;
+  const Exponent exponent(scale);
+  Bits widest = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(e + i, exp_plain(load(logits + i), exponent, widest));
+  if (i < n) store(e + i, exp_plain(load_part<float>(logits + i, n - i), exponent, widest));
+  uint32_t largest = 0;
+  for (int l = 0; l < W; ++l) largest = widest[l] > largest ? widest[l] : largest;
+  if (__builtin_expect(largest > 2 * kPlainExponent, 0)) exp_shifted(logits, rows, length, scale, e);
+}
+
+VOLO_INLINE void exponentials(const double* logits, int64_t rows, int64_t length, double scale, double* e) {
+  for (int64_t r = 0; r < rows; ++r) {
+    double largest = logits[r * length] * scale;
+    for (int64_t k = 1; k < length; ++k) {
+      const double x = logits[r * length + k] * scale;
+      if (x > largest) largest = x;
+    }
+    for (int64_t k = 0; k < length; ++k) e[r * length + k] = exp(logits[r * length + k] * scale - largest);
+  }
+}
+
+// Sums of the rows of e. Rows of nine are shorter than a vector: sums of three neighbours, then of three such sums,
+// taken at all positions at once, cost four additions a vector; every ninth is one that is wanted.
+template <class A, int KK>
+VOLO_INLINE void row_sums(const A* e, int64_t rows, int64_t length, A* scratch, A* sums) {
+  constexpr int W = Lanes<A>::count;
+  if constexpr (KK == 9) {
+    const int64_t n = rows * 9;
+    for (int64_t i = 0; i < n; i += W) store(scratch + i, load(e + i) + load(e + i + 1) + load(e + i + 2));
+    for (int64_t i = 0; i < n; i += W)
+      store(scratch + i, load(scratch + i) + load(scratch + i + 3) + load(scratch + i + 6));
+    for (int64_t r = 0; r < rows; ++r) sums[r] = scratch[r * 9];
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* row = e + r * length;
+      Vec<A> total = {};
+      int64_t k = 0;
+      for (; k + W <= length; k += W) total += load(row + k);
+      A sum = sum_lanes<A>(total);
+      for (; k < length; ++k) sum += row[k];
+      sums[r] = sum;
+    }
+  }
+}
+
+// e = exp(scale * logits - something of the row), inverse = 1 / its row sums: the softmax is their product, which nobody forms.
+template <int KK, class T, class A>
+VOLO_INLINE void softmax_rows(const T* logits, int64_t rows, int64_t length, double scale, A* e, A* scratch, A* inverse) {
+  constexpr int W = Lanes<A>::count;
+  exponentials(logits, rows, length, scale, e);
+  row_sums<A, KK>(e, rows, length, scratch, inverse);
+  for (int64_t r = 0; r < rows; r += W) store(inverse + r, (A)1 / load(inverse + r));
+}
+
+// ---- products ----
+
+// out[o] (+)= inverse[o] * sum over i of weight(o, i) * in[i], NV vectors wide, for the outputs that are not null.
+// weight is [KK, KK], or its transpose. `fresh[o]`: nothing has been added to out[o] yet.
+template <int NV, bool kTransposed, class A>
+VOLO_INLINE void mix_nine(const A* const* in, const A* weight, const A* inverse, A* const* out, const bool* fresh,
+                          int64_t d) {
+  constexpr int W = Lanes<A>::count;
+  Vec<A> held[9][NV];
+  for (int i = 0; i < 9; ++i)
+    for (int v = 0; v < NV; ++v) held[i][v] = load(in[i] + d + v * W);
+  for (int o = 0; o < 9; ++o) {
+    if (out[o] == nullptr) continue;
+    Vec<A> sum[NV];
+    for (int v = 0; v < NV; ++v) sum[v] = held[0][v] * weight[kTransposed ? o : o * 9];
+    for (int i = 1; i < 9; ++i)
+      for (int v = 0; v < NV; ++v) sum[v] += held[i][v] * weight[kTransposed ? i * 9 + o : o * 9 + i];
+    for (int v = 0; v < NV; ++v) {
+      if constexpr (!kTransposed) sum[v] = sum[v] * inverse[o];
+      A* place = out[o] + d + v * W;
+      store(place, fresh[o] ? sum[v] : load(place) + sum[v]);
+    }
+  }
+}
+
+template <int NV, bool kTransposed, class A>
+VOLO_INLINE void mix_any(const A* const* in, const A* weight, const A* inverse, A* const* out, const bool* fresh,
+                         int64_t length, int64_t d) {
+  constexpr int W = Lanes<A>::count;
+  constexpr int kAtOnce = 4;
+  const int64_t along = kTransposed ? length : 1, across = kTransposed ? 1 : length;
+  for (int64_t o = 0; o < length; o += kAtOnce) {
+    const int64_t count = length - o < kAtOnce ? length - o : kAtOnce;
+    Vec<A> sum[kAtOnce][NV] = {};
+    const A* w[kAtOnce];
+    for (int64_t q = 0; q < kAtOnce; ++q) w[q] = weight + (o + (q < count ? q : 0)) * across;
+    for (int64_t i = 0; i < length; ++i)
+      for (int v = 0; v < NV; ++v) {
+        const Vec<A> x = load(in[i] + d + v * W);
+        for (int q = 0; q < kAtOnce; ++q) sum[q][v] += x * w[q][i * along];
+      }
+    for (int64_t q = 0; q < count; ++q) {
+      if (out[o + q] == nullptr) continue;
+      for (int v = 0; v < NV; ++v) {
+        A* place = out[o + q] + d + v * W;
+        const Vec<A> term = kTransposed ? sum[q][v] : sum[q][v] * inverse[o + q];
+        store(place, fresh[o + q] ? term : load(place) + term);
+      }
+    }
+  }
+}
+
+template <int KK, bool kTransposed, class A>
+VOLO_INLINE void mix(const A* const* in, const A* weight, const A* inverse, A* const* out, const bool* fresh,
+                     int64_t length, int64_t width) {
+  constexpr int W = Lanes<A>::count, NV = VOLO_VECTORS_HELD;
+  int64_t d = 0;
+  if constexpr (KK == 9) {
+    for (; d + NV * W <= width; d += NV * W) mix_nine<NV, kTransposed>(in, weight, inverse, out, fresh, d);
+    for (; d < width; d += W) mix_nine<1, kTransposed>(in, weight, inverse, out, fresh, d);
+  } else {
+    for (; d + NV * W <= width; d += NV * W) mix_any<NV, kTransposed>(in, weight, inverse, out, fresh, length, d);
+    for (; d < width; d += W) mix_any<1, kTransposed>(in, weight, inverse, out, fresh, length, d);
+  }
+}
+
+// Pairwise sums within 16-byte groups (kWithin) or of whole groups: a holds the first half of the items, b the second.
+template <class A, bool kWithin, int kOdd, int... I>
+VOLO_INLINE Vec<A> every_other(Vec<A> a, Vec<A> b, std::integer_sequence<int, I...>) {
+  constexpr int W = Lanes<A>::count, G = 16 / sizeof(A), L = W / G;
+  if constexpr (kWithin) {
+    // Of each group: the even (odd) elements of a, then those of b.
+    return __builtin_shufflevector(a, b, ((I % G) * 2 % G + kOdd + I / G * G + ((I % G) * 2 >= G ? W : 0))...);
+  } else {
+    return __builtin_shufflevector(
+        a, b, ((I / G) * 2 % (L > 1 ? L : 1) * G + kOdd * G + I % G + ((I / G) * 2 >= L ? W : 0))...);
+  }
+}
+
+// Lane l of the result is the sum of the lanes of the l-th vector that `leaf` hands out, for N = W of them; for a
+// smaller N the sums are still partial. A tree of W - 1 additions instead of W separate reductions.
+template <class A, int N, class Leaf>
+VOLO_INLINE Vec<A> sums_of(Leaf& leaf) {
+  if constexpr (N == 1) {
+    return leaf();
+  } else {
+    const Vec<A> a = sums_of<A, N / 2>(leaf);
+    const Vec<A> b = sums_of<A, N / 2>(leaf);
+    constexpr bool kWithin = N <= 16 / (int)sizeof(A);
+    using All = std::make_integer_sequence<int, Lanes<A>::count>;
+    return every_other<A, kWithin, 0>(a, b, All{}) + every_other<A, kWithin, 1>(a, b, All{});
+  }
+}
+
+// dots[q, k] = sum over d of grads[q][d] * keys[k][d]; grads is [length, width] in scratch. length is a square, and the
+// fourth power of an odd number leaves 1 when divided by 16, that of an even one 0: at most one product is left over.
+template <int KK, int NV, class A>
+VOLO_INLINE void dot_products(const A* grads, const A* const* keys, int64_t any_length, int64_t any_width, A* dots) {
+  constexpr int W = Lanes<A>::count;
+  const int64_t length = KK ? KK : any_length, width = NV ? NV * W : any_width;
+  int64_t q = 0, k = 0;
+  auto leaf = [&]() __attribute__((always_inline)) {
+    const A *g = grads + q * width, *x = keys[k];
+    Vec<A> sum = load(g) * load(x);
+    for (int64_t d = W; d < width; d += W) sum += load(g + d) * load(x + d);
+    if (++k == length) k = 0, ++q;
+    return sum;
+  };
+  int64_t n = 0;
+  for (; n + W <= length * length; n += W) store(dots + n, sums_of<A, W>(leaf));
+  for (; n < length * length; ++n) dots[n] = sum_lanes<A>(leaf());
+}
+
+// ---- one call ----
+
+// What a thread needs besides inputs and outputs; a few windows' worth.
+template <class A>
+struct Scratch {
+  A *e, *inverse, *sums;              // [heads of a group, KK, KK], [heads of a group, KK], as e
+  A *zeros, *staged, *ring;           // [width], [KK, width], [K, columns of tokens, heads of a group, width]
+  A *grads, *dots, *grad_logits;      // [KK, width], [KK, KK], [KK, KK]
+  A* totals;                          // [KK]
+  const A **in, **grad_rows;          // [KK] where the values of a window are, where the rows of `grads` are
+  A** out;                            // [KK] where its sums go, null for nowhere
+  int64_t *in_at, *grad_at, *out_at;  // [KK] offsets of its tokens, -1 outside
+  bool* fresh;                        // [KK] the token has received nothing yet
+
+  char* base;
+  size_t used = 0;
+
+  template <class P>
+  void take(P*& field, int64_t count) {
+    field = base ? reinterpret_cast<P*>(base + used) : nullptr;
+    used += (count * sizeof(P) + 63) / 64 * 64;
+  }
+};
+
+template <class T>
+struct Sum {
+  using type = float;
+};
+template <>
+struct Sum<double> {
+  using type = double;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
+template <class T, int KK, bool kStaged, bool kBackward>
+struct Engine {
+  using A = typename Sum<T>::type;
+  static constexpr int W = Lanes<A>::count, NV = VOLO_VECTORS_HELD;
+
+  const OutlookCall& c;
+  const double scale;
+  const int64_t K = c.kernel, length = K * K;
+  const int64_t width = (c.head_dim + W - 1) / W * W;
+  // Windows that leave tokens out between or behind them: those tokens are zero.
+  const bool gaps = c.stride > K || (c.rows - 1) * c.stride - c.padding + K < c.height ||
+                    (c.columns - 1) * c.stride - c.padding + K < c.width;
+  int64_t group = c.heads;  // heads that share a pass over the windows
+  int64_t threads = 1;
+
+  Engine(const OutlookCall& call, double factor) : c(call), scale(factor) {
+    // Softmax and ring of a group stay well inside the first-level cache, and there is work for every thread.
+    const int64_t a_head = length * length * (int64_t)sizeof(A);
+    const int64_t ring_of_head = kStaged ? K * c.width * width * (int64_t)sizeof(A) : 0;
+    while (group > 1 && (group * a_head > 16384 || group * ring_of_head > 24576 ||
+                         c.batch * c.height * ceil_div(c.heads, group) < 4 * c.threads))
+      group = (group + 1) / 2;
+    const int64_t units = c.batch * ceil_div(c.heads, group) * c.height;
+    threads = c.threads < units ? c.threads : units;
+    if (threads < 1) threads = 1;
+  }
+
+  size_t lay_out(Scratch<A>& s, char* base) const {
+    s.base = base;
+    s.used = 0;
+    // Whole vectors are read and written at any row: a vector of room behind each, two behind what is summed sideways.
+    s.take(s.e, group * length * length + 2 * W);
+    s.take(s.sums, group * length * length + 2 * W);
+    s.take(s.inverse, group * length + W);
+    s.take(s.zeros, width);
+    s.take(s.staged, kStaged ? length * width : 0);
+    s.take(s.ring, kStaged ? K * c.width * group * width : 0);
+    s.take(s.grads, kBackward ? length * width : 0);
+    s.take(s.dots, kBackward ? length * length + 2 * W : 0);
+    s.take(s.grad_logits, kBackward ? length * length + 2 * W : 0);
+    s.take(s.totals, kBackward ? length + W : 0);
+    s.take(s.in, length);
+    s.take(s.grad_rows, kBackward ? length : 0);
+    s.take(s.out, length);
+    s.take(s.in_at, length);
+    s.take(s.grad_at, length);
+    s.take(s.out_at, length);
+    s.take(s.fresh, length);
+    return s.used;
+  }
+
+  int run() const {
+    if (c.batch * c.height * c.width * c.heads * c.head_dim == 0) return 0;
+    if (gaps) memset(c.result, 0, c.batch * c.height * c.width * c.heads * c.head_dim * sizeof(T));
+    Scratch<A> measured;
+    const size_t bytes = lay_out(measured, nullptr);
+    char* memory = static_cast<char*>(aligned_alloc(64, bytes * threads));
+    if (memory == nullptr) return 1;
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    work(memory + bytes * omp_get_thread_num(), omp_get_thread_num(), omp_get_num_threads());
+#else
+    work(memory, 0, 1);
+#endif
+    free(memory);
+    return 0;
+  }
+
+  // The share of a thread: a run of rows, counted through the groups of heads and the pictures.
+  void work(char* memory, int64_t thread, int64_t of) const {
+    Scratch<A> s;
+    lay_out(s, memory);
+    memset(s.zeros, 0, width * sizeof(A));
+    for (int64_t q = 0; q < length && kBackward; ++q) s.grad_rows[q] = s.grads + q * width;
+    const int64_t groups = ceil_div(c.heads, group);
+    const int64_t total = c.batch * groups * c.height;
+    int64_t at = total * thread / of;
+    const int64_t end = total * (thread + 1) / of;
+    while (at < end) {
+      const int64_t y = at % c.height, unit = at / c.height;
+      const int64_t rows = c.height - y < end - at ? c.height - y : end - at;
+      const int64_t head = unit % groups * group;
+      const int64_t heads = c.heads - head < group ? c.heads - head : group;
+      band(s, unit / groups, head, heads, y, y + rows);
+      at += rows;
+    }
+  }
+
+  int64_t first_window_of(int64_t y) const {
+    const int64_t i = ceil_div(y + c.padding - K + 1, c.stride);
+    return i > 0 ? i : 0;
+  }
+
+  // Rows [top, bottom) of the result for `heads` heads of one picture.
+  void band(Scratch<A>& s, int64_t picture, int64_t head, int64_t heads, int64_t top, int64_t bottom) const {
+    int64_t last = (bottom - 1 + c.padding) / c.stride;
+    if (last > c.rows - 1) last = c.rows - 1;
+    int64_t entered = top, written = top;  // ring rows in use: [written, entered)
+    for (int64_t i = first_window_of(top); i <= last; ++i) {
+      const int64_t y0 = c.stride * i - c.padding;
+      if constexpr (kStaged) {
+        const int64_t reach = y0 + K < bottom ? y0 + K : bottom;
+        for (int64_t y = entered > y0 ? entered : y0; y < reach && gaps; ++y)
+          memset(s.ring + y % K * ring_row(heads), 0, ring_row(heads) * sizeof(A));
+        if (reach > entered) entered = reach;
+      }
+      const int64_t owner_row = y0 > 0 ? y0 : 0;
+      const bool owner = owner_row >= top && owner_row < bottom;
+      for (int64_t j = 0; j < c.columns; ++j) window(s, picture, head, heads, top, bottom, i, j, owner);
+      if constexpr (kStaged) {
+        int64_t done = i < last ? y0 + c.stride : bottom;
+        if (done > bottom) done = bottom;
+        for (int64_t y = written > y0 ? written : y0; y < done && y < y0 + K; ++y)
+          write_row(s, picture, head, heads, y);
+        if (done > written) written = done;
+      }
+    }
+  }
+
+  int64_t ring_row(int64_t heads) const { return c.width * heads * width; }
+
+  void write_row(const Scratch<A>& s, int64_t picture, int64_t head, int64_t heads, int64_t y) const {
+    const A* from = s.ring + y % K * ring_row(heads);
+    T* to = static_cast<T*>(c.result) + (((picture * c.height + y) * c.width) * c.heads + head) * c.head_dim;
+    for (int64_t x = 0; x < c.width; ++x, to += c.heads * c.head_dim)
+      for (int64_t n = 0; n < heads; ++n, from += width) {
+        int64_t d = 0;
+        for (; d + W <= c.head_dim; d += W) store(to + n * c.head_dim + d, load(from + d));
+        if (d < c.head_dim) store_part(to + n * c.head_dim + d, load(from + d), c.head_dim - d);
+      }
+  }
+
+  // Window (i, j): what it adds to rows [top, bottom), and in the backward pass, if `owner`, the gradient of its logits.
+  void window(Scratch<A>& s, int64_t picture, int64_t head, int64_t heads, int64_t top, int64_t bottom, int64_t i,
+              int64_t j, bool owner) const {
+    const int64_t y0 = c.stride * i - c.padding, x0 = c.stride * j - c.padding;
+    for (int64_t a = 0, q = 0; a < K; ++a) {
+      const int64_t y = y0 + a;
+      for (int64_t b = 0; b < K; ++b, ++q) {
+        const int64_t x = x0 + b;
+        const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width;
+        s.in_at[q] = inside ? y * c.value_strides[1] + x * c.value_strides[2] : -1;
+        if constexpr (kBackward) s.grad_at[q] = inside ? y * c.grad_out_strides[1] + x * c.grad_out_strides[2] : -1;
+        if (!inside || y < top || y >= bottom)
+          s.out_at[q] = -1;
+        else if (kStaged)
+          s.out_at[q] = (y % K * c.width + x) * heads * width;
+        else
+          s.out_at[q] = ((picture * c.height + y) * c.width + x) * c.heads * c.head_dim + head * c.head_dim;
+        s.fresh[q] = (a + c.stride >= K || i == 0) && (b + c.stride >= K || j == 0);
+      }
+    }
+
+    const T* logits = static_cast<const T*>(c.logits) + picture * c.logits_strides[0] + i * c.logits_strides[1] +
+                      j * c.logits_strides[2] + head * c.logits_strides[3];
+    int64_t from = 0, to = length;  // rows of logits that are wanted
+    if (!kBackward) {
+      if (top > y0) from = (top - y0) * K;
+      if (bottom < y0 + K) to = (bottom - y0) * K;
+    }
+    if (from == 0 && to == length && c.logits_strides[3] == length * length) {
+      softmax_rows<KK>(logits, heads * length, length, scale, s.e, s.sums, s.inverse);
+    } else {
+      for (int64_t n = 0; n < heads; ++n)
+        softmax_rows<KK>(logits + n * c.logits_strides[3] + from * length, to - from, length, scale,
+                         s.e + (n * length + from) * length, s.sums, s.inverse + n * length + from);
+    }
+
+    const T* values = static_cast<const T*>(c.value) + picture * c.value_strides[0] + head * c.value_strides[3];
+    for (int64_t n = 0; n < heads; ++n) {
+      gather(s, values + n * c.value_strides[3], s.in_at, s.staged, s.in);
+      A* result = kStaged ? s.ring + n * width : static_cast<A*>(c.result) + n * c.head_dim;
+      for (int64_t q = 0; q < length; ++q) s.out[q] = s.out_at[q] < 0 ? nullptr : result + s.out_at[q];
+      const A *e = s.e + n * length * length, *inverse = s.inverse + n * length;
+      if constexpr (kBackward)
+        head_backward(s, e, inverse, picture, i, j, head + n, owner);
+      else
+        mix<KK, false>(s.in, e, inverse, s.out, s.fresh, length, width);
+    }
+  }
+
+  // Pointers to the tokens of a window for one head, widened into `room` where they cannot be read in place.
+  VOLO_INLINE void gather(const Scratch<A>& s, const T* source, const int64_t* at, A* room, const A** pointers) const {
+    for (int64_t q = 0; q < length; ++q) {
+      if (at[q] < 0) {
+        pointers[q] = s.zeros;
+      } else if constexpr (!kStaged) {
+        pointers[q] = source + at[q];
+      } else {
+        const T* p = source + at[q];
+        A* place = room + q * width;
+        int64_t d = 0;
+        for (; d + W <= c.head_dim; d += W) store(place + d, load(p + d));
+        if (d < c.head_dim) store(place + d, load_part<A>(p + d, c.head_dim - d));
+        pointers[q] = place;
+      }
+    }
+  }
+
+  // With P the softmax, G the gradient of the output and g = G / (sum of the row):
+  //   dV[k] = sum over q of P[q,k] G[q] = sum of e[q,k] g[q]
+  //   dP[q,k] = G[q] . V[k],  dlogits = scale * P (dP - sum over k of P dP) = scale * e (g.V - D / sum),  D = sum over k of e g.V
+  VOLO_INLINE void head_backward(Scratch<A>& s, const A* e, const A* inverse, int64_t picture, int64_t i, int64_t j,
+                                 int64_t head, bool owner) const {
+    const T* grad = static_cast<const T*>(c.grad_out) + picture * c.grad_out_strides[0] + head * c.grad_out_strides[3];
+    for (int64_t q = 0; q < length; ++q) {
+      A* place = s.grads + q * width;
+      if (s.grad_at[q] < 0) {
+        memset(place, 0, width * sizeof(A));
+        continue;
+      }
+      const T* p = grad + s.grad_at[q];
+      int64_t d = 0;
+      for (; d + W <= c.head_dim; d += W) store(place + d, load(p + d) * inverse[q]);
+      if (d < c.head_dim) store(place + d, load_part<A>(p + d, c.head_dim - d) * inverse[q]);
+    }
+    mix<KK, true>(s.grad_rows, e, inverse, s.out, s.fresh, length, width);
+    if (!owner) return;
+
+    if (width == NV * W)
+      dot_products<KK, NV>(s.grads, s.in, length, width, s.dots);
+    else
+      dot_products<KK, 0>(s.grads, s.in, length, width, s.dots);
+    const int64_t n = length * length;
+    A *weighted = s.grad_logits, *totals = s.totals;
+    for (int64_t m = 0; m < n; m += W) store(weighted + m, load(e + m) * load(s.dots + m));
+    row_sums<A, KK>(weighted, length, length, s.sums, totals);
+    // A row is written in whole vectors; what spills over is overwritten by the next row.
+    const A factor = (A)scale;
+    for (int64_t q = 0; q < length; ++q) {
+      const A shared = totals[q] * inverse[q];
+      for (int64_t k = 0; k < length; k += W) {
+        const int64_t m = q * length + k;
+        store(weighted + m, load(e + m) * (load(s.dots + m) - shared) * factor);
+      }
+    }
+    T* to = static_cast<T*>(c.grad_logits) + (((picture * c.rows + i) * c.columns + j) * c.heads + head) * n;
+    int64_t m = 0;
+    for (; m + W <= n; m += W) store(to + m, load(weighted + m));
+    if (m < n) store_part(to + m, load(weighted + m), n - m);
+  }
+};
+
+template <class T, int KK, bool kBackward>
+int run_engine(const OutlookCall& call, double scale) {
+  constexpr bool kAccumulatesInPlace = std::is_same<T, typename Sum<T>::type>::value;
+  if constexpr (kAccumulatesInPlace)
+    if (call.head_dim % Lanes<T>::count == 0) return Engine<T, KK, false, kBackward>(call, scale).run();
+  return Engine<T, KK, true, kBackward>(call, scale).run();
+}
+
+template <bool kBackward>
+int run(const OutlookCall& call, double scale) {
+  const bool three = call.kernel == 3;
+  if (call.dtype == 0)
+    return three ? run_engine<float, 9, kBackward>(call, scale) : run_engine<float, 0, kBackward>(call, scale);
+  if (call.dtype == 1)
+    return three ? run_engine<Bf16, 9, kBackward>(call, scale) : run_engine<Bf16, 0, kBackward>(call, scale);
+  return run_engine<double, 0, kBackward>(call, scale);
+}
+
+}  // namespace
+
+int outlook_forward(const OutlookCall& call, double scale) { return run<false>(call, scale); }
+
+int outlook_backward(const OutlookCall& call, double scale) { return run<true>(call, scale); }
+
+}  // namespace VOLO_ISA
+}  // namespace volo

@@ -1,0 +1,6 @@
+#if defined(__x86_64__)
+#define VOLO_ISA avx2
+#define VOLO_VECTOR_BYTES 32
+#define VOLO_VECTORS_HELD 1  // 9 keys of one vector each leave room for the sums in 16 registers
+#include "kernel_impl.h"
+#endif

@@ -1,0 +1,6 @@
+#if defined(__x86_64__)
+#define VOLO_ISA avx512
+#define VOLO_VECTOR_BYTES 64
+#define VOLO_VECTORS_HELD 2  // 9 keys of two vectors each leave room for the sums in 32 registers
+#include "kernel_impl.h"
+#endif

@@ -1,0 +1,123 @@
+"""The fused CPU kernel (`csrc/`): finds the library that was built at installation, and calls it through ctypes.
+
+The library has a plain C interface and knows neither PyTorch nor Python. Its threads are OpenMP's, and because torch is
+imported first they are the very threads that PyTorch computes with; `torch.set_num_threads` holds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_outlook_attention.so")
+INTERFACE_VERSION = 1  # of struct OutlookCall in csrc/outlook_attention.h
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+_ISA_NAMES = ("portable", "AVX2", "AVX-512")
+
+_Call = ctypes.c_int64 * 30  # struct OutlookCall
+
+
+def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    if not path.is_file():
+        return None, (
+            f"it was not built (no {path.name} beside {Path(__file__).name}); install again where a C++ compiler is found"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.volo_interface_version
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} does not load: {error}; install again on this machine"
+    version.restype = ctypes.c_int64
+    if version() != INTERFACE_VERSION:
+        return None, f"{path.name} was built from other sources (interface {version()}, expected {INTERFACE_VERSION}); build again"
+    library.volo_best_isa.restype = ctypes.c_int64
+    for function in (library.volo_outlook_forward, library.volo_outlook_backward):
+        function.argtypes = [ctypes.c_void_p, ctypes.c_double]
+        function.restype = ctypes.c_int
+    return library, None
+
+
+def _choose_isa(library: ctypes.CDLL) -> int:
+    """The best set that binary and processor have, and that PyTorch uses (ATEN_CPU_CAPABILITY lowers both)."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    allowed = 2 if capability.startswith("AVX512") else 1 if capability == "AVX2" else 0
+    return min(allowed, library.volo_best_isa())
+
+
+_library, LOAD_ERROR = _load(LIBRARY)
+_isa = 0 if _library is None else _choose_isa(_library)
+
+
+def instruction_set() -> str:
+    """Name of the code that runs: "AVX-512", "AVX2" or "portable"."""
+    return _ISA_NAMES[_isa]
+
+
+def why_not(value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> str | None:
+    """None where the kernel can compute this call, otherwise the reason."""
+    if value.device.type != "cpu":
+        return f"it computes on the CPU, the tensors are on {value.device.type}"
+    if LOAD_ERROR is not None:
+        return LOAD_ERROR
+    if value.dtype not in _DTYPES:
+        return f"it computes float32, bfloat16 and float64, not {str(value.dtype).removeprefix('torch.')}"
+    return None
+
+
+def forward(value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
+    """The operator without autograd; shapes as in `volo.ops.outlook_attention`. Returns a contiguous tensor."""
+    value, logits = _dense_tokens(value), _dense_windows(logits)
+    out = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+    _run(_library.volo_outlook_forward, value, logits, kernel_size, stride, padding, scale, out)
+    return out
+
+
+def backward(
+    grad_out: Tensor, value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `value` and `logits`, contiguous, from that of the output; the softmax is computed again."""
+    value, logits, grad_out = _dense_tokens(value), _dense_windows(logits), _dense_tokens(grad_out)
+    grad_value = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
+    _run(
+        _library.volo_outlook_backward, value, logits, kernel_size, stride, padding, scale,
+        grad_value, grad_out, grad_logits,
+    )  # fmt: skip
+    return grad_value, grad_logits
+
+
+def _dense_tokens(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense_windows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
+def _run(
+    function: ctypes._CFuncPtr,
+    value: Tensor,
+    logits: Tensor,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    scale: float,
+    result: Tensor,
+    grad_out: Tensor | None = None,
+    grad_logits: Tensor | None = None,
+) -> None:
+    gradients = (0, 0, 0, 0, 0, 0)
+    if grad_out is not None and grad_logits is not None:
+        gradients = (grad_out.data_ptr(), *grad_out.stride()[:4], grad_logits.data_ptr())
+    call = _Call(
+        _DTYPES[value.dtype], _isa, torch.get_num_threads(), *value.shape, *logits.shape[1:3],
+        kernel_size, stride, padding, value.data_ptr(), logits.data_ptr(), result.data_ptr(),
+        *value.stride()[:4], *logits.stride()[:4], *gradients,
+    )  # fmt: skip
+    if function(call, scale):
+        raise MemoryError("outlook attention: no memory for the scratch of the CPU kernel")
