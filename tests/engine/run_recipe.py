@@ -1,4 +1,4 @@
-"""Train the recipe given as JSON, as a process of its own that tests can kill: run_recipe.py JSON OUT [--resume] [--slow]."""
+"""Train the recipe given as JSON, as a process of its own that tests can kill: run_recipe.py JSON OUT [--resume]."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from volo.engine.train import train
 
 
 class SlowReporter(NullReporter):
-    """Makes the third step last a minute."""
+    """Makes one step last a while."""
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.step, self.seconds = step, seconds
 
     def on_step(self, report: StepReport) -> None:
-        if report.step == 3:
-            time.sleep(60)
+        if report.step == self.step:
+            time.sleep(self.seconds)
 
 
 def die_at_step(step: int) -> None:
@@ -37,6 +40,8 @@ def die_at_step(step: int) -> None:
     ClassifyTask.forward = dying
 
 
+PAUSES = {"--slow": (3, 60.0), "--wait": (5, 2.0)}
+
 if __name__ == "__main__":
     if os.environ.get("RANK_TO_KILL") == os.environ.get("RANK", "none"):
         die_at_step(20)
@@ -44,7 +49,7 @@ if __name__ == "__main__":
         recipe_from_dict(json.loads(sys.argv[1])),
         sys.argv[2],
         resume="--resume" in sys.argv,
-        reporter=SlowReporter() if "--slow" in sys.argv else None,
+        reporter=next((SlowReporter(*pause) for flag, pause in PAUSES.items() if flag in sys.argv), None),
     )
     print(result.status, result.step, flush=True)
     sys.exit(128 + result.signal if result.signal else 0)

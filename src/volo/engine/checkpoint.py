@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -87,7 +88,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not a checkpoint of volo, or holds more than plain data; it is not opened, because such a file can run code"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        # A file cut off amid its directory makes torch seek to before its start: EINVAL.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(f"{path} is damaged or cut off ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint or "model_config" not in checkpoint:
         raise ValueError(
