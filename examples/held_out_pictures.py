@@ -1,6 +1,6 @@
 """Write pictures that a run has not been trained on as PNG files, one folder a class: something to try `volo predict` on.
 
-python examples/held_out_pictures.py runs/digits runs/digits/held_out --count 24
+python examples/held_out_pictures.py runs/digits runs/digits/held_out --count 28
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("folder", type=Path, help="where the pictures go")
-    parser.add_argument("--count", type=int, default=24, help="so many, evenly spread over the held-out pictures")
+    parser.add_argument("--count", type=int, default=28, help="so many, evenly spread over the held-out pictures")
     args = parser.parse_args()
 
     source = open_data(load_recipe(args.run / "recipe.toml").data).val
