@@ -51,5 +51,6 @@ if __name__ == "__main__":
         resume="--resume" in sys.argv,
         reporter=next((SlowReporter(*pause) for flag, pause in PAUSES.items() if flag in sys.argv), None),
     )
-    print(result.status, result.step, flush=True)
+    sys.stdout.write(f"{result.status} {result.step}\n")  # in one piece: another process writes there as well
+    sys.stdout.flush()
     sys.exit(128 + result.signal if result.signal else 0)

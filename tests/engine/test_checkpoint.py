@@ -100,7 +100,7 @@ def test_full_disk_keeps_the_old_file(tmp_path) -> None:
         save_checkpoint(path, checkpoint_of(model, step=2))
     assert raised.value.errno == errno.ENOSPC
     assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["last.pt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small disk takes root")
@@ -116,7 +116,7 @@ def test_small_disk_runs_full(tmp_path) -> None:
         save_checkpoint(disk / "last.pt", common | {"model": weights, "step": 1})
         with pytest.raises(OSError, match="No space left"):
             save_checkpoint(disk / "last.pt", common | {"model": weights, "step": 2})
-        assert os.listdir(disk) == ["last.pt"]
+        assert [p.name for p in disk.iterdir()] == ["last.pt"]
         checkpoint = load_checkpoint(disk / "last.pt")
         assert checkpoint["step"] == 1
         assert torch.equal(checkpoint["model"]["w"], weights["w"])
@@ -133,13 +133,13 @@ def test_file_size_limit_is_reported_too(tmp_path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert raised.value.errno == errno.EFBIG
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_write_that_fails_leaves_nothing(tmp_path) -> None:
     with pytest.raises((pickle.PicklingError, AttributeError)):
         save_checkpoint(tmp_path / "last.pt", {"format": 1, "weights": torch.zeros(1000), "model": lambda: None})
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_truncated_file(tmp_path) -> None:

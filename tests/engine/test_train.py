@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import signal
 import tomllib
@@ -106,7 +105,7 @@ def test_reporter_hears_of_everything(finished) -> None:
 
 
 def test_best_checkpoint_scores_what_was_reported(finished) -> None:
-    recipe, _, result = finished
+    _, _, result = finished
     loaded = load_model(result.out / "best.pt")
     assert loaded.step == result.best["step"]
     assert loaded.classes == result.classes
@@ -226,7 +225,7 @@ def test_full_disk_is_reported_and_the_run_continues_later(tiny, tmp_path) -> No
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert load_checkpoint(out / "last.pt")["step"] == 12
-    assert [name for name in os.listdir(out) if name.endswith(".tmp")] == []
+    assert list(out.glob("*.tmp")) == []
     assert train(recipe, out, resume=True).status == "completed"
     train(recipe, tmp_path / "whole")
     a, b = (load_checkpoint(folder / "last.pt")["model"] for folder in (out, tmp_path / "whole"))
