@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
+import io
 import json
 import logging
 import os
@@ -303,7 +305,9 @@ def predict(options: PredictOptions) -> int:
     with bar:
         if options.out is not None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(options.out, lambda file: file.writelines(line.encode() for line in lines))
+            write_atomically(
+                options.out, lambda file: file.writelines(line.encode(errors="backslashreplace") for line in lines)
+            )
         else:
             for line in lines:
                 sys.stdout.write(line)
@@ -455,6 +459,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Names of files are bytes, of any encoding or none; a terminal that cannot show one is no reason to stop.
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0 if argv else 2
@@ -489,7 +501,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, argv: list[str]) -> int:
     if name not in COMMANDS:
-        raise ValueError(f"no command {name!r}{nearest(name, COMMANDS)}; there are {', '.join(COMMANDS)} (volo --help)")
+        raise ValueError(
+            f"no command {name!r}{nearest(name, COMMANDS)} (commands: {', '.join(COMMANDS)}; see volo --help)"
+        )
     command, options_type = COMMANDS[name]
     default: Any = tyro.MISSING_NONPROP
     prog = f"volo {name}"
@@ -500,7 +514,7 @@ def _run(name: str, argv: list[str]) -> int:
     options = tyro.cli(
         options_type,
         prog=prog,
-        description=_unindented(command.__doc__ or ""),
+        description=inspect.cleandoc(command.__doc__ or ""),
         args=argv,
         default=default,
         # Recipe keys are shown as they are written in recipes.
@@ -522,17 +536,10 @@ def _prepare_train(argv: list[str]) -> tuple[list[str], TrainOptions, dict[str, 
         if not {"-h", "--help"} & set(argv):
             raise ValueError(f"the recipe comes first: volo train RECIPE {' '.join(argv)}")
         return ["--help"], TrainOptions(), {}
-    given = Path(argv[0])
-    if given.is_dir():
-        if not (given / "recipe.toml").is_file():
-            raise FileNotFoundError(
-                f"no recipe.toml in {given}; a run folder has one, else give the path of a .toml file"
-            )
-        path, out = given / "recipe.toml", given
-    else:
-        path = find_recipe(argv[0])
-        # The recipe a run was started with lies in its folder, where it is also continued.
-        out = path.parent if path.name == "recipe.toml" else Path("runs") / path.stem
+    folder = Path(argv[0])
+    path = find_recipe(folder / "recipe.toml" if (folder / "recipe.toml").is_file() else argv[0])
+    # The recipe a run was started with lies in its folder, where it is also continued.
+    out = path.parent if path.name == "recipe.toml" else Path("runs") / path.stem
     recipe = load_recipe(path)
     argv, given_options = _take_model_options(argv[1:])
     default = TrainOptions(
@@ -623,12 +630,6 @@ def _device(how: ModelOptions) -> torch.device:
             f"{name} was asked for, but torch sees {torch.cuda.device_count()} GPUs here; use --device cpu"
         )
     return device
-
-
-def _unindented(docstring: str) -> str:
-    import inspect
-
-    return inspect.cleandoc(docstring)
 
 
 def _console(stderr: bool) -> Console:

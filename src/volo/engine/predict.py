@@ -92,8 +92,8 @@ def load_classifier(
         classifier = Classifier(model, names, data, f"published weights {tag}", wnids)
     else:
         raise FileNotFoundError(
-            f"no checkpoint {str(source)!r}{nearest(str(source), PRETRAINED)}; give a run folder, a .pt file of `volo train`, "
-            f"or a pretrained tag: {', '.join(PRETRAINED)}"
+            f"no checkpoint {str(source)!r}{nearest(str(source), PRETRAINED)} (give a run folder, a .pt file of `volo train`, "
+            f"or a pretrained tag: {', '.join(PRETRAINED)})"
         )
     data = classifier.data
     if crop in ("original", "timm") and not classifier.wnids:
@@ -127,13 +127,16 @@ def imagenet_classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return wnids, tuple(f"{n} ({w})" if names.count(n) > 1 else n for w, n in zip(wnids, names))
 
 
-def find_pictures(inputs: Iterable[str], lines: Iterable[str] = ()) -> list[Path]:
+def find_pictures(inputs: Sequence[str], lines: Iterable[str] = ()) -> list[Path]:
     """Pictures behind files, folders (searched to the bottom, sorted), globs ("in/*.jpg", "in/**/*.png") and "-".
 
     "-" stands for the paths in `lines`, one a line: those are not looked at here, so that one that is gone is reported
     among the predictions. A picture that is named twice is listed once.
-    Raises FileNotFoundError for a path that is not there, ValueError for a folder or glob without pictures.
+    Raises FileNotFoundError for a path that is not there, ValueError for no inputs, and for a folder or glob without
+    pictures.
     """
+    if not inputs:
+        raise ValueError("name the pictures: files, folders, globs in quotes, or - for paths on standard input")
     found: dict[Path, None] = {}
     for given in inputs:
         path = Path(given)
