@@ -10,12 +10,14 @@ process. A checkpoint therefore needs no generator states, and a run that was cu
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
 import platform
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -688,6 +690,20 @@ def _main_first(world: World) -> Iterator[None]:
         dist.barrier()
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed activations for the next step instead of returning them to the system.
+
+    By default every large tensor is mapped and zeroed anew, page by page, which costs small models up to a third of a
+    step on a CPU. Elsewhere than on glibc there is no mallopt, and nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_top_pad, 64 * 2**20)
+
+
 @contextlib.contextmanager
 def _torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """torch's global switches as the recipe wants them, and back."""
@@ -697,6 +713,8 @@ def _torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]
     cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
     if config.threads:
         torch.set_num_threads(config.threads)
+    if device.type == "cpu":
+        _keep_freed_memory()
     if config.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)

@@ -127,11 +127,10 @@ VARIANTS: dict[str, VOLOConfig] = {
         depths=(2, 2, 3, 1), embed_dims=(128, 256), num_heads=(4, 8), stem_dim=32, num_class_blocks=1
     ),
     "volo_nano": VOLOConfig(
-        depths=(3, 4),
-        embed_dims=(64, 128),
-        num_heads=(2, 4),
-        stem_dim=32,
-        patch_size=2,
+        depths=(3, 3),
+        embed_dims=(96, 128),
+        num_heads=(3, 4),
+        patch_size=4,
         num_class_blocks=1,
         img_size=(32, 32),
         num_classes=10,
