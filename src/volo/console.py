@@ -152,9 +152,8 @@ def show_result(console: Console, result: TrainResult, pictures: Sequence[Path])
             ),
             soft_wrap=True,
         )
-    console.print(
-        f"{duration(result.seconds)} in all, {result.images_per_second:,.0f} pictures/s in training", highlight=False
-    )
+    speed = f", {result.images_per_second:,.0f} pictures/s in training" if result.images_per_second else ""
+    console.print(f"{duration(result.seconds)} in all{speed}", highlight=False)
     weights = result.out / ("best.pt" if best else "last.pt")
     for path, what in [(weights, "the weights")] + [(p, p.stem) for p in pictures]:
         console.print(Text.assemble("  ", (str(path), "cyan"), f"  {what}"), soft_wrap=True)
@@ -174,9 +173,8 @@ def show_evaluation(
 ) -> None:
     """Figures of an evaluation as tables; above `most` classes only the worst ones are listed."""
     columns = {"": result} | ({"ReaL labels": result["real"]} if "real" in result else {})
-    figures = Table(
-        title=f"{result['count']:,} pictures, {what}", title_justify="left", show_header=len(columns) > 1, box=None
-    )
+    console.print(Text(f"{result['count']:,} pictures, {what}", style="bold"), soft_wrap=True)
+    figures = Table(show_header=len(columns) > 1, header_style="dim", box=None)
     figures.add_column()
     for name in columns:
         figures.add_column(name or "labels", justify="right")
@@ -201,7 +199,8 @@ def show_evaluation(
         if len(seen) <= most
         else f"the 20 worst of {len(seen)} classes (all of them: --json or --out)"
     )
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    console.print(Text(f"\n{title}", style="bold"))
+    table = Table(header_style="dim", box=None, padding=(0, 1))
     table.add_column("class", max_width=40, no_wrap=True, overflow="ellipsis")
     table.add_column("right", justify="right")
     table.add_column("of", justify="right")
@@ -237,7 +236,8 @@ def show_info(console: Console, facts: dict[str, Any]) -> None:
     """What `volo info` found out, as tables."""
 
     def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=bool(columns))
+        console.print(Text(title, style="bold"))
+        made = Table(header_style="dim", box=None, show_header=bool(columns))
         for i, column in enumerate(columns):
             made.add_column(column, justify="right" if i and columns[i] not in ("", "what", "depths") else "left")
         return made

@@ -212,7 +212,8 @@ def prediction_sheet(items: Sequence[SheetItem], out: str | Path, columns: int =
     columns = min(columns or max(4, min(8, math.ceil(math.sqrt(1.6 * len(items))))), len(items))
     rows = math.ceil(len(items) / columns)
     num_bars = max(1, max(min(3, len(item.top)) for item in items))
-    bar_height = 0.27 * (num_bars + 1)
+    lines = num_bars + any(item.truth is not None for item in items)  # of text below a picture
+    bar_height = 0.27 * (lines + 0.3)
     with _figure(out, 2.15 * columns + 0.2, rows * (2.0 + bar_height + 0.35) + 0.1) as figure:
         figure.get_layout_engine().set(w_pad=0.09, h_pad=0.05, hspace=0.02, wspace=0.02)
         ratios = [2.0, bar_height] * rows
@@ -223,7 +224,7 @@ def prediction_sheet(items: Sequence[SheetItem], out: str | Path, columns: int =
             row, column = divmod(i, columns)
             picture, bars = grid[2 * row, column], grid[2 * row + 1, column]
             _draw_picture(picture, item)
-            _draw_bars(bars, item, num_bars)
+            _draw_bars(bars, item, num_bars, lines)
 
 
 def _draw_picture(axes: Axes, item: SheetItem) -> None:
@@ -242,9 +243,9 @@ def _draw_picture(axes: Axes, item: SheetItem) -> None:
         ).set_parse_math(False)
 
 
-def _draw_bars(axes: Axes, item: SheetItem, num_bars: int) -> None:
+def _draw_bars(axes: Axes, item: SheetItem, num_bars: int, lines: int) -> None:
     axes.set_xlim(0, 1)
-    axes.set_ylim(num_bars + 0.4, -0.6)  # a line is left below for the truth
+    axes.set_ylim(lines - 0.3, -0.6)
     color = BLUE if item.truth is None else GREEN if item.top and item.top[0][0] == item.truth else RED
     for rank, (name, probability) in enumerate(item.top[:num_bars]):
         axes.barh(rank, 1, height=0.82, color=PALE)
