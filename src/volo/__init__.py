@@ -4,15 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from volo.models.fuse import fuse
     from volo.models.volo import VOLO, VOLOConfig, create_model, list_models
     from volo.ops.outlook_attention import outlook_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["VOLO", "VOLOConfig", "create_model", "list_models", "outlook_attention"]
+__all__ = ["VOLO", "VOLOConfig", "create_model", "fuse", "list_models", "outlook_attention"]
 
 _HOMES = dict.fromkeys(["VOLO", "VOLOConfig", "create_model", "list_models"], "volo.models.volo") | {
-    "outlook_attention": "volo.ops.outlook_attention"
+    "fuse": "volo.models.fuse",
+    "outlook_attention": "volo.ops.outlook_attention",
 }
 
 

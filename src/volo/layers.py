@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from volo.ops.outlook_attention import outlook_attention, window_grid
 from volo.ops.reference import outlook_attention_reference
@@ -110,7 +111,9 @@ class OutlookAttention(nn.Module):
         return self.proj_drop(self.proj(out.reshape(B, H, W, C)))
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+        return (
+            f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+        )
 
 
 class SelfAttention(nn.Module):
@@ -271,6 +274,14 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(self.conv(images)).permute(0, 2, 3, 1)  # [B, C, H, W] -> [B, H, W, C]
+
+    def fold_batch_norm(self) -> None:
+        """Multiply each BatchNorm's running statistics into the convolution before it; for inference only."""
+        for i in range(0, len(self.conv), 3):
+            conv, norm = self.conv[i], self.conv[i + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                self.conv[i] = fuse_conv_bn_eval(conv, norm)
+                self.conv[i + 1] = nn.Identity()
 
 
 class Downsample(nn.Module):

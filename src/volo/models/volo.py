@@ -410,6 +410,17 @@ class VOLO(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
+    def fuse_for_inference(self) -> VOLO:
+        """Fold the stem's BatchNorms into its convolutions and lay these out channels-last; returns the model itself.
+
+        Outputs stay the same up to rounding. The state dict afterwards is that of the folded layers, and the model is
+        no longer meant to be trained. Raises ValueError in training mode, where the running statistics do not hold.
+        """
+        if self.training:
+            raise ValueError("fuse_for_inference folds running statistics: call model.eval() first")
+        self.patch_embed.fold_batch_norm()
+        return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must leave alone (besides biases and norms)."""
         return {"pos_embed", "cls_token"}

@@ -41,7 +41,9 @@ class ClassifyTask(nn.Module):
                 f"mixup={self.augment.mixup}, cutmix={self.augment.cutmix}"
             )
         if model.num_classes == 0:
-            raise ValueError("classification needs a model with a head; num_classes is 0. Call model.reset_classifier(n)")
+            raise ValueError(
+                "classification needs a model with a head; num_classes is 0. Call model.reset_classifier(n)"
+            )
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         model, images = self.model, batch["image"]
