@@ -42,6 +42,7 @@ format: setup ## let ruff rewrite what it can
 
 demo: setup ## train on handwritten digits, then name digits that were held out
 	$(BIN)/volo train recipes/digits.toml --out runs/digits --overwrite
+	rm -rf runs/digits/held_out
 	$(BIN)/python examples/held_out_pictures.py runs/digits runs/digits/held_out
 	$(BIN)/volo predict runs/digits runs/digits/held_out --sheet runs/digits/predictions.png
 	@echo "Pictures to look at: runs/digits/predictions.png, runs/digits/curves.png, runs/digits/confusion.png"
