@@ -147,7 +147,7 @@ def test_average_is_timms(warmup) -> None:
         for p in model.parameters():
             p.data += 0.1 * torch.randn_like(p)
         model(torch.randn(2, 3, 32, 32))  # moves BatchNorm's statistics
-        ours.update(model, step)
+        ours.update(step)
         timms.update(model, step)
     assert not torch.equal(ours.module.pos_embed, model.pos_embed)
     for (name, a), b in zip(ours.module.state_dict().items(), timms.module.state_dict().values()):

@@ -141,7 +141,7 @@ def test_tensorboard_gets_the_figures(tiny, tmp_path) -> None:
 
 def test_same_seed_same_weights_other_seed_other_weights(tiny, tmp_path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train(tiny(SHORT | {"train.seed": seed}), tmp_path / name)
+        train(tiny(SHORT | {"train.seed": seed, "train.threads": 2}), tmp_path / name)
     a, b, c = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(a["head.weight"], c["head.weight"])
@@ -206,22 +206,25 @@ def test_weights_are_checked_before_they_are_saved(tiny, tmp_path) -> None:
 
 
 class FileLimitAt(NullReporter):
-    """Lets no file grow beyond 300 kB from a step on, as a disk that runs full."""
+    """Lets no file grow beyond a size from a step on, as a disk that runs full."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, size: int) -> None:
+        self.step, self.size = step, size
 
     def on_step(self, report) -> None:
         if report.step == self.step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def test_full_disk_is_reported_and_the_run_continues_later(tiny, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("size", "message"), [(300_000, r"last\.pt is unchanged.*--resume"), (2_000, r"--resume.*jsonl")]
+)
+def test_full_disk_is_reported_and_the_run_continues_later(tiny, tmp_path, size, message) -> None:
     recipe, out = tiny(), tmp_path / "run"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(OSError, match=r"old last\.pt is unchanged.*--resume"):
-            train(recipe, out, reporter=FileLimitAt(20))
+        with pytest.raises(OSError, match=message):
+            train(recipe, out, reporter=FileLimitAt(20, size))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert load_checkpoint(out / "last.pt")["step"] == 12

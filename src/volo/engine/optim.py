@@ -109,12 +109,14 @@ class WeightAverage:
         module: the averaged copy, in eval mode; its state dict is the whole state.
     """
 
-    def __init__(self, module: nn.Module, decay: float, warmup: bool) -> None:
+    def __init__(self, source: nn.Module, decay: float, warmup: bool) -> None:
         if not 0.0 < decay < 1.0:
             raise ValueError(f"ema_decay is between 0 and 1 (0 turns the average off); given: {decay}")
         self.decay = decay
         self.warmup = warmup
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.module = copy.deepcopy(source).eval().requires_grad_(False)
+        self._source = source
+        self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def decay_at(self, step: int) -> float:
         """Decay of the update after `step` finished steps, counted from 1; the first update copies the weights."""
@@ -123,16 +125,18 @@ class WeightAverage:
         return min(self.decay, 1.0 - step ** (-2.0 / 3.0)) if self.warmup else self.decay
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Move towards the weights that `module` has after `step` steps."""
-        averaged, current = self._tensors(self.module), self._tensors(module)
-        floats = [(a, c) for a, c in zip(averaged, current) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [c for _, c in floats], 1.0 - self.decay_at(step))
-        for a, c in zip(averaged, current):
+    def update(self, step: int) -> None:
+        """Move towards the weights that the source has after `step` steps."""
+        if not self._pairs:  # only now, for both may have been sharded since they were made
+            self._pairs = list(zip(_local_tensors(self.module), _local_tensors(self._source)))
+        floats = [pair for pair in self._pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1.0 - self.decay_at(step))
+        for a, b in self._pairs:
             if not a.is_floating_point():
-                a.copy_(c)
+                a.copy_(b)
 
-    def _tensors(self, module: nn.Module) -> list[Tensor]:
-        # Averaging is element by element, so each process averages its own shards.
-        tensors = [*module.parameters(), *module.buffers()]
-        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+def _local_tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, or this process's shards of them: an average is taken element by element."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

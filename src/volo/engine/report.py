@@ -124,7 +124,8 @@ class RunLog:
 
     def __init__(self, out: Path, keep_bytes: int, step: int, tensorboard: bool) -> None:
         # Lines after the checkpoint are of steps that will be taken once more.
-        self._file = (out / "metrics.jsonl").open("ab")
+        self._path = out / "metrics.jsonl"
+        self._file = self._path.open("ab", buffering=0)
         self._file.truncate(min(keep_bytes, self._file.tell()))
         self._file.seek(0, os.SEEK_END)
         self._board = None
@@ -158,8 +159,11 @@ class RunLog:
         finite = {
             k: v for k, v in record.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))
         }
-        self._file.write(json.dumps(finite).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(finite).encode() + b"\n")
+        except OSError as error:
+            advice = f"{error.strerror}. Checkpoints are whole: make room, then continue with --resume"
+            raise OSError(error.errno, advice, str(self._path)) from error
 
     def sync(self) -> int:
         """Bring everything to the disk; the length of metrics.jsonl."""

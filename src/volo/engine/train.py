@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from volo import __version__
-from volo.config import Recipe, TrainConfig, recipe_to_toml
+from volo.config import Recipe, TrainConfig, recipe_from_dict, recipe_to_toml
 from volo.data.images import DataSplits, open_data
 from volo.data.keyed import key
 from volo.data.loader import EvalLoader, TrainLoader
@@ -302,7 +302,7 @@ class _Run:
         for micro in range(config.accumulation):
             batch = next(batches)
             # After the batch is there: transforms that run in this process may draw from the same generator.
-            torch.manual_seed(int(key(config.seed, self.step, micro, self.world.rank)[0]))
+            _seed(int(key(config.seed, self.step, micro, self.world.rank)[0]), device)
             with torch.no_grad():
                 images = self.pixels(batch["image"].to(device, non_blocking=True))
             if config.channels_last:
@@ -322,7 +322,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.ema is not None:
-            self.ema.update(self.task, self.step)
+            self.ema.update(self.step)
         values = _to_host(mean_over_ranks(values, self.world))
         start, self.mark = self.mark, _Mark(device)
         self.pending.append(_PendingStep(self.step, self.last_lr, values, start, self.mark, self._seconds()))
@@ -645,6 +645,13 @@ def _to_host(values: Tensor) -> Tensor:
     return host.copy_(values, non_blocking=True)
 
 
+def _seed(value: int, device: torch.device) -> None:
+    """torch.manual_seed for the generators in use; it asks every kind of device, which is felt with small models."""
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
+
+
 def _look_into(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """The checkpoint to continue from, or None for a run from the beginning."""
     if resume and overwrite:
@@ -658,7 +665,7 @@ def _look_into(out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> dict
     if not (out / "last.pt").exists():
         return None
     checkpoint = load_checkpoint(out / "last.pt")
-    changed = _differences(checkpoint["recipe"], recipe.to_dict())
+    changed = _differences(recipe_from_dict(checkpoint["recipe"]).to_dict(), recipe.to_dict())
     if changed:
         lines = "; ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
         raise ValueError(
