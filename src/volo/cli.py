@@ -581,18 +581,20 @@ def _spell_booleans(argv: list[str]) -> list[str]:
         if typing.get_type_hints(hint)[key.name] is bool
     }
     result: list[str] = []
-    for i, word in enumerate(argv):
+    words = iter(argv)
+    following = next(words, None)
+    while following is not None:
+        word, following = following, next(words, None)
         name, has_value, value = word.partition("=")
-        if name.replace("-", "_").replace("__", "--", 1) in switches:
-            following = argv[i + 1].lower() if i + 1 < len(argv) else ""
-            if has_value:
-                word = f"{name}={value.capitalize()}"
-            elif following not in ("true", "false"):
-                result.append(word)
-                word = "True"
-        elif result and result[-1].replace("-", "_").replace("__", "--", 1) in switches:
-            word = word.capitalize()
-        result.append(word)
+        if "--" + name[2:].replace("-", "_") not in switches:
+            result.append(word)
+        elif has_value:
+            result.append(f"{name}={value.capitalize()}")
+        elif following is None or following.startswith("--"):
+            result += [word, "True"]
+        else:
+            result += [word, following.capitalize()]
+            following = next(words, None)
     return result
 
 
