@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class TrainLoader:
 class EvalLoader:
     """Every picture once, in the order of the source, as `eval_transform` shows it; the last batch may be short.
 
-    With several processes each takes a contiguous share, in equally many batches.
+    With several processes each takes a contiguous share, in equally many batches (unless of one picture).
     """
 
     def __init__(
@@ -275,29 +276,34 @@ def _run(
     )
     with _signals_held_back():
         batches = iter(loader)
-    for batch in batches:
-        if isinstance(batch, BadImageError):
-            raise BadImageError(
-                batch.name, f"{batch.reason}. At the start it was readable, or only its header was checked"
-            )
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, BadImageError):
+                reason = f"{batch.reason}. At the start it was readable, or only its header was checked"
+                raise BadImageError(batch.name, reason)
+            yield batch
+    finally:
+        # Without this the workers live on as long as the traceback of an error that one of them had.
+        if num_workers and hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+# SIGTERM can be told apart by its sender where this call exists (not on macOS).
+_HELD_BACK = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else {signal.SIGINT}
+
+
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C or SIGTERM; to this process they come when the block ends.
+    """Processes started inside begin with Ctrl-C and SIGTERM blocked; to this process they come when the block ends.
 
     Both mean "save and stop", often to the whole process group. That is for the training process to do, which ends its
     workers afterwards: one that died before would make it fail in the middle of the last step.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
     try:
         yield
     finally:
@@ -306,14 +312,22 @@ def _signals_held_back() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _WorkerStart:
-    """A worker uses one thread, and ends with the training process even when that is killed."""
+    """A worker uses one thread, ends when the training process says so, and with it even when that is killed."""
 
     parent: int
 
     def __call__(self, worker: int) -> None:
         torch.set_num_threads(1)
+        if signal.SIGTERM in _HELD_BACK:
+            threading.Thread(target=self._end_when_told, daemon=True).start()
         if sys.platform == "linux":
             PR_SET_PDEATHSIG = 1
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != self.parent:
                 os._exit(1)
+
+    def _end_when_told(self) -> None:
+        # An exiting Python terminates its child processes and waits for them.
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != self.parent:
+            pass
+        os._exit(0)
