@@ -9,9 +9,9 @@
 // their borders the loads of the values, and no two threads write to one place. Every token receives its windows in
 // the same order whatever the bands, so results do not depend on the number of threads.
 //
-// Two ways through the memory. *Direct*: float (double) and a head_dim that fills whole vectors; values are read and
-// sums are written where they are. *Staged*: every other head_dim, and bfloat16, whose sums must stay in float until
-// they are complete: values are widened and padded in scratch, and sums grow in a ring of K rows.
+// Inputs are read and sums are written where they are, if they can be. A head_dim that does not fill whole vectors is
+// *padded* in scratch. Sums of bfloat16 stay in float until they are complete: they (and padded ones) grow in a *ring*
+// of K rows, and leave it with their last term.
 
 #include <cmath>
 #include <cstdlib>
@@ -214,20 +214,21 @@ VOLO_INLINE void exponentials(const double* logits, int64_t rows, int64_t length
   }
 }
 
-// Sums of the rows of e. Rows of nine are shorter than a vector: sums of three neighbours, then of three such sums,
-// taken at all positions at once, cost four additions a vector; every ninth is one that is wanted.
-template <class A, int KK>
-VOLO_INLINE void row_sums(const A* e, int64_t rows, int64_t length, A* scratch, A* sums) {
+// Sums of the rows of x. Rows of nine are shorter than a vector: sums of three
+// neighbours, then of three such sums, taken at all positions at once, cost four additions a vector; every ninth is one
+// that is wanted.
+template <int KK, class A>
+VOLO_INLINE void row_sums(const A* x, int64_t rows, int64_t length, A* scratch, A* sums) {
   constexpr int W = Lanes<A>::count;
   if constexpr (KK == 9) {
     const int64_t n = rows * 9;
-    for (int64_t i = 0; i < n; i += W) store(scratch + i, load(e + i) + load(e + i + 1) + load(e + i + 2));
+    for (int64_t i = 0; i < n; i += W) store(scratch + i, load(x + i) + load(x + i + 1) + load(x + i + 2));
     for (int64_t i = 0; i < n; i += W)
       store(scratch + i, load(scratch + i) + load(scratch + i + 3) + load(scratch + i + 6));
     for (int64_t r = 0; r < rows; ++r) sums[r] = scratch[r * 9];
   } else {
     for (int64_t r = 0; r < rows; ++r) {
-      const A* row = e + r * length;
+      const A* row = x + r * length;
       Vec<A> total = {};
       int64_t k = 0;
       for (; k + W <= length; k += W) total += load(row + k);
@@ -243,38 +244,61 @@ template <int KK, class T, class A>
 VOLO_INLINE void softmax_rows(const T* logits, int64_t rows, int64_t length, double scale, A* e, A* scratch, A* inverse) {
   constexpr int W = Lanes<A>::count;
   exponentials(logits, rows, length, scale, e);
-  row_sums<A, KK>(e, rows, length, scratch, inverse);
+  row_sums<KK>(e, rows, length, scratch, inverse);
   for (int64_t r = 0; r < rows; r += W) store(inverse + r, (A)1 / load(inverse + r));
 }
 
 // ---- products ----
 
-// out[o] (+)= inverse[o] * sum over i of weight(o, i) * in[i], NV vectors wide, for the outputs that are not null.
-// weight is [KK, KK], or its transpose. `fresh[o]`: nothing has been added to out[o] yet.
-template <int NV, bool kTransposed, class A>
-VOLO_INLINE void mix_nine(const A* const* in, const A* weight, const A* inverse, A* const* out, const bool* fresh,
-                          int64_t d) {
+// Where the sums of the tokens of a window go, [KK] each.
+template <class T, class A>
+struct Places {
+  A** sums;     // they grow here; null: this token is not wanted
+  T** results;  // with a ring: here once they are complete, null before that
+  bool* fresh;  // nothing has been added yet
+};
+
+// Adds `term` to elements d.. of token o. `room`: elements up to the end of the token.
+template <bool kRing, bool kPadded, class T, class A>
+VOLO_INLINE void add(const Places<T, A>& places, int64_t o, int64_t d, int64_t room, Vec<A> term) {
+  constexpr int W = Lanes<A>::count;
+  A* place = places.sums[o] + d;
+  if (!places.fresh[o]) term += load(place);
+  if constexpr (kRing) {
+    if (T* result = places.results[o]) {
+      if (kPadded && room < W)
+        store_part(result + d, term, room);
+      else
+        store(result + d, term);
+      return;
+    }
+  }
+  store(place, term);
+}
+
+// sums[o] += inverse[o] * sum over i of weight(o, i) * in[i], NV vectors wide, for the tokens that are wanted. weight is
+// [KK, KK], or its transpose, which needs no inverse.
+template <int NV, bool kTransposed, bool kRing, bool kPadded, class S, class T, class A>
+VOLO_INLINE void mix_nine(const S* const* in, const A* weight, const A* inverse, const Places<T, A>& places, int64_t d,
+                          int64_t head_dim) {
   constexpr int W = Lanes<A>::count;
   Vec<A> held[9][NV];
   for (int i = 0; i < 9; ++i)
     for (int v = 0; v < NV; ++v) held[i][v] = load(in[i] + d + v * W);
   for (int o = 0; o < 9; ++o) {
-    if (out[o] == nullptr) continue;
+    if (places.sums[o] == nullptr) continue;
     Vec<A> sum[NV];
     for (int v = 0; v < NV; ++v) sum[v] = held[0][v] * weight[kTransposed ? o : o * 9];
     for (int i = 1; i < 9; ++i)
       for (int v = 0; v < NV; ++v) sum[v] += held[i][v] * weight[kTransposed ? i * 9 + o : o * 9 + i];
-    for (int v = 0; v < NV; ++v) {
-      if constexpr (!kTransposed) sum[v] = sum[v] * inverse[o];
-      A* place = out[o] + d + v * W;
-      store(place, fresh[o] ? sum[v] : load(place) + sum[v]);
-    }
+    for (int v = 0; v < NV; ++v)
+      add<kRing, kPadded>(places, o, d + v * W, head_dim - d - v * W, kTransposed ? sum[v] : sum[v] * inverse[o]);
   }
 }
 
-template <int NV, bool kTransposed, class A>
-VOLO_INLINE void mix_any(const A* const* in, const A* weight, const A* inverse, A* const* out, const bool* fresh,
-                         int64_t length, int64_t d) {
+template <int NV, bool kTransposed, bool kRing, bool kPadded, class S, class T, class A>
+VOLO_INLINE void mix_any(const S* const* in, const A* weight, const A* inverse, const Places<T, A>& places,
+                         int64_t length, int64_t d, int64_t head_dim) {
   constexpr int W = Lanes<A>::count;
   constexpr int kAtOnce = 4;
   const int64_t along = kTransposed ? length : 1, across = kTransposed ? 1 : length;
@@ -289,27 +313,28 @@ VOLO_INLINE void mix_any(const A* const* in, const A* weight, const A* inverse, 
         for (int q = 0; q < kAtOnce; ++q) sum[q][v] += x * w[q][i * along];
       }
     for (int64_t q = 0; q < count; ++q) {
-      if (out[o + q] == nullptr) continue;
-      for (int v = 0; v < NV; ++v) {
-        A* place = out[o + q] + d + v * W;
-        const Vec<A> term = kTransposed ? sum[q][v] : sum[q][v] * inverse[o + q];
-        store(place, fresh[o + q] ? term : load(place) + term);
-      }
+      if (places.sums[o + q] == nullptr) continue;
+      for (int v = 0; v < NV; ++v)
+        add<kRing, kPadded>(places, o + q, d + v * W, head_dim - d - v * W,
+                            kTransposed ? sum[q][v] : sum[q][v] * inverse[o + q]);
     }
   }
 }
 
-template <int KK, bool kTransposed, class A>
-VOLO_INLINE void mix(const A* const* in, const A* weight, const A* inverse, A* const* out, const bool* fresh,
-                     int64_t length, int64_t width) {
+template <int KK, bool kTransposed, bool kRing, bool kPadded, class S, class T, class A>
+VOLO_INLINE void mix(const S* const* in, const A* weight, const A* inverse, const Places<T, A>& places, int64_t length,
+                     int64_t head_dim) {
   constexpr int W = Lanes<A>::count, NV = VOLO_VECTORS_HELD;
+  const int64_t width = (head_dim + W - 1) / W * W;
   int64_t d = 0;
   if constexpr (KK == 9) {
-    for (; d + NV * W <= width; d += NV * W) mix_nine<NV, kTransposed>(in, weight, inverse, out, fresh, d);
-    for (; d < width; d += W) mix_nine<1, kTransposed>(in, weight, inverse, out, fresh, d);
+    for (; d + NV * W <= width; d += NV * W)
+      mix_nine<NV, kTransposed, kRing, kPadded>(in, weight, inverse, places, d, head_dim);
+    for (; d < width; d += W) mix_nine<1, kTransposed, kRing, kPadded>(in, weight, inverse, places, d, head_dim);
   } else {
-    for (; d + NV * W <= width; d += NV * W) mix_any<NV, kTransposed>(in, weight, inverse, out, fresh, length, d);
-    for (; d < width; d += W) mix_any<1, kTransposed>(in, weight, inverse, out, fresh, length, d);
+    for (; d + NV * W <= width; d += NV * W)
+      mix_any<NV, kTransposed, kRing, kPadded>(in, weight, inverse, places, length, d, head_dim);
+    for (; d < width; d += W) mix_any<1, kTransposed, kRing, kPadded>(in, weight, inverse, places, length, d, head_dim);
   }
 }
 
@@ -326,53 +351,89 @@ VOLO_INLINE Vec<A> every_other(Vec<A> a, Vec<A> b, std::integer_sequence<int, I.
   }
 }
 
-// Lane l of the result is the sum of the lanes of the l-th vector that `leaf` hands out, for N = W of them; for a
-// smaller N the sums are still partial. A tree of W - 1 additions instead of W separate reductions.
-template <class A, int N, class Leaf>
+// Lane l of the result is the sum of the lanes of leaf(kFirst + l), for N = W; for a smaller N the sums are partial.
+// A tree of W - 1 additions instead of W separate reductions.
+template <class A, int N, int kFirst, class Leaf>
 VOLO_INLINE Vec<A> sums_of(Leaf& leaf) {
   if constexpr (N == 1) {
-    return leaf();
+    return leaf(std::integral_constant<int, kFirst>{});
   } else {
-    const Vec<A> a = sums_of<A, N / 2>(leaf);
-    const Vec<A> b = sums_of<A, N / 2>(leaf);
+    const Vec<A> a = sums_of<A, N / 2, kFirst>(leaf);
+    const Vec<A> b = sums_of<A, N / 2, kFirst + N / 2>(leaf);
     constexpr bool kWithin = N <= 16 / (int)sizeof(A);
     using All = std::make_integer_sequence<int, Lanes<A>::count>;
     return every_other<A, kWithin, 0>(a, b, All{}) + every_other<A, kWithin, 1>(a, b, All{});
   }
 }
 
-// dots[q, k] = sum over d of grads[q][d] * keys[k][d]; grads is [length, width] in scratch. length is a square, and the
-// fourth power of an odd number leaves 1 when divided by 16, that of an even one 0: at most one product is left over.
-template <int KK, int NV, class A>
-VOLO_INLINE void dot_products(const A* grads, const A* const* keys, int64_t any_length, int64_t any_width, A* dots) {
+template <class A, class Leaf, int... kBlock>
+VOLO_INLINE void store_all_sums(A* to, Leaf& leaf, std::integer_sequence<int, kBlock...>) {
   constexpr int W = Lanes<A>::count;
-  const int64_t length = KK ? KK : any_length, width = NV ? NV * W : any_width;
+  (store(to + kBlock * W, sums_of<A, W, kBlock * W>(leaf)), ...);
+}
+
+// dots[q, k] = sum over d of grads[q][d] * keys[k][d]; grads is [9, NV * W] in scratch.
+template <int NV, class T, class A>
+VOLO_INLINE void dots_nine(const A* grads, const T* const* keys, A* dots) {
+  constexpr int W = Lanes<A>::count;
+  Vec<A> held[9][NV];
+  for (int k = 0; k < 9; ++k)
+    for (int v = 0; v < NV; ++v) held[k][v] = load(keys[k] + v * W);
+  auto leaf = [&](auto n) __attribute__((always_inline)) {
+    constexpr int q = n / 9, k = n % 9;
+    Vec<A> sum = load(grads + q * NV * W) * held[k][0];
+    for (int v = 1; v < NV; ++v) sum += load(grads + (q * NV + v) * W) * held[k][v];
+    return sum;
+  };
+  store_all_sums(dots, leaf, std::make_integer_sequence<int, 81 / W>{});
+  for (int n = 81 / W * W; n < 81; ++n) dots[n] = sum_lanes<A>(leaf(std::integral_constant<int, 80>{}));
+}
+
+// The same for any size. length is a square, and the fourth power of an odd number leaves 1 when divided by 16, that of
+// an even one 0: at most one product is left over.
+template <class T, class A>
+VOLO_INLINE void dots_any(const A* grads, const T* const* keys, int64_t length, int64_t width, A* dots) {
+  constexpr int W = Lanes<A>::count;
   int64_t q = 0, k = 0;
-  auto leaf = [&]() __attribute__((always_inline)) {
-    const A *g = grads + q * width, *x = keys[k];
+  auto leaf = [&](auto) __attribute__((always_inline)) {
+    const A* g = grads + q * width;
+    const T* x = keys[k];
     Vec<A> sum = load(g) * load(x);
     for (int64_t d = W; d < width; d += W) sum += load(g + d) * load(x + d);
     if (++k == length) k = 0, ++q;
     return sum;
   };
   int64_t n = 0;
-  for (; n + W <= length * length; n += W) store(dots + n, sums_of<A, W>(leaf));
-  for (; n < length * length; ++n) dots[n] = sum_lanes<A>(leaf());
+  for (; n + W <= length * length; n += W) store(dots + n, sums_of<A, W, 0>(leaf));
+  for (; n < length * length; ++n) dots[n] = sum_lanes<A>(leaf(std::integral_constant<int, 0>{}));
+}
+
+template <int KK, class T, class A>
+VOLO_INLINE void dot_products(const A* grads, const T* const* keys, int64_t length, int64_t width, A* dots) {
+  constexpr int W = Lanes<A>::count;
+  if constexpr (KK == 9) {
+    if (width == W) return dots_nine<1>(grads, keys, dots);
+    if (width == 2 * W) return dots_nine<2>(grads, keys, dots);
+    if (width == 4 * W) return dots_nine<4>(grads, keys, dots);
+  }
+  dots_any(grads, keys, length, width, dots);
 }
 
 // ---- one call ----
 
 // What a thread needs besides inputs and outputs; a few windows' worth.
-template <class A>
+template <class T, class A>
 struct Scratch {
   A *e, *inverse, *sums;              // [heads of a group, KK, KK], [heads of a group, KK], as e
-  A *zeros, *staged, *ring;           // [width], [KK, width], [K, columns of tokens, heads of a group, width]
-  A *grads, *dots, *grad_logits;      // [KK, width], [KK, KK], [KK, KK]
-  A* totals;                          // [KK]
-  const A **in, **grad_rows;          // [KK] where the values of a window are, where the rows of `grads` are
-  A** out;                            // [KK] where its sums go, null for nowhere
-  int64_t *in_at, *grad_at, *out_at;  // [KK] offsets of its tokens, -1 outside
-  bool* fresh;                        // [KK] the token has received nothing yet
+  T *zeros, *padded;                  // [width], [KK, width]
+  A* ring;                            // [K, columns of tokens, heads of a group, width]
+  A *grads, *dots, *weighted;         // [KK, width], as e, as e
+  A* totals;                          // as inverse
+  const T** in;                       // [KK] where the values of a window are
+  const A** grad_rows;                // [KK] where the rows of `grads` are
+  Places<T, A> out;                   // where its sums go
+  int64_t *in_at, *grad_at;           // [KK] offsets of its tokens, -1 outside
+  int64_t *sum_at, *result_at;        // [KK] offsets of its sums and of its results, -1 for none
 
   char* base;
   size_t used = 0;
@@ -395,10 +456,11 @@ struct Sum<double> {
 
 int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
-template <class T, int KK, bool kStaged, bool kBackward>
+template <class T, int KK, bool kPadded, bool kBackward>
 struct Engine {
   using A = typename Sum<T>::type;
-  static constexpr int W = Lanes<A>::count, NV = VOLO_VECTORS_HELD;
+  static constexpr bool kRing = kPadded || !std::is_same<T, A>::value;
+  static constexpr int W = Lanes<A>::count;
 
   const OutlookCall& c;
   const double scale;
@@ -413,8 +475,8 @@ struct Engine {
   Engine(const OutlookCall& call, double factor) : c(call), scale(factor) {
     // Softmax and ring of a group stay well inside the first-level cache, and there is work for every thread.
     const int64_t a_head = length * length * (int64_t)sizeof(A);
-    const int64_t ring_of_head = kStaged ? K * c.width * width * (int64_t)sizeof(A) : 0;
-    while (group > 1 && (group * a_head > 16384 || group * ring_of_head > 24576 ||
+    const int64_t ring_of_head = kRing ? K * c.width * width * (int64_t)sizeof(A) : 0;
+    while (group > 1 && (group * a_head > 16384 || group * ring_of_head > 98304 ||
                          c.batch * c.height * ceil_div(c.heads, group) < 4 * c.threads))
       group = (group + 1) / 2;
     const int64_t units = c.batch * ceil_div(c.heads, group) * c.height;
@@ -422,7 +484,7 @@ struct Engine {
     if (threads < 1) threads = 1;
   }
 
-  size_t lay_out(Scratch<A>& s, char* base) const {
+  size_t lay_out(Scratch<T, A>& s, char* base) const {
     s.base = base;
     s.used = 0;
     // Whole vectors are read and written at any row: a vector of room behind each, two behind what is summed sideways.
@@ -430,26 +492,28 @@ struct Engine {
     s.take(s.sums, group * length * length + 2 * W);
     s.take(s.inverse, group * length + W);
     s.take(s.zeros, width);
-    s.take(s.staged, kStaged ? length * width : 0);
-    s.take(s.ring, kStaged ? K * c.width * group * width : 0);
+    s.take(s.padded, kPadded ? length * width : 0);
+    s.take(s.ring, kRing ? K * c.width * group * width : 0);
     s.take(s.grads, kBackward ? length * width : 0);
-    s.take(s.dots, kBackward ? length * length + 2 * W : 0);
-    s.take(s.grad_logits, kBackward ? length * length + 2 * W : 0);
-    s.take(s.totals, kBackward ? length + W : 0);
+    s.take(s.dots, kBackward ? group * length * length + 2 * W : 0);
+    s.take(s.weighted, kBackward ? group * length * length + 2 * W : 0);
+    s.take(s.totals, kBackward ? group * length + W : 0);
     s.take(s.in, length);
     s.take(s.grad_rows, kBackward ? length : 0);
-    s.take(s.out, length);
+    s.take(s.out.sums, length);
+    s.take(s.out.results, length);
+    s.take(s.out.fresh, length);
     s.take(s.in_at, length);
     s.take(s.grad_at, length);
-    s.take(s.out_at, length);
-    s.take(s.fresh, length);
+    s.take(s.sum_at, length);
+    s.take(s.result_at, length);
     return s.used;
   }
 
   int run() const {
     if (c.batch * c.height * c.width * c.heads * c.head_dim == 0) return 0;
     if (gaps) memset(c.result, 0, c.batch * c.height * c.width * c.heads * c.head_dim * sizeof(T));
-    Scratch<A> measured;
+    Scratch<T, A> measured;
     const size_t bytes = lay_out(measured, nullptr);
     char* memory = static_cast<char*>(aligned_alloc(64, bytes * threads));
     if (memory == nullptr) return 1;
@@ -465,9 +529,9 @@ struct Engine {
 
   // The share of a thread: a run of rows, counted through the groups of heads and the pictures.
   void work(char* memory, int64_t thread, int64_t of) const {
-    Scratch<A> s;
+    Scratch<T, A> s;
     lay_out(s, memory);
-    memset(s.zeros, 0, width * sizeof(A));
+    memset(s.zeros, 0, width * sizeof(T));
     for (int64_t q = 0; q < length && kBackward; ++q) s.grad_rows[q] = s.grads + q * width;
     const int64_t groups = ceil_div(c.heads, group);
     const int64_t total = c.batch * groups * c.height;
@@ -483,68 +547,39 @@ struct Engine {
     }
   }
 
-  int64_t first_window_of(int64_t y) const {
-    const int64_t i = ceil_div(y + c.padding - K + 1, c.stride);
-    return i > 0 ? i : 0;
-  }
-
   // Rows [top, bottom) of the result for `heads` heads of one picture.
-  void band(Scratch<A>& s, int64_t picture, int64_t head, int64_t heads, int64_t top, int64_t bottom) const {
-    int64_t last = (bottom - 1 + c.padding) / c.stride;
-    if (last > c.rows - 1) last = c.rows - 1;
-    int64_t entered = top, written = top;  // ring rows in use: [written, entered)
-    for (int64_t i = first_window_of(top); i <= last; ++i) {
-      const int64_t y0 = c.stride * i - c.padding;
-      if constexpr (kStaged) {
-        const int64_t reach = y0 + K < bottom ? y0 + K : bottom;
-        for (int64_t y = entered > y0 ? entered : y0; y < reach && gaps; ++y)
-          memset(s.ring + y % K * ring_row(heads), 0, ring_row(heads) * sizeof(A));
-        if (reach > entered) entered = reach;
-      }
-      const int64_t owner_row = y0 > 0 ? y0 : 0;
-      const bool owner = owner_row >= top && owner_row < bottom;
-      for (int64_t j = 0; j < c.columns; ++j) window(s, picture, head, heads, top, bottom, i, j, owner);
-      if constexpr (kStaged) {
-        int64_t done = i < last ? y0 + c.stride : bottom;
-        if (done > bottom) done = bottom;
-        for (int64_t y = written > y0 ? written : y0; y < done && y < y0 + K; ++y)
-          write_row(s, picture, head, heads, y);
-        if (done > written) written = done;
-      }
-    }
+  void band(Scratch<T, A>& s, int64_t picture, int64_t head, int64_t heads, int64_t top, int64_t bottom) const {
+    const int64_t before = top + c.padding - K;  // the first window that reaches `top` is one that starts behind this row
+    const int64_t first = before < 0 ? 0 : before / c.stride + 1;
+    const int64_t end = (bottom - 1 + c.padding) / c.stride + 1;
+    for (int64_t i = first; i < end && i < c.rows; ++i)
+      for (int64_t j = 0; j < c.columns; ++j) window(s, picture, head, heads, top, bottom, i, j);
   }
 
-  int64_t ring_row(int64_t heads) const { return c.width * heads * width; }
-
-  void write_row(const Scratch<A>& s, int64_t picture, int64_t head, int64_t heads, int64_t y) const {
-    const A* from = s.ring + y % K * ring_row(heads);
-    T* to = static_cast<T*>(c.result) + (((picture * c.height + y) * c.width) * c.heads + head) * c.head_dim;
-    for (int64_t x = 0; x < c.width; ++x, to += c.heads * c.head_dim)
-      for (int64_t n = 0; n < heads; ++n, from += width) {
-        int64_t d = 0;
-        for (; d + W <= c.head_dim; d += W) store(to + n * c.head_dim + d, load(from + d));
-        if (d < c.head_dim) store_part(to + n * c.head_dim + d, load(from + d), c.head_dim - d);
-      }
-  }
-
-  // Window (i, j): what it adds to rows [top, bottom), and in the backward pass, if `owner`, the gradient of its logits.
-  void window(Scratch<A>& s, int64_t picture, int64_t head, int64_t heads, int64_t top, int64_t bottom, int64_t i,
-              int64_t j, bool owner) const {
+  // Window (i, j): what it adds to rows [top, bottom), and in the backward pass the gradient of its logits, if its first
+  // row inside the picture is one of them.
+  void window(Scratch<T, A>& s, int64_t picture, int64_t head, int64_t heads, int64_t top, int64_t bottom, int64_t i,
+              int64_t j) const {
     const int64_t y0 = c.stride * i - c.padding, x0 = c.stride * j - c.padding;
+    const int64_t first_row = y0 > 0 ? y0 : 0;
+    const bool owner = first_row >= top && first_row < bottom;
     for (int64_t a = 0, q = 0; a < K; ++a) {
       const int64_t y = y0 + a;
       for (int64_t b = 0; b < K; ++b, ++q) {
         const int64_t x = x0 + b;
         const bool inside = y >= 0 && y < c.height && x >= 0 && x < c.width;
+        const bool wanted = inside && y >= top && y < bottom;
         s.in_at[q] = inside ? y * c.value_strides[1] + x * c.value_strides[2] : -1;
         if constexpr (kBackward) s.grad_at[q] = inside ? y * c.grad_out_strides[1] + x * c.grad_out_strides[2] : -1;
-        if (!inside || y < top || y >= bottom)
-          s.out_at[q] = -1;
-        else if (kStaged)
-          s.out_at[q] = (y % K * c.width + x) * heads * width;
-        else
-          s.out_at[q] = ((picture * c.height + y) * c.width + x) * c.heads * c.head_dim + head * c.head_dim;
-        s.fresh[q] = (a + c.stride >= K || i == 0) && (b + c.stride >= K || j == 0);
+        const int64_t result_at = ((picture * c.height + y) * c.width + x) * c.heads * c.head_dim + head * c.head_dim;
+        s.out.fresh[q] = (a + c.stride >= K || i == 0) && (b + c.stride >= K || j == 0);
+        if constexpr (kRing) {
+          const bool complete = (a < c.stride || i == c.rows - 1) && (b < c.stride || j == c.columns - 1);
+          s.sum_at[q] = wanted ? (y % K * c.width + x) * heads * width : -1;
+          s.result_at[q] = complete ? result_at : -1;
+        } else {
+          s.sum_at[q] = wanted ? result_at : -1;
+        }
       }
     }
 
@@ -565,31 +600,42 @@ struct Engine {
 
     const T* values = static_cast<const T*>(c.value) + picture * c.value_strides[0] + head * c.value_strides[3];
     for (int64_t n = 0; n < heads; ++n) {
-      gather(s, values + n * c.value_strides[3], s.in_at, s.staged, s.in);
-      A* result = kStaged ? s.ring + n * width : static_cast<A*>(c.result) + n * c.head_dim;
-      for (int64_t q = 0; q < length; ++q) s.out[q] = s.out_at[q] < 0 ? nullptr : result + s.out_at[q];
+      gather(s, values + n * c.value_strides[3]);
+      T* result = static_cast<T*>(c.result) + n * c.head_dim;
+      for (int64_t q = 0; q < length; ++q) {
+        if constexpr (kRing) {
+          s.out.sums[q] = s.sum_at[q] < 0 ? nullptr : s.ring + n * width + s.sum_at[q];
+          s.out.results[q] = s.result_at[q] < 0 ? nullptr : result + s.result_at[q];
+        } else {
+          s.out.sums[q] = s.sum_at[q] < 0 ? nullptr : result + s.sum_at[q];
+        }
+      }
       const A *e = s.e + n * length * length, *inverse = s.inverse + n * length;
-      if constexpr (kBackward)
-        head_backward(s, e, inverse, picture, i, j, head + n, owner);
-      else
-        mix<KK, false>(s.in, e, inverse, s.out, s.fresh, length, width);
+      if constexpr (kBackward) {
+        scale_grads(s, inverse, picture, head + n);
+        mix<KK, true, kRing, kPadded>(s.grad_rows, e, inverse, s.out, length, c.head_dim);
+        if (owner) dot_products<KK>(s.grads, s.in, length, width, s.dots + n * length * length);
+      } else {
+        mix<KK, false, kRing, kPadded>(s.in, e, inverse, s.out, length, c.head_dim);
+      }
     }
+    if (kBackward && owner)
+      write_grad_logits(s, heads * length,
+                        (((picture * c.rows + i) * c.columns + j) * c.heads + head) * length * length);
   }
 
-  // Pointers to the tokens of a window for one head, widened into `room` where they cannot be read in place.
-  VOLO_INLINE void gather(const Scratch<A>& s, const T* source, const int64_t* at, A* room, const A** pointers) const {
+  // Pointers to the tokens of a window for one head, copied and padded where they do not fill whole vectors.
+  VOLO_INLINE void gather(const Scratch<T, A>& s, const T* source) const {
     for (int64_t q = 0; q < length; ++q) {
-      if (at[q] < 0) {
-        pointers[q] = s.zeros;
-      } else if constexpr (!kStaged) {
-        pointers[q] = source + at[q];
+      if (s.in_at[q] < 0) {
+        s.in[q] = s.zeros;
+      } else if constexpr (!kPadded) {
+        s.in[q] = source + s.in_at[q];
       } else {
-        const T* p = source + at[q];
-        A* place = room + q * width;
-        int64_t d = 0;
-        for (; d + W <= c.head_dim; d += W) store(place + d, load(p + d));
-        if (d < c.head_dim) store(place + d, load_part<A>(p + d, c.head_dim - d));
-        pointers[q] = place;
+        T* place = s.padded + q * width;
+        memcpy(place, source + s.in_at[q], c.head_dim * sizeof(T));
+        memset(place + c.head_dim, 0, (width - c.head_dim) * sizeof(T));
+        s.in[q] = place;
       }
     }
   }
@@ -597,52 +643,45 @@ struct Engine {
   // With P the softmax, G the gradient of the output and g = G / (sum of the row):
   //   dV[k] = sum over q of P[q,k] G[q] = sum of e[q,k] g[q]
   //   dP[q,k] = G[q] . V[k],  dlogits = scale * P (dP - sum over k of P dP) = scale * e (g.V - D / sum),  D = sum over k of e g.V
-  VOLO_INLINE void head_backward(Scratch<A>& s, const A* e, const A* inverse, int64_t picture, int64_t i, int64_t j,
-                                 int64_t head, bool owner) const {
+  VOLO_INLINE void scale_grads(const Scratch<T, A>& s, const A* inverse, int64_t picture, int64_t head) const {
     const T* grad = static_cast<const T*>(c.grad_out) + picture * c.grad_out_strides[0] + head * c.grad_out_strides[3];
     for (int64_t q = 0; q < length; ++q) {
       A* place = s.grads + q * width;
       if (s.grad_at[q] < 0) {
-        memset(place, 0, width * sizeof(A));
+        for (int64_t d = 0; d < width; d += W) store(place + d, Vec<A>{});
         continue;
       }
       const T* p = grad + s.grad_at[q];
       int64_t d = 0;
       for (; d + W <= c.head_dim; d += W) store(place + d, load(p + d) * inverse[q]);
-      if (d < c.head_dim) store(place + d, load_part<A>(p + d, c.head_dim - d) * inverse[q]);
+      if (kPadded) store(place + d, load_part<A>(p + d, c.head_dim - d) * inverse[q]);
     }
-    mix<KK, true>(s.grad_rows, e, inverse, s.out, s.fresh, length, width);
-    if (!owner) return;
+  }
 
-    if (width == NV * W)
-      dot_products<KK, NV>(s.grads, s.in, length, width, s.dots);
-    else
-      dot_products<KK, 0>(s.grads, s.in, length, width, s.dots);
-    const int64_t n = length * length;
-    A *weighted = s.grad_logits, *totals = s.totals;
-    for (int64_t m = 0; m < n; m += W) store(weighted + m, load(e + m) * load(s.dots + m));
-    row_sums<A, KK>(weighted, length, length, s.sums, totals);
-    // A row is written in whole vectors; what spills over is overwritten by the next row.
+  VOLO_INLINE void write_grad_logits(const Scratch<T, A>& s, int64_t rows, int64_t at) const {
+    const int64_t n = rows * length;
+    T* to = static_cast<T*>(c.grad_logits) + at;
     const A factor = (A)scale;
-    for (int64_t q = 0; q < length; ++q) {
-      const A shared = totals[q] * inverse[q];
-      for (int64_t k = 0; k < length; k += W) {
-        const int64_t m = q * length + k;
-        store(weighted + m, load(e + m) * (load(s.dots + m) - shared) * factor);
+    for (int64_t m = 0; m < n; m += W) store(s.weighted + m, load(s.e + m) * load(s.dots + m));
+    row_sums<KK>(s.weighted, rows, length, s.sums, s.totals);
+    // A row is written in whole vectors; what spills over is overwritten by the next one.
+    for (int64_t r = 0; r < rows; ++r) {
+      const A shared = s.totals[r] * s.inverse[r];
+      for (int64_t m = r * length; m < (r + 1) * length; m += W) {
+        const Vec<A> grad = load(s.e + m) * (load(s.dots + m) - shared) * factor;
+        if (m + W <= n)
+          store(to + m, grad);
+        else
+          store_part(to + m, grad, n - m);
       }
     }
-    T* to = static_cast<T*>(c.grad_logits) + (((picture * c.rows + i) * c.columns + j) * c.heads + head) * n;
-    int64_t m = 0;
-    for (; m + W <= n; m += W) store(to + m, load(weighted + m));
-    if (m < n) store_part(to + m, load(weighted + m), n - m);
   }
 };
 
 template <class T, int KK, bool kBackward>
 int run_engine(const OutlookCall& call, double scale) {
-  constexpr bool kAccumulatesInPlace = std::is_same<T, typename Sum<T>::type>::value;
-  if constexpr (kAccumulatesInPlace)
-    if (call.head_dim % Lanes<T>::count == 0) return Engine<T, KK, false, kBackward>(call, scale).run();
+  if (call.head_dim % Lanes<typename Sum<T>::type>::count == 0)
+    return Engine<T, KK, false, kBackward>(call, scale).run();
   return Engine<T, KK, true, kBackward>(call, scale).run();
 }
 

@@ -34,7 +34,10 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{path.name} does not load: {error}; install again on this machine"
     version.restype = ctypes.c_int64
     if version() != INTERFACE_VERSION:
-        return None, f"{path.name} was built from other sources (interface {version()}, expected {INTERFACE_VERSION}); build again"
+        return (
+            None,
+            f"{path.name} was built from other sources (interface {version()}, expected {INTERFACE_VERSION}); build again",
+        )
     library.volo_best_isa.restype = ctypes.c_int64
     for function in (library.volo_outlook_forward, library.volo_outlook_backward):
         function.argtypes = [ctypes.c_void_p, ctypes.c_double]

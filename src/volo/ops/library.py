@@ -173,9 +173,9 @@ def _no_kernel() -> str | None:
         return "exported graphs are made of portable operations"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation has no kernel"
-    if torch._C._are_functorch_transforms_active():
-        if any(x.key() != TransformType.Vmap for x in torch._C._functorch.get_interpreter_stack() or ()):
-            return "of the transforms of torch.func only vmap has a kernel"
+    transforms = torch._C._functorch.get_interpreter_stack() if torch._C._are_functorch_transforms_active() else ()
+    if any(transform.key() != TransformType.Vmap for transform in transforms):
+        return "of the transforms of torch.func only vmap has a kernel"
     return None
 
 
