@@ -258,7 +258,7 @@ def test_predict_prints_a_table(inside: Path, capsys: pytest.CaptureFixture[str]
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m volo info | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode in (0, 128 + signal.SIGPIPE)
+    assert done.returncode in (0, 1)
     assert done.stderr == ""
 
 

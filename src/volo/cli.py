@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from volo.engine.predict import Prediction
+
 Amp = Literal["off", "bf16", "fp16"]
 
 HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook attention (arXiv 2106.13112)
@@ -243,7 +245,7 @@ class PredictOptions:
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write there instead of standard output; the file appears when it is complete."""
     sheet: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
-    """Draw the first 48 pictures with their classes."""
+    """Draw the first 48 pictures with their classes; if all lie in folders named like classes, right and wrong show."""
     on_bad_image: Literal["error", "skip"] = "error"
     """Pictures that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
     how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -263,7 +265,7 @@ def predict(options: PredictOptions) -> int:
     """
     from volo.console import Bar, prediction_line
     from volo.engine.checkpoint import write_atomically
-    from volo.engine.predict import Prediction, find_pictures, to_csv, to_json
+    from volo.engine.predict import find_pictures, to_csv, to_json
     from volo.engine.predict import predict as run_prediction
 
     pictures = find_pictures(options.pictures, sys.stdin if "-" in options.pictures else ())
@@ -313,14 +315,14 @@ def predict(options: PredictOptions) -> int:
                 sys.stdout.write(line)
             sys.stdout.flush()
     if options.sheet is not None:
-        _draw_sheet(for_sheet, options.sheet)
+        _draw_sheet(for_sheet, classifier.classes, options.sheet)
     if failed:
         message = f"{failed} of {len(pictures)} pictures could not be read"
         errors.print(message, style="yellow" if options.on_bad_image == "skip" else "red", highlight=False)
     return 1 if failed and options.on_bad_image == "error" else 0
 
 
-def _draw_sheet(predictions: Sequence[Any], out: Path) -> None:
+def _draw_sheet(predictions: Sequence[Prediction], classes: Sequence[str], out: Path) -> None:
     from volo.data.decode import decode_image
     from volo.data.transforms import ResizeAndCenterCrop
     from volo.explain.plots import SheetItem, prediction_sheet
@@ -332,7 +334,10 @@ def _draw_sheet(predictions: Sequence[Any], out: Path) -> None:
         size = (max(1, round(H * scale)), max(1, round(W * scale)))
         return ResizeAndCenterCrop(size)(image) if scale < 1 else image
 
-    prediction_sheet([SheetItem(thumbnail(p.name), p.top, name=p.name) for p in predictions], out)
+    folders = [Path(p.name).absolute().parent.name for p in predictions]
+    truths: Sequence[str | None] = folders if set(folders) <= set(classes) else [None] * len(folders)
+    items = [SheetItem(thumbnail(p.name), p.top, p.name, truth) for p, truth in zip(predictions, truths)]
+    prediction_sheet(items, out)
 
 
 @dataclass(frozen=True)
@@ -454,8 +459,8 @@ COMMANDS: dict[str, tuple[Callable[[Any], int], type]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (sys.argv if None) and return its exit code: 0; 1: some pictures could not be read; 2: an error
-    that the message explains; 130: Ctrl-C; 143: SIGTERM.
+    """Run a command line (sys.argv if None) and return its exit code: 0; 1: some pictures could not be read, or nobody reads
+    our output; 2: an error that the message explains; 130: Ctrl-C; 143: SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -481,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output (head, less) has gone. Python's own flush at exit must not stumble over it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 1
     except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
         if os.environ.get("VOLO_TRACEBACK"):
             raise

@@ -76,7 +76,7 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
                 loss.plot(x, losses, color=BLUE, alpha=0.2, linewidth=0.8)
             loss.plot(x, _smooth(losses), color=BLUE, linewidth=1.8, label="training")
             rate.plot(x, [line["lr"] for line in steps], color=BLUE, linewidth=1.8)
-        marker = {"marker": "o", "markersize": 3.5} if len(evaluations) <= 40 else {}
+        marker = {"marker": "o", "markersize": 3.5, "clip_on": False} if len(evaluations) <= 40 else {}
         ex = [line["epoch"] for line in evaluations]
         if evaluations:
             loss.plot(
@@ -104,7 +104,7 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
                 zorder=3,
             )
             accuracy.set_title(f"Held-out accuracy: best {100 * best['top1']:.2f} %")
-            low = min(100 * line["top1"] for line in evaluations)
+            low = min(100 * min(line["top1"], line.get("mean_class_accuracy", 1.0)) for line in evaluations)
             accuracy.set_ylim(max(0.0, min(low - 4, 96)), min(101.0, 100 * best["top1"] + 6))
             accuracy.legend(loc="lower right")
         else:
