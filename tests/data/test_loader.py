@@ -342,7 +342,7 @@ def test_signals_are_for_the_training_process_and_workers_never_outlive_it(event
             assert messages.recv() == [event]
         process.join(60)
         assert process.exitcode == {"SIGKILL": -signal.SIGKILL, "error": 3}.get(event, 0)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 3
         while any(is_running(worker) for worker in workers):
             assert time.monotonic() < deadline, "workers outlive the training process"
             time.sleep(0.05)
