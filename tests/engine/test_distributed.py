@@ -83,6 +83,7 @@ def test_two_processes_are_one_even_when_stopped_amid(recipe_for, tmp_path, alon
     assert_same_up_to_rounding(out, alone)
 
 
+@pytest.mark.slow
 def test_sharded_weights_train_the_same(recipe_for, tmp_path, alone, start_run) -> None:
     child = start_run(recipe_for(parallel="fsdp", accumulation=2), tmp_path / "run", processes=2)
     _, errors = child.communicate(timeout=120)
@@ -91,8 +92,9 @@ def test_sharded_weights_train_the_same(recipe_for, tmp_path, alone, start_run) 
 
 
 def test_death_of_one_process_ends_all_and_the_run_continues(recipe_for, tmp_path, alone, start_run) -> None:
+    """From sharded weights in two processes to whole ones in one."""
     out = tmp_path / "run"
-    child = start_run(recipe_for(), out, processes=2, RANK_TO_KILL=1)
+    child = start_run(recipe_for(parallel="fsdp"), out, processes=2, RANK_TO_KILL=1)
     child.communicate(timeout=120)
     assert child.returncode != 0
     assert load_checkpoint(out / "last.pt")["step"] == 12
@@ -102,7 +104,6 @@ def test_death_of_one_process_ends_all_and_the_run_continues(recipe_for, tmp_pat
 
 @pytest.mark.slow
 def test_sharded_run_continues(recipe_for, tmp_path, alone, start_run) -> None:
-    """From a run of sharded weights that lost a process to one in two processes, sharded again."""
     out = tmp_path / "run"
     child = start_run(recipe_for(parallel="fsdp"), out, processes=2, RANK_TO_KILL=0)
     child.communicate(timeout=120)

@@ -117,7 +117,9 @@ def test_resume_of_every_kind_of_run(tiny, tmp_path, overrides) -> None:
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_killed_process(tiny, tmp_path, reference, start_run, signal_number) -> None:
     """A real process, saving after every step so that a kill may well hit a save, with two workers; continued without."""
     out = tmp_path / "run"
