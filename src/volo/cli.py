@@ -1,4 +1,4 @@
-"""`volo train | evaluate | predict | info`: the one place where names on a command line become objects.
+"""`volo train | evaluate | predict | info | bench`: the one place where names on a command line become objects.
 
 Everything beyond the standard library is imported where it is used, so that help and spelling mistakes are answered at
 once. A command is a function of one frozen dataclass: the docstring is its help, the fields are its options.
@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import tomllib
@@ -41,6 +42,7 @@ HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook 
   volo evaluate MODEL    how good a model is: top-1, top-5, every class, calibration, confusion
   volo predict MODEL ... name what is in pictures
   volo info              versions, devices, engines of the operator; --models lists models, weights and recipes
+  volo bench WHAT        measure: the operator, a model, a training step, the training loop
 
 MODEL is a run folder, a checkpoint in it, or published weights such as volo_d1.224.
 
@@ -94,7 +96,8 @@ def train(options: TrainOptions) -> int:
     is_main = int(os.environ.get("RANK", "0")) == 0
     console = _console(stderr=options.json)
     reporter = None if options.quiet or not is_main else TrainReporter(console)
-    resume_command = f"volo train {out} --resume"
+    program = "torchrun ... -m volo" if "RANK" in os.environ else "volo"
+    resume_command = f"{program} train {shlex.quote(str(out))} --resume"
     try:
         with reporter or contextlib.nullcontext():
             result = run_training(recipe, out, resume=options.resume, overwrite=options.overwrite, reporter=reporter)
@@ -447,6 +450,97 @@ def _title(recipe: Path) -> str:
         return file.readline().lstrip("# ").rstrip()
 
 
+@dataclass(frozen=True)
+class BenchOptions:
+    what: tyro.conf.Positional[Literal["op", "model", "train", "loop"]]
+    """op: outlook attention, each engine against the reference; model: inference against timm's VOLO with the same
+    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors."""
+    model: str = ""
+    """Name of a model; volo_d1, for loop volo_nano, if left out."""
+    batch_size: int = 0
+    """Pictures at once; 0: 8, for loop 256."""
+    img_size: int = 0
+    """Side of the pictures; 0: 224, for loop 32."""
+    rounds: int = 0
+    """Turns of every candidate; 0: enough for a steady median in a minute or two."""
+    amp: Literal["off", "bf16"] = "off"
+    """Of train: autocast of both sides."""
+    compiled: bool = False
+    """Of model and train: torch.compile both sides too; takes minutes."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
+    threads: int = 0
+    """CPU threads; 0: torch's choice."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """Write the result there as well."""
+
+
+def bench(options: BenchOptions) -> int:
+    """Measure on this machine. Candidates run in turns in one process; medians and quartiles are reported.
+
+    Keep the machine otherwise idle: a second process that computes can slow one of two threads tenfold.
+
+    Examples:
+      volo bench op
+      volo bench op --batch-size 1 --threads 2 --out op.json
+      volo bench model --model volo_d1 --batch-size 8
+      volo bench train --amp bf16 --device cuda --batch-size 128 --compiled
+      volo bench loop
+    """
+    from volo.console import show_benchmark
+    from volo.engine.checkpoint import write_atomically
+
+    device = _device(ModelOptions(device=options.device, threads=options.threads))
+    is_loop = options.what == "loop"
+    name = options.model or ("volo_nano" if is_loop else "volo_d1")
+    batch_size = options.batch_size or (256 if is_loop else 8)
+    img_size = options.img_size or (32 if is_loop else 224)
+    rounds = {"rounds": options.rounds} if options.rounds else {}
+    result: dict[str, Any]
+    if options.what == "op":
+        from volo.bench.op import bench_op
+
+        result = bench_op(name, batch_size=batch_size, img_size=img_size, device=str(device), **rounds)
+    elif options.what == "model":
+        from volo.bench.model import bench_model
+
+        result = bench_model(
+            name,
+            batch_size=batch_size,
+            img_size=img_size,
+            compiled=options.compiled,
+            device=str(device),
+            **rounds,
+        )
+    elif options.what == "train":
+        from volo.bench.model import bench_train
+
+        result = bench_train(
+            name,
+            batch_size=batch_size,
+            img_size=img_size,
+            amp=options.amp,
+            compiled=options.compiled,
+            device=str(device),
+            **rounds,
+        )
+    else:
+        from volo.bench.loop import bench_loop
+
+        result = bench_loop(name, img_size=img_size, batch_size=batch_size, device=str(device), **rounds)
+    report = json.dumps(result, indent=1)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out, lambda file: file.write(report.encode()))
+    if options.json:
+        print(report)
+    else:
+        show_benchmark(_console(stderr=False), result)
+    return 0
+
+
 # From words to options
 
 
@@ -455,6 +549,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], int], type]] = {
     "evaluate": (evaluate, EvaluateOptions),
     "predict": (predict, PredictOptions),
     "info": (info, InfoOptions),
+    "bench": (bench, BenchOptions),
 }
 
 

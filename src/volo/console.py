@@ -288,3 +288,22 @@ def duration(seconds: float) -> str:
     whole = max(0, round(seconds))
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def show_benchmark(console: Console, result: dict[str, Any]) -> None:
+    """The rows of a measurement as a table, under what was measured and where."""
+    plain = {k: v for k, v in result.items() if k != "rows" and not isinstance(v, (dict, list))}
+    console.print(", ".join(f"{k.replace('_', ' ')} {_figure(v)}" for k, v in plain.items()), highlight=False)
+    columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
+    table = Table(header_style="dim", box=None)
+    for i, column in enumerate(columns):
+        table.add_column(column.replace("_", " "), justify="right" if i else "left")
+    for row in result["rows"]:
+        table.add_row(*(_figure(row.get(column, "")) for column in columns))
+    console.print(table, highlight=False)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " to ".join(_figure(v) for v in value) if len(value) == 2 else ", ".join(map(_figure, value))
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,69 @@
+"""The measurements run and report what they claim to; how fast anything is, is not a test."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from volo.bench.loop import bench_loop
+from volo.bench.model import bench_model, bench_train
+from volo.bench.timing import Timing, alternate, speedup
+from volo.cli import main
+
+
+def test_candidates_take_turns_and_ratios_are_within_rounds():
+    calls: list[str] = []
+
+    def slow() -> None:
+        calls.append("slow")
+        time.sleep(0.02)
+
+    timings = alternate({"fast": lambda: calls.append("fast"), "slow": slow}, rounds=3, warmup=1)
+    assert calls == ["fast", "slow"] * 4
+    assert len(timings["slow"].seconds) == 3
+    assert timings["slow"].median >= 0.02 > timings["fast"].median
+    assert speedup(Timing((1.0, 1.0, 2.0)), Timing((2.0, 6.0, 4.0))) == 2.0
+    low, high = timings["slow"].quartiles
+    assert low <= timings["slow"].median <= high
+
+
+def test_model_rows_compare_the_same_weights():
+    result = bench_model(batch_size=1, img_size=32, rounds=2)
+    assert result["largest_logit_difference"] < 1e-5
+    assert [row["candidate"] for row in result["rows"]] == [
+        "volo float32",
+        "timm eager float32",
+        "volo bfloat16",
+        "timm eager bfloat16",
+    ]
+    assert result["rows"][1]["times_timm_eager"] == 1.0
+    for row in result["rows"]:
+        assert row["quartiles"][0] <= row["images_per_second"] <= row["quartiles"][1]
+
+
+def test_train_rows():
+    result = bench_train(batch_size=2, img_size=32, rounds=1)
+    assert [row["candidate"] for row in result["rows"]] == ["volo", "timm eager"]
+
+
+def test_loop_reports_both_rates():
+    result = bench_loop(batch_size=8, rounds=1, steps=4, device="cpu")
+    assert result["ratio"] == pytest.approx(
+        result["rows"][0]["images_per_second"] / result["rows"][1]["images_per_second"]
+    )
+
+
+def test_command_line_writes_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    threads = torch.get_num_threads()
+    out = tmp_path / "results" / "loop.json"
+    assert main(["bench", "loop", "--batch-size", "8", "--rounds", "1", "--device", "cpu", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["what"] == "training loop"
+    assert result["threads"] == threads
+    shown = capsys.readouterr().out
+    assert "bare loop" in shown
+    assert "images per second" in shown
