@@ -82,15 +82,12 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
             loss.plot(
                 ex, [line["loss"] for line in evaluations], color=ORANGE, linewidth=1.8, label="held out", **marker
             )
-            for key, label, color in (
-                ("top1", "top-1", ORANGE),
-                ("mean_class_accuracy", "mean of classes", GREY),
-                ("train_top1", "top-1 in training", BLUE),
+            for key, label, color, dashes in (
+                ("top1", "top-1", ORANGE, "-"),
+                ("mean_class_accuracy", "mean of classes", GREY, "--"),
             ):
-                values = [100 * line.get(key, math.nan) for line in evaluations]
-                if any(map(math.isfinite, values)):
-                    dashes = "--" if key == "mean_class_accuracy" else "-"
-                    accuracy.plot(ex, values, color=color, linewidth=1.8, linestyle=dashes, label=label, **marker)
+                values = [100 * line[key] for line in evaluations]
+                accuracy.plot(ex, values, color=color, linewidth=1.8, linestyle=dashes, label=label, **marker)
             best = max(evaluations, key=lambda line: line["top1"])
             accuracy.axhline(100 * best["top1"], color=GREY, linewidth=0.8, linestyle=":")
             accuracy.plot(
@@ -104,7 +101,7 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
                 zorder=3,
             )
             accuracy.set_title(f"Held-out accuracy: best {100 * best['top1']:.2f} %")
-            low = min(100 * min(line["top1"], line.get("mean_class_accuracy", 1.0)) for line in evaluations)
+            low = min(100 * min(line["top1"], line["mean_class_accuracy"]) for line in evaluations)
             accuracy.set_ylim(max(0.0, min(low - 4, 96)), min(101.0, 100 * best["top1"] + 6))
             accuracy.legend(loc="lower right")
         else:
