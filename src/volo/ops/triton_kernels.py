@@ -14,7 +14,7 @@ Softmax. One lane holds one row of logits (window, query offset), a register a k
 need no exchange between lanes, and every row is loaded by exactly one program (plus one more in the backward pass).
 
 The gradient of `value` is the forward kernel with the roles of query and key exchanged, given log-sum-exp of each row,
-which the kernel for the gradient of the logits leaves behind (4 bytes for each row of kernel_size**2 logits).
+which the kernel for the gradient of the logits leaves behind (4 bytes, in float32 8, a row of kernel_size**2 logits).
 
 Non-finite values: a weight of zero times infinity is NaN, so an infinite or NaN value reaches all tokens of the cells
 around it, a few more than share a window with it.
@@ -76,34 +76,40 @@ def _unstack(x, ROWS: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _softmax_row(row, mask, factor, TAPS: tl.constexpr):
-    """Softmax of the TAPS logits from `row` on, one row a lane, zero where not `mask`; and its log-sum-exp to base 2."""
+def _softmax_row(row, mask, factor, FALLING: tl.constexpr, TAPS: tl.constexpr):
+    """Softmax of the TAPS logits from `row` on, one row a lane, zero where not `mask`; its largest
+    logit, and log2 of the sum of exponentials relative to that.
+
+    FALLING says that factor is negative. The largest is subtracted before the multiplication: large logits lose nothing.
+    """
     x = ()
     for t in tl.static_range(TAPS):
-        x += (tl.load(row + t, mask=mask, other=0.0).to(tl.float32) * factor,)
+        x += (tl.load(row + t, mask=mask, other=0.0).to(tl.float32),)
     top = x[0]
     for t in tl.static_range(1, TAPS):
-        top = tl.maximum(top, x[t])
+        top = tl.minimum(top, x[t]) if FALLING else tl.maximum(top, x[t])
     total = tl.zeros_like(top)
     e = ()
     for t in tl.static_range(TAPS):
-        e += (tl.exp2(x[t] - top),)
+        e += (tl.exp2((x[t] - top) * factor),)
         total += e[t]
     inverse = tl.where(mask, 1.0 / total, 0.0)
     p = ()
     for t in tl.static_range(TAPS):
         p += (e[t] * inverse,)
-    return p, top + tl.log2(total)
+    return p, top, tl.log2(total)
 
 
 @triton.jit
-def _softmax_column(column, lse_row, mask, factor, TAPS: tl.constexpr):
-    """A column of a window's TAPS x TAPS softmax, from the log-sum-exp of its rows; zero where not `mask`."""
+def _softmax_column(column, lse_row, tops_row, mask, factor, SPLIT: tl.constexpr, TAPS: tl.constexpr):
+    """A column of a window's TAPS x TAPS softmax, from what `_grad_logits_kernel` left; zero where not `mask`."""
     p = ()
     for t in tl.static_range(TAPS):
-        x = tl.load(column + t * TAPS, mask=mask, other=0.0).to(tl.float32) * factor
+        x = tl.load(column + t * TAPS, mask=mask, other=0.0).to(tl.float32)
+        if SPLIT:
+            x -= tl.load(tops_row + t, mask=mask, other=0.0)
         # A masked lane takes exp2(0 - inf) = 0.
-        p += (tl.exp2(x - tl.load(lse_row + t, mask=mask, other=float("inf"))),)
+        p += (tl.exp2(x * factor - tl.load(lse_row + t, mask=mask, other=float("inf"))),)
     return p
 
 
@@ -127,10 +133,11 @@ def _product(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def _mix_kernel(
-    src, logits, lse, out,
+    src, logits, lse, tops, out,
     batch, height, width, heads, window_rows, window_cols, cells_x, rows_per_program, scale,
     src_b, src_y, src_x, src_h, logits_b, logits_i, logits_j, logits_h,
-    K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, HEAD_DIM: tl.constexpr, TRANSPOSED: tl.constexpr,
+    K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, HEAD_DIM: tl.constexpr, FALLING: tl.constexpr,
+    SPLIT: tl.constexpr, TRANSPOSED: tl.constexpr,
     COLUMNS: tl.constexpr, FIRST: tl.constexpr, WINDOWS: tl.constexpr, SPAN: tl.constexpr, RING: tl.constexpr,
     LEVELS: tl.constexpr, D: tl.constexpr, CELLS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +173,7 @@ def _mix_kernel(
     row_column = row % COLUMNS
     row_ok = (row_b < batch) & (row_column < S) & (row_j * S + row_column < width)
     row_at = logits + row_b.to(tl.int64) * logits_b + row_head * logits_h
-    lse_at = lse + (row_b.to(tl.int64) * window_rows * window_cols * heads + row_head) * TAPS
+    sums_at = (row_b.to(tl.int64) * window_rows * window_cols * heads + row_head) * TAPS  # of lse and tops
 
     # Rows are counted from the first that a window reaches, P above the grid. After step i the first S rows of window
     # row i are complete. Steps before `first` only bring in what they give to rows from there on.
@@ -194,10 +201,10 @@ def _mix_kernel(
             offset = a * K + column
             window_at = row_at + i * logits_i + window * logits_j
             if TRANSPOSED:
-                lse_row = lse_at + (i * window_cols + window) * (heads * TAPS)
-                p += _softmax_column(window_at + offset, lse_row, there, factor, TAPS)
+                sums = sums_at + (i * window_cols + window) * (heads * TAPS)
+                p += _softmax_column(window_at + offset, lse + sums, tops + sums, there, factor, SPLIT, TAPS)
             else:
-                softmax, _ = _softmax_row(window_at + offset * TAPS, there, factor, TAPS)
+                softmax, _, _ = _softmax_row(window_at + offset * TAPS, there, factor, FALLING, TAPS)
                 p += softmax
 
         weights = ()  # of each tap of the region, summed over the windows that hold both token and tap
@@ -225,16 +232,18 @@ def _mix_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def _grad_logits_kernel(
-    grad_out, value, logits, lse, grad_logits,
+    grad_out, value, logits, lse, tops, grad_logits,
     batch, height, width, heads, window_rows, window_cols, cells_x, rows_per_program, scale,
     grad_b, grad_y, grad_x, grad_h, value_b, value_y, value_x, value_h, logits_b, logits_i, logits_j, logits_h,
-    K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, HEAD_DIM: tl.constexpr, TAP_LEVELS: tl.constexpr,
+    K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, HEAD_DIM: tl.constexpr, FALLING: tl.constexpr,
+    SPLIT: tl.constexpr, TAP_LEVELS: tl.constexpr,
     COLUMNS: tl.constexpr, FIRST: tl.constexpr, WINDOWS: tl.constexpr, SPAN: tl.constexpr, RING: tl.constexpr,
     LEVELS: tl.constexpr, D: tl.constexpr, CELLS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """grad_logits = scale * softmax * (grad - sum(softmax * grad)), grad = grad_out of the query times value of the key.
 
-    Also writes lse. Cells begin P left of the grid, so that queries outside it, whose logits get zero, have an owner.
+    Also writes `lse`, the log-sum-exp of each row to base 2; with SPLIT its two parts, the largest logit (`tops`) and the
+    rest (`lse`), because their sum in float32 would cost float32 gradients digits. Cells begin P left of the grid, so that queries outside it, whose logits get zero, have an owner.
     """
     TAPS: tl.constexpr = K * K
     REGION: tl.constexpr = 2**LEVELS
@@ -263,7 +272,7 @@ def _grad_logits_kernel(
     row_column = row % COLUMNS
     row_ok = (row_b < batch) & (row_column < S) & (row_a < K)
     row_at = logits + row_b.to(tl.int64) * logits_b + row_head * logits_h
-    lse_at = lse + (row_b.to(tl.int64) * window_rows * window_cols * heads + row_head) * TAPS
+    sums_at = (row_b.to(tl.int64) * window_rows * window_cols * heads + row_head) * TAPS  # of lse and tops
 
     out_tap = tl.arange(0, 2**TAP_LEVELS)
     to_at = grad_logits + (b.to(tl.int64) * window_rows * window_cols * heads + head) * (TAPS * TAPS)
@@ -292,7 +301,9 @@ def _grad_logits_kernel(
             window = row_j + (m + FIRST)
             ok = row_ok & (column >= 0) & (column < K) & (window >= 0) & (window < window_cols)
             offset = row_a * K + column
-            p, row_lse = _softmax_row(row_at + i * logits_i + window * logits_j + offset * TAPS, ok, factor, TAPS)
+            p, top, log_sum = _softmax_row(
+                row_at + i * logits_i + window * logits_j + offset * TAPS, ok, factor, FALLING, TAPS
+            )
             mean = tl.zeros((ROWS,), tl.float32)
             for t in tl.static_range(TAPS):
                 mean += p[t] * grad[t // K * SPAN + t % K + S * m]
@@ -303,8 +314,12 @@ def _grad_logits_kernel(
                 else:
                     part = tl.zeros((ROWS,), tl.float32)
                 parts += (part.to(grad_logits.dtype.element_ty),)
-            row_step = (i * window_cols + window) * (heads * TAPS)
-            tl.store(lse_at + row_step + offset, row_lse, mask=ok)
+            sums = sums_at + (i * window_cols + window) * (heads * TAPS) + offset
+            if SPLIT:
+                tl.store(tops + sums, top, mask=ok)
+                tl.store(lse + sums, log_sum, mask=ok)
+            else:
+                tl.store(lse + sums, top * factor + log_sum, mask=ok)
             column = token % COLUMNS - S * (m + FIRST)
             window = j + (m + FIRST)
             to = to_at + (i * window_cols + window) * (heads * TAPS * TAPS)
@@ -440,7 +455,7 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _mix(
-    src: Tensor, logits: Tensor, lse: Tensor | None, kernel_size: int, stride: int, padding: int, scale: float,
+    src: Tensor, logits: Tensor, sums: Tensor | None, kernel_size: int, stride: int, padding: int, scale: float,
     tiling: Tiling | None,
 ) -> Tensor:  # fmt: skip
     B, H, W, heads, head_dim = src.shape
@@ -454,11 +469,11 @@ def _mix(
     grid = -(-B * heads * cells_x // tiling.cells), -(-steps // tiling.rows_per_program)
     with _on(src):
         _mix_kernel[grid](
-            src, logits, src if lse is None else lse, out,
+            src, logits, *((src, src) if sums is None else (sums[0], sums[-1])), out,
             B, H, W, heads, h, w, cells_x, tiling.rows_per_program, scale,
             *src.stride()[:4], *logits.stride()[:4],
-            kernel_size, stride, padding, head_dim, lse is not None, *_constants(tiling),
-            is_interpreted() and src.dtype == torch.bfloat16, num_warps=tiling.num_warps, num_stages=1,
+            kernel_size, stride, padding, head_dim, scale < 0, src.dtype == torch.float32, sums is not None,
+            *_constants(tiling), is_interpreted() and src.dtype == torch.bfloat16, num_warps=tiling.num_warps, num_stages=1,
         )  # fmt: skip
     return out
 
@@ -489,7 +504,8 @@ def backward(
     _, h, w, _, taps, _ = logits.shape
     grad_out = _dense_inside(grad_out.to(value.dtype), 1)
     value, logits = _dense_inside(value, 1), _dense_inside(logits, 2)
-    lse = torch.empty(B, h, w, heads, taps, dtype=torch.float32, device=value.device)
+    is_split = value.dtype == torch.float32
+    sums = torch.empty(1 + is_split, B, h, w, heads, taps, dtype=torch.float32, device=value.device)
     reached = stride * (w - 1) + kernel_size  # columns of tokens under the windows, those outside the grid included
     logits_tiling = logits_tiling or choose_tiling(
         value.dtype, head_dim, kernel_size, stride, 0, keeps_sums=False, num_columns=B * heads * reached, num_steps=h
@@ -498,10 +514,10 @@ def backward(
     grid = -(-B * heads * cells_x // logits_tiling.cells), -(-h // logits_tiling.rows_per_program)
     with _on(value):
         _grad_logits_kernel[grid](
-            grad_out, value, logits, lse, grad_logits,
+            grad_out, value, logits, sums[0], sums[-1], grad_logits,
             B, H, W, heads, h, w, cells_x, logits_tiling.rows_per_program, scale,
             *grad_out.stride()[:4], *value.stride()[:4], *logits.stride()[:4],
-            kernel_size, stride, padding, head_dim, max((taps - 1).bit_length(), 1), *_constants(logits_tiling),
-            is_interpreted() and value.dtype == torch.bfloat16, num_warps=logits_tiling.num_warps, num_stages=1,
+            kernel_size, stride, padding, head_dim, scale < 0, is_split, max((taps - 1).bit_length(), 1),
+            *_constants(logits_tiling), is_interpreted() and value.dtype == torch.bfloat16, num_warps=logits_tiling.num_warps, num_stages=1,
         )  # fmt: skip
-    return _mix(grad_out, logits, lse, kernel_size, stride, padding, scale, tiling), grad_logits
+    return _mix(grad_out, logits, sums, kernel_size, stride, padding, scale, tiling), grad_logits
