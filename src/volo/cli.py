@@ -497,12 +497,12 @@ def bench(options: BenchOptions) -> int:
     name = options.model or ("volo_nano" if is_loop else "volo_d1")
     batch_size = options.batch_size or (256 if is_loop else 8)
     img_size = options.img_size or (32 if is_loop else 224)
-    rounds = {"rounds": options.rounds} if options.rounds else {}
+    rounds = options.rounds or {"op": 41, "model": 7, "train": 5, "loop": 5}[options.what]
     result: dict[str, Any]
     if options.what == "op":
         from volo.bench.op import bench_op
 
-        result = bench_op(name, batch_size=batch_size, img_size=img_size, device=str(device), **rounds)
+        result = bench_op(name, batch_size=batch_size, img_size=img_size, device=str(device), rounds=rounds)
     elif options.what == "model":
         from volo.bench.model import bench_model
 
@@ -512,7 +512,7 @@ def bench(options: BenchOptions) -> int:
             img_size=img_size,
             compiled=options.compiled,
             device=str(device),
-            **rounds,
+            rounds=rounds,
         )
     elif options.what == "train":
         from volo.bench.model import bench_train
@@ -524,12 +524,12 @@ def bench(options: BenchOptions) -> int:
             amp=options.amp,
             compiled=options.compiled,
             device=str(device),
-            **rounds,
+            rounds=rounds,
         )
     else:
         from volo.bench.loop import bench_loop
 
-        result = bench_loop(name, img_size=img_size, batch_size=batch_size, device=str(device), **rounds)
+        result = bench_loop(name, img_size=img_size, batch_size=batch_size, device=str(device), rounds=rounds)
     report = json.dumps(result, indent=1)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
