@@ -1,0 +1,397 @@
+"""The GPU kernels measured: what the compiler makes of them, which needs no GPU, and what they do on one.
+
+Three kernels: `forward`, and for the backward pass `grad_logits` and `grad_value` (the forward kernel, transposed).
+Results are plain dicts with a list of `rows`, as everything in `volo bench`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from volo.bench.timing import setting
+from volo.ops.outlook_attention import window_grid
+from volo.ops.reference import outlook_attention_reference
+
+if TYPE_CHECKING:
+    from volo.ops.triton_kernels import Tiling
+
+KERNELS = ("forward", "grad_logits", "grad_value")
+NOT_MEASURED = {"what": "GPU kernels", "status": "not measured: no CUDA device", "rows": []}
+_KERNEL_SIZE, _STRIDE, _PADDING = 3, 2, 1  # D1-D5
+_GEOMETRY = (_KERNEL_SIZE, _STRIDE, _PADDING)
+_TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024}  # of a multiprocessor; a program takes 1 KB on top of its own
+
+
+# ---- without a GPU ----
+
+
+def compile_report(
+    dtypes: Sequence[torch.dtype] = tuple(_TRITON_TYPES), capabilities: Sequence[int] = (80, 90), head_dim: int = 32
+) -> dict[str, Any]:
+    """The kernels of D1-D5 compiled for GPUs that need not be there: registers, spills, shared memory, occupancy."""
+    import triton
+
+    d1 = fewest_bytes(128, 28, 28, 6, 32, torch.bfloat16)
+    return {
+        "what": "GPU kernels compiled ahead of time",
+        "triton": triton.__version__,
+        "torch": str(torch.__version__),
+        "kernel_size": _KERNEL_SIZE,
+        "stride": _STRIDE,
+        "padding": _PADDING,
+        "head_dim": head_dim,
+        "speed": "see bench_kernels" if torch.cuda.is_available() else NOT_MEASURED["status"],
+        "fewest_megabytes_of_d1_at_batch_128_in_bf16": {name: n / 1e6 for name, n in d1.items()},
+        "rows": [
+            inspect_kernel(name, dtype, capability, head_dim=head_dim)
+            for capability, dtype, name in itertools.product(capabilities, dtypes, KERNELS)
+        ],
+    }  # fmt: skip
+
+
+def inspect_kernel(
+    name: str, dtype: torch.dtype, capability: int, *, head_dim: int = 32, tiling: Tiling | None = None
+) -> dict[str, Any]:
+    """What ptxas reports of one kernel for kernel 3, stride 2, padding 1: a row of `compile_report`.
+
+    Args:
+        name: one of KERNELS.
+        capability: 80 for sm_80, 90 for sm_90.
+        tiling: another than the one that `volo.ops.triton_kernels` chooses.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from volo.ops import triton_kernels
+
+    is_logits = name == "grad_logits"
+    kernel = triton_kernels._grad_logits_kernel if is_logits else triton_kernels._mix_kernel
+    tiling = tiling or triton_kernels.choose_tiling(
+        dtype, head_dim, _KERNEL_SIZE, _STRIDE, 0 if is_logits else _PADDING, keeps_sums=not is_logits
+    )
+    constants = {
+        "K": _KERNEL_SIZE, "S": _STRIDE, "P": _PADDING, "HEAD_DIM": head_dim, "FALLING": False,
+        "SPLIT": dtype == torch.float32, "TRANSPOSED": name == "grad_value", "COLUMNS": tiling.columns,
+        "FIRST": tiling.first, "WINDOWS": tiling.windows, "SPAN": tiling.span, "RING": tiling.ring,
+        "LEVELS": tiling.levels, "TAP_LEVELS": (_KERNEL_SIZE**2 - 1).bit_length(), "D": tiling.padded_head_dim,
+        "CELLS": tiling.cells, "UPCAST": False,
+    }  # fmt: skip
+    pointers = dict.fromkeys(("src", "out", "value", "logits", "grad_out", "grad_logits"), f"*{_TRITON_TYPES[dtype]}")
+    pointers |= {"lse": "*fp32", "tops": "*fp32", "scale": "fp32"}
+    signature = {
+        argument: "constexpr" if argument in constants else pointers.get(argument, "i32")
+        for argument in kernel.arg_names
+    }
+    # As at run time: allocations are aligned, and the strides of tokens and heads are multiples of head_dim.
+    aligned = re.compile(r"(src|value|grad)_[byxh]")
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (argument, kind) in enumerate(signature.items())
+        if kind.startswith("*") or aligned.fullmatch(argument)
+    }
+    source = ASTSource(kernel, signature, {k: v for k, v in constants.items() if k in signature}, attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": tiling.num_warps, "num_stages": 1},
+    )
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    registers, stack, spills = _assemble(ptx)
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32) // tiling.num_warps
+    programs = min(by_registers, _SHARED_BYTES[capability] // (shared + 1024), 64 // tiling.num_warps, 32)
+    return {
+        "kernel": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "target": f"sm_{capability}",
+        "registers": registers,
+        "spill_bytes": spills,
+        "stack_bytes": stack,
+        "shared_bytes": shared,
+        "num_warps": tiling.num_warps,
+        "cells": tiling.cells,
+        "warps_per_multiprocessor": programs * tiling.num_warps,
+        "loads_of_16_bytes": len(re.findall(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx)),
+        "matrix_instructions": len(re.findall(r"\bmma\.sync", ptx)),
+    }
+
+
+def _assemble(ptx: str) -> tuple[int, int, int]:
+    """Registers a lane, bytes of stack and bytes spilled (stores and loads), as ptxas -v says."""
+    import triton
+
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        report = subprocess.run(
+            [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", path, "-o", path.with_suffix(".cubin")],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert registers is not None, report
+    assert frame is not None, report
+    return int(registers[1]), int(frame[1]), int(frame[2]) + int(frame[3])
+
+
+def fewest_bytes(B: int, H: int, W: int, heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that must move at the least: forward reads value and logits and writes out; backward reads these two and
+    the gradient of out, and writes two gradients. `backward_moved` adds what the two kernels of ours move besides."""
+    h, w = window_grid(H, W, *_GEOMETRY)
+    value = B * H * W * heads * head_dim * dtype.itemsize
+    rows = B * h * w * heads * _KERNEL_SIZE**2
+    logits = rows * _KERNEL_SIZE**2 * dtype.itemsize
+    again = value + logits + 2 * rows * (8 if dtype == torch.float32 else 4)
+    return {
+        "forward": 2 * value + logits,
+        "backward": 3 * value + 2 * logits,
+        "backward_moved": 3 * value + 2 * logits + again,
+    }
+
+
+# ---- on a GPU ----
+
+
+def bench_kernels(
+    batch_size: int = 128,
+    height: int = 28,
+    width: int = 28,
+    heads: int = 6,
+    head_dim: int = 32,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    compiled: bool = True,
+    rounds: int = 15,
+) -> dict[str, Any]:
+    """Outlook attention of D1's stage 1 on the current CUDA device, against unfold/fold eager and compiled.
+
+    Correctness comes first: AssertionError names what misses the error budget. Times are medians over `rounds` turns of
+    CUDA graphs over four input sets, which do not fit in the cache together; `copy_fraction` is the fewest bytes over
+    the time, relative to a large copy on the device (bytes read plus written) in the same process.
+
+    Returns NOT_MEASURED where there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        return NOT_MEASURED
+    correctness = check_correctness(min(batch_size, 4), height, width, heads, head_dim, dtype)
+    for name, error in correctness.items():
+        assert error["error"] <= error["allowed"], f"{name} misses the error budget: {error}"
+
+    from volo.ops import triton_kernels
+
+    sets = [_draw(batch_size, height, width, heads, head_dim, dtype, seed) for seed in range(4)]
+    scale = head_dim**-0.5
+
+    def ours(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
+        return triton_kernels.forward(value, logits, *_GEOMETRY, scale)
+
+    def ours_backward(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
+        return triton_kernels.backward(grad, value, logits, *_GEOMETRY, scale)
+
+    def step_of(operator: Callable[..., Tensor]) -> Callable[..., Any]:
+        def step(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
+            value, logits = value.detach().requires_grad_(), logits.detach().requires_grad_()
+            return torch.autograd.grad(operator(value, logits, *_GEOMETRY, scale), (value, logits), grad)
+
+        return step
+
+    candidates: dict[str, Callable[..., Any]] = {
+        "fused forward": ours,
+        "fused backward": ours_backward,
+        "fused forward + backward": lambda *x: (ours(*x), ours_backward(*x)),
+    }
+    peers = {"eager": outlook_attention_reference}
+    if compiled:
+        peers["compiled"] = torch.compile(outlook_attention_reference)
+    for name, operator in peers.items():
+        candidates[f"{name} forward"] = lambda v, a, g, operator=operator: operator(v, a, *_GEOMETRY, scale)
+        candidates[f"{name} forward + backward"] = step_of(operator)
+
+    block = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(block)
+    seconds = _time({name: _capture(run, sets) for name, run in candidates.items()}, rounds, len(sets))
+    copy = statistics.median(_time({"copy": _capture(lambda: target.copy_(block), [()])}, rounds, 1)["copy"])
+    bandwidth = 2 * block.nbytes / copy
+    bytes_of = fewest_bytes(batch_size, height, width, heads, head_dim, dtype)
+    bytes_of["forward + backward"] = bytes_of["forward"] + bytes_of["backward"]
+    rows = []
+    for name, taken in seconds.items():
+        engine, _, work = name.partition(" ")
+        first, median, third = statistics.quantiles(taken, n=4)
+        row = {
+            "candidate": name,
+            "microseconds": median * 1e6,
+            "quartiles": [first * 1e6, third * 1e6],
+            "copy_fraction": bytes_of[work] / median / bandwidth,
+        }
+        for peer in peers:
+            if engine == "fused" and f"{peer} {work}" in seconds:
+                row[f"times_{peer}"] = statistics.median(seconds[f"{peer} {work}"]) / median
+        rows.append(row)
+    return {
+        "what": "GPU kernels",
+        "status": "measured",
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": [batch_size, height, width, heads, head_dim],
+        "rounds": rounds,
+        "copy_terabytes_per_second": bandwidth / 1e12,
+        **setting(torch.device("cuda", torch.cuda.current_device())),
+        "fewest_bytes": bytes_of,
+        "correctness": correctness,
+        "rows": rows,
+    }
+
+
+def tune_kernels(
+    batch_size: int = 128,
+    height: int = 28,
+    width: int = 28,
+    heads: int = 6,
+    head_dim: int = 32,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    rounds: int = 5,
+) -> dict[str, Any]:
+    """Times of other tilings than the built-in choice, fastest first for each pass. Results do not depend on it.
+
+    Returns NOT_MEASURED where there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        return NOT_MEASURED
+    from volo.ops import triton_kernels
+
+    sets = [_draw(batch_size, height, width, heads, head_dim, dtype, seed) for seed in range(4)]
+    scale = head_dim**-0.5
+    mix = triton_kernels.choose_tiling(dtype, head_dim, *_GEOMETRY)
+    grad = triton_kernels.choose_tiling(dtype, head_dim, _KERNEL_SIZE, _STRIDE, 0, keeps_sums=False)
+
+    def variants(tiling: Tiling) -> Iterator[Tiling]:
+        for num_warps, rows in itertools.product((1, 2, 4), (2, 3, 4, 5, 8, 15)):
+            yield replace(tiling, cells=tiling.cells * num_warps, num_warps=num_warps, rows_per_program=rows)
+
+    candidates: dict[tuple[str, Tiling | None], Callable[..., Any]] = {}
+    for tiling in (None, *variants(mix)):
+        candidates["forward", tiling] = lambda v, a, g, tiling=tiling: triton_kernels.forward(
+            v, a, *_GEOMETRY, scale, tiling=tiling
+        )
+    # The two kernels of the backward pass do not influence each other: one choice at a time.
+    for tiling in (None, *variants(mix)):
+        candidates["grad_value", tiling] = lambda v, a, g, tiling=tiling: triton_kernels.backward(
+            g, v, a, *_GEOMETRY, scale, tiling=tiling
+        )
+    for tiling in variants(grad):
+        candidates["grad_logits", tiling] = lambda v, a, g, tiling=tiling: triton_kernels.backward(
+            g, v, a, *_GEOMETRY, scale, logits_tiling=tiling
+        )
+    seconds = _time({name: _capture(run, sets) for name, run in candidates.items()}, rounds, len(sets))
+    rows = [
+        {
+            "varied": varied,
+            "pass": "forward" if varied == "forward" else "backward",
+            "microseconds": statistics.median(taken) * 1e6,
+            "num_warps": tiling.num_warps if tiling else "built in",
+            "rows_per_program": tiling.rows_per_program if tiling else "built in",
+        }
+        for (varied, tiling), taken in seconds.items()
+    ]
+    return {
+        "what": "GPU kernels, tilings",
+        "status": "measured",
+        **setting(torch.device("cuda", torch.cuda.current_device())),
+        "rows": sorted(rows, key=lambda row: (row["pass"], row["microseconds"])),
+    }
+
+
+def check_correctness(
+    B: int, H: int, W: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
+    """Largest errors on the current CUDA device against float64, and what the error budget allows: twice the error of
+    the eager reference in the same dtype plus one rounding of the largest number. Keys: out, grad_value, grad_logits.
+
+    Outputs are poisoned with NaN first; the results of two runs must agree to the bit (AssertionError).
+    """
+    from volo.ops import triton_kernels
+
+    value, logits, grad = _draw(B, H, W, heads, head_dim, dtype, seed=17)
+    scale = head_dim**-0.5
+
+    def fused() -> list[Tensor]:
+        out = triton_kernels.forward(value, logits, *_GEOMETRY, scale)
+        return [out, *triton_kernels.backward(grad, value, logits, *_GEOMETRY, scale)]
+
+    def reference(to: torch.dtype) -> list[Tensor]:
+        v, a = value.to(to).requires_grad_(), logits.to(to).requires_grad_()
+        out = outlook_attention_reference(v, a, *_GEOMETRY, scale)
+        return [out.detach(), *torch.autograd.grad(out, (v, a), grad.to(to))]
+
+    # The allocator hands these out again to `fused`.
+    poison = [torch.full_like(x, float("nan")) for x in (value, logits, value, logits, value)]
+    del poison
+    ours, again = fused(), fused()
+    results = {}
+    for name, x, y, exact, eager in zip(
+        ("out", "grad_value", "grad_logits"), ours, again, reference(torch.float64), reference(dtype)
+    ):
+        assert torch.equal(x, y), f"{name} differs from run to run"
+        results[name] = {
+            "error": (x - exact).abs().max().item(),
+            "allowed": 2 * (eager - exact).abs().max().item() + torch.finfo(dtype).eps * exact.abs().max().item(),
+        }
+    return results
+
+
+def _draw(
+    B: int, H: int, W: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    taps = _KERNEL_SIZE**2
+    shapes = (B, H, W, heads, head_dim), (B, *window_grid(H, W, *_GEOMETRY), heads, taps, taps)
+    value, logits = (torch.randn(shape, device="cuda", generator=generator).to(dtype) for shape in shapes)
+    return value, logits, torch.randn(shapes[0], device="cuda", generator=generator).to(dtype)
+
+
+def _capture(run: Callable[..., object], sets: Sequence[Sequence[Any]]) -> torch.cuda.CUDAGraph:
+    """One call for each set of inputs, as a graph: what is timed is the device, not the host that launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, chooses algorithms, warms the allocator
+        for inputs in [*sets, *sets]:
+            run(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for inputs in sets:
+            run(*inputs)
+    return graph
+
+
+def _time(graphs: dict[Any, torch.cuda.CUDAGraph], rounds: int, calls: int) -> dict[Any, list[float]]:
+    """Seconds of a call, by round; the graphs take turns."""
+    seconds: dict[Any, list[float]] = {name: [] for name in graphs}
+    for graph in graphs.values():
+        graph.replay()
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            seconds[name].append(start.elapsed_time(end) / 1e3 / calls)
+    return seconds

@@ -1,0 +1,81 @@
+"""The GPU kernels without a GPU: numerics through Triton's interpreter, and what ptxas makes of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from volo.bench import kernels
+
+HERE = Path(__file__).parent
+
+
+def run_interpreted(marker: str) -> None:
+    """Triton decides at import whether it interprets, so that takes a process."""
+    command = [sys.executable, "-m", "pytest", HERE / "triton_interpreted.py", "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, "-m", marker, "-o", "addopts="],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def test_numerics() -> None:
+    run_interpreted("not slow")
+
+
+@pytest.mark.slow
+def test_numerics_of_everything() -> None:
+    run_interpreted("slow")
+
+
+def check_compiled(row: dict[str, object]) -> None:
+    assert row["spill_bytes"] == 0, row
+    assert row["stack_bytes"] == 0, row
+    # 168 registers let 12 warps reside on a multiprocessor; fewer would not cover the latency of memory.
+    assert row["warps_per_multiprocessor"] >= 10, row
+    assert row["loads_of_16_bytes"] > 0, row
+
+
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_compiles_for_hopper_without_spills(name: str) -> None:
+    check_compiled(kernels.inspect_kernel(name, torch.bfloat16, 90))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_compiles_for_all_targets_without_spills(name: str, dtype: torch.dtype, capability: int) -> None:
+    check_compiled(kernels.inspect_kernel(name, dtype, capability))
+
+
+def test_fewest_bytes_of_the_paper() -> None:
+    # D1's stage 1 at batch 128 in bf16: value 38.5 MB, logits 24.4 MB, output 38.5 MB.
+    forward = kernels.fewest_bytes(128, 28, 28, 6, 32, torch.bfloat16)
+    assert forward["forward"] == pytest.approx(101.4e6, rel=2e-3)
+    assert forward["backward"] == pytest.approx(164.4e6, rel=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to measure")
+def test_measurement_says_that_nothing_was_measured() -> None:
+    for result in (kernels.bench_kernels(), kernels.tune_kernels()):
+        assert result["status"] == "not measured: no CUDA device"
+        assert result["rows"] == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_correct_on_the_device() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for result in kernels.check_correctness(2, 12, 11, 3, 32, dtype).values():
+            assert result["error"] <= result["allowed"], (dtype, result)
