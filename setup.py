@@ -37,7 +37,7 @@ KERNEL = Extension(
     sources=[f"csrc/{name}" for name in INSTRUCTION_SETS],
     depends=["csrc/kernel_impl.h", "csrc/outlook_attention.h"],
     language="c++",
-    extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"],
+    extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", "-g0"],
     extra_link_args=["-fopenmp"],
     optional=True,  # without a compiler the reference engine serves, and says so
 )

@@ -511,10 +511,14 @@ struct Engine {
   }
 
   int run() const {
-    if (c.batch * c.height * c.width * c.heads * c.head_dim == 0) return 0;
-    if (gaps) memset(c.result, 0, c.batch * c.height * c.width * c.heads * c.head_dim * sizeof(T));
     Scratch<T, A> measured;
     const size_t bytes = lay_out(measured, nullptr);
+    if (c.scratch_bytes != nullptr) {
+      *c.scratch_bytes = bytes * threads;
+      return 0;
+    }
+    if (c.batch * c.height * c.width * c.heads * c.head_dim == 0) return 0;
+    if (gaps) memset(c.result, 0, c.batch * c.height * c.width * c.heads * c.head_dim * sizeof(T));
     char* memory = static_cast<char*>(aligned_alloc(64, bytes * threads));
     if (memory == nullptr) return 1;
 #if defined(_OPENMP)

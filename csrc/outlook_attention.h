@@ -23,9 +23,11 @@ struct OutlookCall {
   const void* grad_out;  // shape of `value`
   int64_t grad_out_strides[4];
   void* grad_logits;  // shape of `logits`
+  // Not null: compute nothing, write here how many bytes of scratch all threads together would take.
+  int64_t* scratch_bytes;
 };
 
-constexpr int64_t kInterfaceVersion = 1;
+constexpr int64_t kInterfaceVersion = 2;
 
 namespace volo {
 

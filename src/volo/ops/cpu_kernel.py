@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_outlook_attention.so")
-INTERFACE_VERSION = 1  # of struct OutlookCall in csrc/outlook_attention.h
+INTERFACE_VERSION = 2  # of struct OutlookCall in csrc/outlook_attention.h
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _ISA_NAMES = ("portable", "AVX2", "AVX-512")
 
-_Call = ctypes.c_int64 * 30  # struct OutlookCall
+_Call = ctypes.c_int64 * 31  # struct OutlookCall
 
 
 def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
@@ -94,6 +94,16 @@ def backward(
     return grad_value, grad_logits
 
 
+def scratch_bytes(
+    value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int, *, backward: bool = False
+) -> int:
+    """Memory that such a call takes beyond inputs and outputs, all threads together."""
+    function = _library.volo_outlook_backward if backward else _library.volo_outlook_forward
+    answer = ctypes.c_int64()
+    _run(function, value, logits, kernel_size, stride, padding, 1.0, value, measure=answer)
+    return answer.value
+
+
 def _dense_tokens(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -113,6 +123,7 @@ def _run(
     result: Tensor,
     grad_out: Tensor | None = None,
     grad_logits: Tensor | None = None,
+    measure: ctypes.c_int64 | None = None,
 ) -> None:
     gradients = (0, 0, 0, 0, 0, 0)
     if grad_out is not None and grad_logits is not None:
@@ -120,7 +131,7 @@ def _run(
     call = _Call(
         _DTYPES[value.dtype], _isa, torch.get_num_threads(), *value.shape, *logits.shape[1:3],
         kernel_size, stride, padding, value.data_ptr(), logits.data_ptr(), result.data_ptr(),
-        *value.stride()[:4], *logits.stride()[:4], *gradients,
+        *value.stride()[:4], *logits.stride()[:4], *gradients, 0 if measure is None else ctypes.addressof(measure),
     )  # fmt: skip
     if function(call, scale):
         raise MemoryError("outlook attention: no memory for the scratch of the CPU kernel")
