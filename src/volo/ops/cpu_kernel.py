@@ -7,7 +7,9 @@ imported first they are the very threads that PyTorch computes with; `torch.set_
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,7 @@ def _choose_isa(library: ctypes.CDLL) -> int:
     return min(allowed, library.volo_best_isa())
 
 
+_library: Any
 _library, LOAD_ERROR = _load(LIBRARY)
 _isa = 0 if _library is None else _choose_isa(_library)
 
@@ -113,7 +116,7 @@ def _dense_windows(x: Tensor) -> Tensor:
 
 
 def _run(
-    function: ctypes._CFuncPtr,
+    function: Callable[[ctypes.Array[ctypes.c_int64], float], int],
     value: Tensor,
     logits: Tensor,
     kernel_size: int,
@@ -125,7 +128,7 @@ def _run(
     grad_logits: Tensor | None = None,
     measure: ctypes.c_int64 | None = None,
 ) -> None:
-    gradients = (0, 0, 0, 0, 0, 0)
+    gradients: tuple[int, ...] = (0,) * 6
     if grad_out is not None and grad_logits is not None:
         gradients = (grad_out.data_ptr(), *grad_out.stride()[:4], grad_logits.data_ptr())
     call = _Call(

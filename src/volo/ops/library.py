@@ -67,8 +67,8 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.kernel_size, ctx.stride, ctx.padding, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:-4])
+    ctx.kernel_size, ctx.stride, ctx.padding, ctx.scale = inputs[-4:]
 
 
 def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,7 +86,7 @@ def _differentiate_twice(ctx: Any, grad_grad_value: Tensor, grad_grad_logits: Te
 
         return torch.func.vjp(operator, value, logits)[1](grad_out)
 
-    _, pull_back = torch.func.vjp(first_derivative, *ctx.saved_tensors)
+    pull_back = torch.func.vjp(first_derivative, *ctx.saved_tensors)[1]
     return *pull_back((grad_grad_value, grad_grad_logits)), None, None, None, None
 
 

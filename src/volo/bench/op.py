@@ -1,0 +1,123 @@
+"""Outlook attention alone: every engine that can serve against the reference (unfold, softmax, product, fold)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from volo.bench.timing import alternate, setting, speedup
+from volo.models.volo import create_model
+from volo.ops import cpu_kernel
+from volo.ops.outlook_attention import Backend, list_backends, outlook_attention, window_grid
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def bench_op(
+    name: str = "volo_d1",
+    *,
+    batch_size: int = 8,
+    img_size: int = 224,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    rounds: int = 41,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """The operator of stage 1 of a model, forward and forward + backward, engines in turns in one process.
+
+    Returns a dict with a row for every engine, pass and dtype: milliseconds (median, quartiles), the speed-up over the
+    reference in the same dtype and pass, and of the forward pass the fraction of the copy bandwidth that the fewest
+    bytes it must move (values and logits read, output written) make. `scratch_percent`: what the CPU kernel takes
+    beyond inputs and outputs, relative to the unfolded values that the reference stores.
+    """
+    where = torch.device(device)
+    with torch.device("meta"):
+        config = create_model(name, img_size=img_size).config
+    heads, side = config.num_heads[0], img_size // config.patch_size
+    K, stride, padding = config.outlook_kernel, config.outlook_stride, config.outlook_padding
+    padding = (K - 1) // 2 if padding is None else padding
+    h, w = window_grid(side, side, K, stride, padding)
+    geometry = {"kernel_size": K, "stride": stride, "padding": padding}
+    rows: list[dict[str, Any]] = []
+    for dtype_name in dtypes:
+        dtype = DTYPES[dtype_name]
+        generator = torch.Generator().manual_seed(0)
+        value = torch.randn(batch_size, side, side, heads, config.embed_dims[0] // heads, generator=generator)
+        logits = torch.randn(batch_size, h, w, heads, K * K, K * K, generator=generator)
+        value, logits = (x.to(where, dtype) for x in (value, logits))
+        grad = torch.randn_like(value)
+        engines = [b for b in list_backends() if b.why_not(value, logits, K, stride, padding) is None]
+        candidates = {b.name: _forward(b, value, logits, geometry) for b in engines}
+        candidates |= {f"{b.name} + backward": _both(b, value, logits, grad, geometry) for b in engines}
+        candidates["copy of the values"] = partial(torch.empty_like(value).copy_, value)
+        timings = alternate(candidates, rounds=rounds, device=where)
+        bytes_per_second = 2 * _bytes(value) / timings.pop("copy of the values").median
+        for engine in engines:
+            for suffix in ("", " + backward"):
+                timing = timings[engine.name + suffix]
+                row: dict[str, Any] = {
+                    "candidate": f"{engine.name} {dtype_name}",
+                    "pass": "forward" + suffix,
+                    "milliseconds": timing.median * 1e3,
+                    "quartiles": [q * 1e3 for q in timing.quartiles],
+                    "times_reference": speedup(timing, timings["reference" + suffix]),
+                }
+                if not suffix:
+                    least = 2 * _bytes(value) + _bytes(logits)
+                    row["of_copy_bandwidth"] = least / timing.median / bytes_per_second
+                if engine.name == "cpu":
+                    scratch = cpu_kernel.scratch_bytes(value, logits, K, stride, padding, backward=bool(suffix))
+                    unfolded = batch_size * h * w * K * K * config.embed_dims[0] * value.element_size()
+                    row["scratch_percent"] = 100 * scratch / unfolded
+                elif where.type == "cuda":
+                    row["peak_extra_mib"] = _peak_extra(candidates[engine.name + suffix]) / 2**20
+                rows.append(row)
+    return {
+        "what": "outlook attention",
+        "model": name,
+        "batch_size": batch_size,
+        "tokens": [side, side],
+        "channels": config.embed_dims[0],
+        "heads": heads,
+        **geometry,
+        "rounds": rounds,
+        "cpu_instructions": cpu_kernel.instruction_set(),
+        **setting(where),
+        "rows": rows,
+    }
+
+
+def _forward(engine: Backend, value: Tensor, logits: Tensor, geometry: dict[str, int]) -> Callable[[], object]:
+    def run() -> object:
+        with torch.inference_mode():
+            return outlook_attention(value, logits, **geometry, backend=engine.name)
+
+    return run
+
+
+def _both(
+    engine: Backend, value: Tensor, logits: Tensor, grad: Tensor, geometry: dict[str, int]
+) -> Callable[[], object]:
+    value, logits = (x.detach().clone().requires_grad_() for x in (value, logits))
+
+    def run() -> object:
+        out = outlook_attention(value, logits, **geometry, backend=engine.name)
+        return torch.autograd.grad(out, (value, logits), grad)
+
+    return run
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _peak_extra(run: Callable[[], object]) -> int:
+    """Bytes of GPU memory at the peak beyond what was there before, results included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
