@@ -3,18 +3,20 @@
 Every output token is owned by one program, which gathers what the windows around it contribute; the order of the
 additions is fixed, so results are the same from run to run and whatever the tiling.
 
-Tiling. A *cell* is `stride` tokens of a row; the windows that touch it read `span` token columns. A program owns some cells side by side and walks down the grid, one
-row of windows at a time. In a step, [tokens, taps] weights times [taps, head_dim] values is one small matrix product a
-cell, on the tensor cores: tokens are the rows under the window row times the columns of the cell, taps are the
-kernel_size * span places that the row of windows reads. For D1-D5 (kernel 3, stride 2) that is [4 * 2, 15 -> 16] times
-[16, 32]. The sums of token rows that the next row of windows touches too stay in registers: a ring of row slots, where
-a row keeps its slot from the first window that reaches it to the last.
+Tiling. A *cell* is `stride` tokens of a row; the windows that touch it read `span` token columns. A program owns some
+cells side by side and walks down the grid, one row of windows at a time. In a step, [tokens, taps] weights times
+[taps, head_dim] values is one small matrix product a cell, on the tensor cores: tokens are the rows under the window
+row times the columns of the cell, taps are the kernel_size * span places that the row of windows reads. For D1-D5
+(kernel 3, stride 2) that is [4 * 2, 15 -> 16] times [16, 32]. The sums of token rows that the next row of windows
+touches too stay in registers: a ring of row slots, where a row keeps its slot from the first window that reaches it to
+the last.
 
 Softmax. One lane holds one row of logits (window, query offset), a register a key offset: max, exponentials and sum
 need no exchange between lanes, and every row is loaded by exactly one program (plus one more in the backward pass).
 
-The gradient of `value` is the forward kernel with the roles of query and key exchanged, given log-sum-exp of each row,
-which the kernel for the gradient of the logits leaves behind (4 bytes, in float32 8, a row of kernel_size**2 logits).
+The gradient of `value` is the forward kernel with the roles of query and key exchanged, given the log-sum-exp of each
+row, which the kernel for the gradient of the logits leaves behind (4 bytes a row of kernel_size**2 logits, in float32
+8: the largest logit and the rest, whose sum would cost digits).
 
 Non-finite values: a weight of zero times infinity is NaN, so an infinite or NaN value reaches all tokens of the cells
 around it, a few more than share a window with it.
@@ -22,6 +24,9 @@ around it, a few more than share a window with it.
 The module imports triton; `volo.ops.library` imports it when the first CUDA tensor comes. With TRITON_INTERPRET=1 in
 the environment the same kernels run on CPU tensors, slowly, through Triton's interpreter.
 """
+
+# Kernels build tuples in unrolled loops, whose types change from turn to turn.
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
@@ -80,7 +85,8 @@ def _softmax_row(row, mask, factor, FALLING: tl.constexpr, TAPS: tl.constexpr):
     """Softmax of the TAPS logits from `row` on, one row a lane, zero where not `mask`; its largest
     logit, and log2 of the sum of exponentials relative to that.
 
-    FALLING says that factor is negative. The largest is subtracted before the multiplication: large logits lose nothing.
+    FALLING says that factor is negative. The largest is subtracted before the multiplication, so that large logits lose
+    nothing.
     """
     x = ()
     for t in tl.static_range(TAPS):
@@ -158,7 +164,8 @@ def _mix_kernel(
     channel = tl.arange(0, D)
     x = (j * S + S * FIRST - P)[:, None] + (tap % SPAN)[None, :]
     src_ok = (b < batch)[:, None] & (tap < K * SPAN)[None, :] & (x >= 0) & (x < width)
-    src_at = (src + b.to(tl.int64) * src_b + head * src_h)[:, None] + x * src_x
+    src_at = src + b.to(tl.int64) * src_b + head * src_h
+    src_to = x * src_x
 
     # What it writes: [CELLS, TOKENS] places; a token is (row slot, column).
     token = tl.arange(0, TOKENS)
@@ -184,7 +191,7 @@ def _mix_kernel(
         y = i * S - P + tap // SPAN
         ok = src_ok & ((y >= 0) & (y < height) & (i < window_rows))[None, :]
         values = tl.load(
-            (src_at + (y * src_y)[None, :])[:, :, None] + channel[None, None, :],
+            src_at[:, None, None] + (src_to + (y * src_y)[None, :])[:, :, None] + channel[None, None, :],
             mask=ok[:, :, None] & (channel < HEAD_DIM)[None, None, :],
             other=0.0,
         )
@@ -240,10 +247,10 @@ def _grad_logits_kernel(
     COLUMNS: tl.constexpr, FIRST: tl.constexpr, WINDOWS: tl.constexpr, SPAN: tl.constexpr, RING: tl.constexpr,
     LEVELS: tl.constexpr, D: tl.constexpr, CELLS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """grad_logits = scale * softmax * (grad - sum(softmax * grad)), grad = grad_out of the query times value of the key.
+    """grad_logits = scale * softmax * (g - sum(softmax * g)), where g is grad_out of the query times value of the key.
 
-    Also writes `lse`, the log-sum-exp of each row to base 2; with SPLIT its two parts, the largest logit (`tops`) and the
-    rest (`lse`), because their sum in float32 would cost float32 gradients digits. Cells begin P left of the grid, so that queries outside it, whose logits get zero, have an owner.
+    Also writes `lse`, the log-sum-exp of each row to base 2; with SPLIT its two parts, the largest logit (`tops`) and
+    the rest (`lse`). Cells begin P left of the grid, so that queries outside it, whose logits get zero, have an owner.
     """
     TAPS: tl.constexpr = K * K
     REGION: tl.constexpr = 2**LEVELS
@@ -258,13 +265,15 @@ def _grad_logits_kernel(
     tap = tl.arange(0, REGION)
     x = (j * S + S * FIRST - P)[:, None] + (tap % SPAN)[None, :]
     value_ok = (b < batch)[:, None] & (tap < K * SPAN)[None, :] & (x >= 0) & (x < width)
-    value_at = (value + b.to(tl.int64) * value_b + head * value_h)[:, None] + x * value_x
+    value_at = value + b.to(tl.int64) * value_b + head * value_h
+    value_to = x * value_x
 
     token = tl.arange(0, TOKENS)
     x = (j * S - P)[:, None] + (token % COLUMNS)[None, :]
     grad_ok = (b < batch)[:, None] & ((token % COLUMNS < S) & (token // COLUMNS < K))[None, :]
     grad_ok &= (x >= 0) & (x < width)
-    grad_at = (grad_out + b.to(tl.int64) * grad_b + head * grad_h)[:, None] + x * grad_x
+    grad_at = grad_out + b.to(tl.int64) * grad_b + head * grad_h
+    grad_to = x * grad_x
 
     row = tl.arange(0, ROWS)
     row_b, row_head, row_j = _cell(tl.program_id(0) * CELLS + row // TOKENS, heads, cells_x)
@@ -282,13 +291,13 @@ def _grad_logits_kernel(
     for i in range(first, tl.minimum(first + rows_per_program, window_rows)):
         y = i * S - P + tap // SPAN
         values = tl.load(
-            (value_at + (y * value_y)[None, :])[:, :, None] + channel[None, None, :],
+            value_at[:, None, None] + (value_to + (y * value_y)[None, :])[:, :, None] + channel[None, None, :],
             mask=(value_ok & ((y >= 0) & (y < height))[None, :])[:, :, None] & (channel < HEAD_DIM)[None, None, :],
             other=0.0,
         )
         y = i * S - P + token // COLUMNS
         grads = tl.load(
-            (grad_at + (y * grad_y)[None, :])[:, :, None] + channel[None, None, :],
+            grad_at[:, None, None] + (grad_to + (y * grad_y)[None, :])[:, :, None] + channel[None, None, :],
             mask=(grad_ok & ((y >= 0) & (y < height))[None, :])[:, :, None] & (channel < HEAD_DIM)[None, None, :],
             other=0.0,
         )
@@ -304,6 +313,12 @@ def _grad_logits_kernel(
             p, top, log_sum = _softmax_row(
                 row_at + i * logits_i + window * logits_j + offset * TAPS, ok, factor, FALLING, TAPS
             )
+            sums = sums_at + (i * window_cols + window) * (heads * TAPS) + offset
+            if SPLIT:
+                tl.store(tops + sums, top, mask=ok)
+                tl.store(lse + sums, log_sum, mask=ok)
+            else:
+                tl.store(lse + sums, top * factor + log_sum, mask=ok)
             mean = tl.zeros((ROWS,), tl.float32)
             for t in tl.static_range(TAPS):
                 mean += p[t] * grad[t // K * SPAN + t % K + S * m]
@@ -314,12 +329,6 @@ def _grad_logits_kernel(
                 else:
                     part = tl.zeros((ROWS,), tl.float32)
                 parts += (part.to(grad_logits.dtype.element_ty),)
-            sums = sums_at + (i * window_cols + window) * (heads * TAPS) + offset
-            if SPLIT:
-                tl.store(tops + sums, top, mask=ok)
-                tl.store(lse + sums, log_sum, mask=ok)
-            else:
-                tl.store(lse + sums, top * factor + log_sum, mask=ok)
             column = token % COLUMNS - S * (m + FIRST)
             window = j + (m + FIRST)
             to = to_at + (i * window_cols + window) * (heads * TAPS * TAPS)
@@ -393,10 +402,10 @@ def choose_tiling(
     share = max(tokens / 32, tokens * padded_head_dim / 1024, values)
     cells, num_warps = _power_of_two_below(1 / share), min(_power_of_two(math.ceil(share)), 8)
 
-    # Four waves of programs on the largest GPUs, but no walks shorter than four rows: each begins with a row of windows
-    # that the walk above has read too.
+    # Several waves of programs on the largest GPUs (about 1600 run at once), so that the last one, not full, weighs
+    # little; but no walks shorter than four rows: each begins with a row of windows that the walk above has read too.
     num_programs = -(-num_columns // (stride * cells))
-    walks = min(max(4096 // max(num_programs, 1), 1), -(-num_steps // 4))
+    walks = min(max(8192 // max(num_programs, 1), 1), -(-num_steps // 4))
     return Tiling(
         columns, first, windows, span, ring, region.bit_length() - 1, padded_head_dim, cells, num_warps,
         -(-num_steps // walks),
@@ -416,7 +425,8 @@ def _constants(tiling: Tiling) -> tuple[int, ...]:
 def why_not(value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> str | None:
     """None where the kernels can serve these tensors, otherwise the reason why not."""
     if value.dtype not in _DTYPES:
-        return f"its kernels compute in float32, bfloat16 and float16, the tensors are {str(value.dtype).removeprefix('torch.')}"
+        given = str(value.dtype).removeprefix("torch.")
+        return f"its kernels compute in float32, bfloat16 and float16, the tensors are {given}"
     if is_interpreted():
         if value.device.type != "cpu":
             return f"under TRITON_INTERPRET=1 it computes on CPU tensors, these are on {value.device.type}"
@@ -473,7 +483,8 @@ def _mix(
             B, H, W, heads, h, w, cells_x, tiling.rows_per_program, scale,
             *src.stride()[:4], *logits.stride()[:4],
             kernel_size, stride, padding, head_dim, scale < 0, src.dtype == torch.float32, sums is not None,
-            *_constants(tiling), is_interpreted() and src.dtype == torch.bfloat16, num_warps=tiling.num_warps, num_stages=1,
+            *_constants(tiling), is_interpreted() and src.dtype == torch.bfloat16,
+            num_warps=tiling.num_warps, num_stages=1,
         )  # fmt: skip
     return out
 
@@ -518,6 +529,7 @@ def backward(
             B, H, W, heads, h, w, cells_x, logits_tiling.rows_per_program, scale,
             *grad_out.stride()[:4], *value.stride()[:4], *logits.stride()[:4],
             kernel_size, stride, padding, head_dim, scale < 0, is_split, max((taps - 1).bit_length(), 1),
-            *_constants(logits_tiling), is_interpreted() and value.dtype == torch.bfloat16, num_warps=logits_tiling.num_warps, num_stages=1,
+            *_constants(logits_tiling), is_interpreted() and value.dtype == torch.bfloat16,
+            num_warps=logits_tiling.num_warps, num_stages=1,
         )  # fmt: skip
     return _mix(grad_out, logits, sums, kernel_size, stride, padding, scale, tiling), grad_logits
