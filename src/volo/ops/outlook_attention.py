@@ -120,7 +120,7 @@ def outlook_attention(
         value, logits = value.to(dtype), logits.to(dtype)
     if value.dtype != logits.dtype or value.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
-            f"value and logits must share one of {', '.join(str(d).removeprefix('torch.') for d in SUPPORTED_DTYPES)}; given: {value.dtype} and {logits.dtype}"
+            f"value and logits must share one of {', '.join(str(d).removeprefix('torch.') for d in SUPPORTED_DTYPES)}; given: {str(value.dtype).removeprefix('torch.')} and {str(logits.dtype).removeprefix('torch.')}"
         )
     chosen = choose_backend(value, logits, kernel_size, stride, padding, backend)
     return chosen.run(value, logits, kernel_size, stride, padding, head_dim**-0.5 if scale is None else scale)
