@@ -452,9 +452,10 @@ def _title(recipe: Path) -> str:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    what: tyro.conf.Positional[Literal["op", "model", "train", "loop"]]
+    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "kernels"]]
     """op: outlook attention, each engine against the reference; model: inference against timm's VOLO with the same
-    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors."""
+    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; kernels: the GPU kernels against the copy bandwidth of the
+    GPU, or without one what the compiler makes of them (registers, spills)."""
     model: str = ""
     """Name of a model; volo_d1, for loop volo_nano, if left out."""
     batch_size: int = 0
@@ -488,6 +489,7 @@ def bench(options: BenchOptions) -> int:
       volo bench model --model volo_d1 --batch-size 8
       volo bench train --amp bf16 --device cuda --batch-size 128 --compiled
       volo bench loop
+      volo bench kernels --compiled --out benchmarks/results/gpu_op.json
     """
     from volo.console import show_benchmark
     from volo.engine.checkpoint import write_atomically
@@ -497,7 +499,7 @@ def bench(options: BenchOptions) -> int:
     name = options.model or ("volo_nano" if is_loop else "volo_d1")
     batch_size = options.batch_size or (256 if is_loop else 8)
     img_size = options.img_size or (32 if is_loop else 224)
-    rounds = options.rounds or {"op": 41, "model": 7, "train": 5, "loop": 5}[options.what]
+    rounds = options.rounds or {"op": 41, "model": 7, "train": 5, "loop": 5, "kernels": 15}[options.what]
     result: dict[str, Any]
     if options.what == "op":
         from volo.bench.op import bench_op
@@ -526,6 +528,13 @@ def bench(options: BenchOptions) -> int:
             device=str(device),
             rounds=rounds,
         )
+    elif options.what == "kernels":
+        from volo.bench.kernels import bench_kernels, compile_report
+
+        if device.type == "cuda":
+            result = bench_kernels(options.batch_size or 128, compiled=options.compiled, rounds=rounds)
+        else:
+            result = compile_report()
     else:
         from volo.bench.loop import bench_loop
 

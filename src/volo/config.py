@@ -309,7 +309,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif origin is Literal:
         if value in args:
             return value
-        raise ValueError(f"{where} is {value!r}; allowed: {', '.join(map(repr, args))}{nearest(str(value), map(str, args))}")
+        raise ValueError(
+            f"{where} is {value!r}; allowed: {', '.join(map(repr, args))}{nearest(str(value), map(str, args))}"
+        )
     elif origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(args):
         return tuple(_convert(a, v, where) for a, v in zip(args, value))
     elif origin is dict and isinstance(value, Mapping):
