@@ -28,7 +28,7 @@ def make(B, H, W, heads, head_dim, K, stride, padding, dtype=torch.float64, seed
 
 def by_the_formula(value: Tensor, logits: Tensor, K: int, stride: int, padding: int, scale: float) -> Tensor:
     """Equations 3 to 5, index by index."""
-    B, H, W, _, _ = value.shape
+    _, H, W, _, _ = value.shape
     out = torch.zeros_like(value)
     offsets = [(a, b) for a in range(K) for b in range(K)]
     for i in range(logits.shape[1]):

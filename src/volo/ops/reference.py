@@ -18,7 +18,8 @@ def outlook_attention_reference(
     _, h, w, _, K2, _ = logits.shape
 
     windows = F.unfold(value.flatten(3).permute(0, 3, 1, 2), kernel_size, padding=padding, stride=stride)
-    windows = windows.view(B, heads, head_dim, K2, h * w).permute(0, 1, 4, 3, 2)  # [B, heads, h*w, key offset, head_dim]
+    # [B, heads, h*w, key offset, head_dim]
+    windows = windows.view(B, heads, head_dim, K2, h * w).permute(0, 1, 4, 3, 2)
     attn = (logits * scale).softmax(dim=-1).flatten(1, 2).permute(0, 2, 1, 3, 4)  # [B, heads, h*w, query, key offset]
     if dropout_p:
         attn = F.dropout(attn, dropout_p)
