@@ -470,3 +470,24 @@ def test_clean_under_address_sanitizer(tmp_path):
     run = subprocess.run([str(tmp_path / "memcheck")], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.endswith("cases\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None or not SOURCES.is_dir(), reason="no C++ compiler or no sources")
+def test_a_wheel_carries_the_kernel_for_every_python(tmp_path):
+    root = SOURCES.parent
+    for name in ("src", "csrc", "recipes"):
+        shutil.copytree(root / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("*.so", "*.egg-info"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(root / name, tmp_path / "source" / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    subprocess.run([*command, str(tmp_path / "source")], check=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r})\n"
+        "from volo.ops import cpu_kernel; print(cpu_kernel.LIBRARY, cpu_kernel.LOAD_ERROR)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.split() == [str(tmp_path / "installed" / "volo" / "ops" / "_outlook_attention.so"), "None"]
