@@ -9,7 +9,7 @@ import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
+def _one_thread() -> None:
     """Small tensors gain nothing from more threads, and parallel test processes fight for the cores."""
     torch.set_num_threads(1)
 

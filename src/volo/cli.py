@@ -47,7 +47,7 @@ HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook 
 MODEL is a run folder, a checkpoint in it, or published weights such as volo_d1.224.
 
 Begin with:
-  volo train digits                                     a minute on a laptop
+  volo train digits                                     a minute or two
   volo train photos_cpu --data FOLDER                   FOLDER/CLASS/*.jpg, or FOLDER/train and FOLDER/val
   volo predict runs/photos_cpu new_pictures/
   volo COMMAND --help                                   every option, with examples
@@ -60,6 +60,8 @@ class TrainOptions:
     """Where the pictures are: short for --data.path."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Run folder; runs/NAME of the recipe if left out."""
+    on_bad_image: Literal["error", "skip"] | None = None
+    """Pictures that cannot be decoded: stop and name them all, or leave them out. Short for --data.on_bad_image."""
     resume: bool = False
     """Continue the run in --out where it stopped (or begin it, if there is none)."""
     overwrite: bool = False
@@ -93,6 +95,8 @@ def train(options: TrainOptions) -> int:
     assert out is not None
     if options.data is not None:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=options.data))
+    if options.on_bad_image is not None:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, on_bad_image=options.on_bad_image))
     is_main = int(os.environ.get("RANK", "0")) == 0
     console = _console(stderr=options.json)
     reporter = None if options.quiet or not is_main else TrainReporter(console)
@@ -317,7 +321,7 @@ def predict(options: PredictOptions) -> int:
             for line in lines:
                 sys.stdout.write(line)
             sys.stdout.flush()
-    if options.sheet is not None:
+    if options.sheet is not None and for_sheet:
         _draw_sheet(for_sheet, classifier.classes, options.sheet)
     if failed:
         message = f"{failed} of {len(pictures)} pictures could not be read"
@@ -648,7 +652,7 @@ def _prepare_train(argv: list[str]) -> tuple[list[str], TrainOptions, dict[str, 
     folder = Path(argv[0])
     path = find_recipe(folder / "recipe.toml" if (folder / "recipe.toml").is_file() else argv[0])
     # The recipe a run was started with lies in its folder, where it is also continued.
-    out = path.parent if path.name == "recipe.toml" else Path("runs") / path.stem
+    out = folder if (folder / "recipe.toml").is_file() else Path("runs") / path.stem
     recipe = load_recipe(path)
     argv, given_options = _take_model_options(argv[1:])
     default = TrainOptions(

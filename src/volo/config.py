@@ -176,7 +176,7 @@ class TrainConfig:
     eval_every: float = 1.0
     """Epochs between evaluations on the held-out pictures; the last epoch is always evaluated."""
     eval_batch_size: int = 0
-    """0: batch_size / accumulation."""
+    """Per process; 0: batch_size / accumulation / processes."""
     checkpoint_minutes: float = 5.0
     """Minutes between saves inside an epoch; every evaluation saves too."""
     tensorboard: bool = True
@@ -271,7 +271,7 @@ def recipe_to_toml(recipe: Recipe) -> str:
         if prefix and plain:
             lines.extend(["", f"[{prefix}]"])
         # JSON's strings, numbers, booleans and lists are TOML's as well.
-        lines.extend(f"{key} = {json.dumps(value)}" for key, value in plain.items())
+        lines.extend(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items())
         for key, value in nested.items():
             table(value, f"{prefix}.{key}" if prefix else key)
 

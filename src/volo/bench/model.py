@@ -104,6 +104,8 @@ def _timm_model(name: str, img_size: int) -> nn.Module:
         import timm
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the peer of this benchmark is timm's VOLO: pip install timm") from error
+    if not timm.is_model(f"{name}_224"):
+        raise ValueError(f"timm, the peer of this benchmark, has no {name}; choose volo_d1 to volo_d5")
     return timm.create_model(f"{name}_224", img_size=img_size)
 
 

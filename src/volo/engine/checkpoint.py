@@ -65,11 +65,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
+        if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
         free = shutil.disk_usage(path.parent).free / 1e6
         kept = f"The old {path.name} is unchanged. " if path.exists() else ""
         raise OSError(
             cause.errno,
-            f"{cause.strerror} ({free:.1f} MB free there). {kept}Make room or choose another folder, then continue with --resume",
+            f"{cause.strerror} ({free:.1f} MB free there). {kept}Make room or choose another folder; a training then continues with --resume",
             str(path),
         ) from error
 

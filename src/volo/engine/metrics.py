@@ -100,7 +100,7 @@ class ClassificationMetrics:
         if count == 0:
             raise ValueError("no labelled pictures were evaluated: the data is empty, or none of it has a label")
         confusion = self._confusion.cpu()
-        per_class = confusion.diagonal() / confusion.sum(dim=1)  # NaN where a class has no pictures
+        per_class = confusion.diagonal().double() / confusion.sum(dim=1)  # NaN where a class has no pictures
         bins = self._bins.cpu().double()
         ece = (bins[1] - bins[2] / _CONFIDENCE_ONE).abs().sum() / count
         return {

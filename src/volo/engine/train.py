@@ -124,6 +124,8 @@ def train(
             )
         for bad in splits.skipped:
             reporter.on_message(f"left out: {bad}")
+        for note in splits.notes:
+            reporter.on_message(note)
         run = _Run(recipe, out, splits, world, reporter, checkpoint)
         del checkpoint
         return run.run(fresh=not resume)

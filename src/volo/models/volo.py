@@ -93,7 +93,7 @@ class VOLOConfig:
             raise ValueError(
                 f"num_classes is 0 or more and in_chans at least 1; given: {self.num_classes} and {self.in_chans}"
             )
-        if any(size % self.size_multiple for size in self.img_size):
+        if not self.pad_input and any(size % self.size_multiple for size in self.img_size):
             raise ValueError(_size_message(self.img_size, self.size_multiple))
 
     @property
@@ -108,8 +108,8 @@ class VOLOConfig:
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of stage-2 tokens at `img_size`."""
-        return self.img_size[0] // self.size_multiple, self.img_size[1] // self.size_multiple
+        """Rows and columns of stage-2 tokens at `img_size`, padded if need be."""
+        return -(-self.img_size[0] // self.size_multiple), -(-self.img_size[1] // self.size_multiple)
 
 
 # Paper, Table 2. The drop path rates are those of training at 224; weights do not depend on them.

@@ -87,7 +87,7 @@ def outlook_attention(
     Returns:
         [B, H, W, heads, head_dim] in the dtype of `value`. Differentiable with respect to both inputs.
 
-    Under autocast both inputs are cast to the autocast dtype; sums run in float32 inside the fused engines.
+    Under autocast both inputs are cast to the autocast dtype (float64 is not); sums run in float32 inside the fused engines.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, an unknown backend, or a named backend that
@@ -115,7 +115,9 @@ def outlook_attention(
         )
     if value.device != logits.device:
         raise ValueError(f"value and logits must be on one device; given: {value.device} and {logits.device}")
-    if value.device.type != "meta" and torch.is_autocast_enabled(value.device.type):  # meta has no autocast to ask
+    # The meta device has no autocast to ask, and autocast leaves float64 alone.
+    autocasts = value.device.type != "meta" and value.dtype != torch.float64
+    if autocasts and torch.is_autocast_enabled(value.device.type):
         dtype = torch.get_autocast_dtype(value.device.type)
         value, logits = value.to(dtype), logits.to(dtype)
     if value.dtype != logits.dtype or value.dtype not in SUPPORTED_DTYPES:
