@@ -114,3 +114,10 @@ def test_an_unknown_recipe_names_the_nearest_and_what_is_there(tmp_path: Path) -
     (tmp_path / "mine.toml").write_text("", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"that folder holds mine\.toml"):
         find_recipe(tmp_path / "mina.toml")
+
+
+def test_letters_of_any_alphabet_survive_toml(tmp_path: Path) -> None:
+    recipe = recipe_from_dict({"data": {"path": "fotos/größe/写真/\U0001f33b"}})
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe_to_toml(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe

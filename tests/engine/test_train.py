@@ -8,6 +8,7 @@ import tomllib
 
 import pytest
 import torch
+from PIL import Image
 
 from volo.config import load_recipe
 from volo.data.images import open_data
@@ -312,3 +313,33 @@ def test_compiled_training_learns_the_same(tiny, tmp_path) -> None:
         train(tiny({"train.compile": compiled, "train.eval_every": 0.0}), tmp_path / name)
     eager, compiled = ([line["loss"] for line in lines_of(tmp_path / name, "step")] for name in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, rel=2e-2)
+
+
+def test_what_the_data_has_to_say_is_passed_on(tiny, tmp_path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (20, 20), (16 * i, 0, 255)).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "data" / "a" / "cut.png").write_bytes(b"")
+    (tmp_path / "data" / "b" / "notes.doc").write_bytes(b"not a picture")
+    heard = Heard()
+    recipe = tiny(
+        {
+            "data.kind": "folder",
+            "data.path": str(tmp_path / "data"),
+            "data.on_bad_image": "skip",
+            "train.batch_size": 4,
+            "schedule.epochs": 1,
+        }
+    )
+    train(recipe, tmp_path / "run", reporter=heard)
+    assert any("cut.png" in message for message in heard.messages)
+    assert any("notes.doc" in message for message in heard.messages)
+
+
+class Heard(NullReporter):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def on_message(self, text: str) -> None:
+        self.messages.append(text)

@@ -193,6 +193,22 @@ def test_illegal_size_names_the_next_legal_one(size: tuple[int, int], legal: str
         small_model(img_size=size)
 
 
+@pytest.mark.parametrize("name", ["volo_d1", "volo_d2", "volo_d3", "volo_d4", "volo_d5"])
+def test_published_models_take_other_sizes(name: str) -> None:
+    with torch.device("meta"):
+        model = volo.create_model(name).eval()
+        for size in ((224, 224), (256, 320), (384, 384)):
+            assert model(torch.empty(2, 3, *size)).shape == (2, 1000)
+
+
+def test_padding_allows_any_size_of_the_model_too() -> None:
+    model = volo.create_model("volo_nano", img_size=30, pad_input=True, depths=(1, 1)).eval()
+    assert model.pos_embed.shape[1:3] == (4, 4)
+    assert model(torch.randn(1, 3, 30, 30)).shape == (1, 10)
+    with pytest.raises(ValueError, match="32 x 32"):
+        volo.create_model("volo_nano", img_size=30)
+
+
 def test_pad_input() -> None:
     plain, padding = small_model().eval(), small_model(pad_input=True).eval()
     images = pictures(2, 3, 50, 70)

@@ -534,6 +534,7 @@ class _Run:
 
         device = self.world.device
         summary = {
+            "date": time.strftime("%Y-%m-%d"),
             "status": result.status,
             "step": result.step,
             "total_steps": result.total_steps,
