@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from volo.config import find_recipe, list_recipes, load_recipe, recipe_from_dict, recipe_to_toml
-from volo.engine.train import build_model
+from volo.engine.classification import build_model
 from volo.models.volo import DROP_PATH_RATES, VARIANTS
 
 RECIPES = {path.stem: path for path in list_recipes()}

@@ -134,12 +134,18 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long, and how the learning rate goes: linear warm-up, cosine, cool-down at the minimum."""
+    """How long, and how the learning rate goes: linear warm-up, cosine (or line) down to the minimum, cool-down there."""
 
     epochs: float = 300
     """Passes over the training pictures, warm-up included, cool-down not."""
     warmup_epochs: float = 20
     cooldown_epochs: float = 10
+    steps: int = 0
+    """Optimizer steps instead, as segmentation counts, warm-up included; the epochs above then do not matter. 0: epochs."""
+    warmup_steps: int = 0
+    """Warm-up where `steps` counts."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """From the peak to min_lr; "linear" is what others call poly with power 1."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""
     min_lr: float = 1e-5
@@ -175,6 +181,8 @@ class TrainConfig:
     """CPU threads; 0: torch's choice."""
     eval_every: float = 1.0
     """Epochs between evaluations on the held-out pictures; the last epoch is always evaluated."""
+    eval_steps: int = 0
+    """Optimizer steps between evaluations instead of `eval_every`; 0: epochs count."""
     eval_batch_size: int = 0
     """Per process; 0: batch_size / accumulation / processes."""
     checkpoint_minutes: float = 5.0

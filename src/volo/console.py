@@ -22,6 +22,17 @@ LINE_SECONDS = 30.0
 """A log file gets a line no more often than this."""
 
 
+FIGURES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "pixel_accuracy": "pixels",
+    "mean_class_accuracy": "classes",
+    "ece": "ECE",
+}
+"""What the figures of an evaluation are called in a table, in this order; all are shares in 0..1."""
+
+
 class Bar:
     """One line that is redrawn in a terminal, or a plain line once in a while anywhere else.
 
@@ -121,15 +132,16 @@ class TrainReporter(NullReporter):
         )
 
     def on_eval(self, metrics: dict[str, Any], is_best: bool) -> None:
+        columns = [key for key in FIGURES if key in metrics]
         if not self._has_head:
             self._has_head = True
-            head = f"{'epoch':>7}{'step':>9}{'loss':>9}{'held out':>10}{'top-1':>9}{'top-5':>9}{'classes':>9}{'ECE':>8}{'time':>9}"
-            self._say(Text(head, style="dim"))
+            head = "".join(f"{FIGURES[key]:>9}" for key in columns)
+            self._say(Text(f"{'epoch':>7}{'step':>9}{'loss':>9}{'held out':>10}{head}{'time':>9}", style="dim"))
         loss = sum(self._since_eval) / len(self._since_eval) if self._since_eval else float("nan")
         self._since_eval.clear()
-        figures = "".join(f"{100 * metrics[key]:>7.2f} %" for key in ("top1", "top5", "mean_class_accuracy"))
+        figures = "".join(f"{metrics[k]:>9.4f}" if k == "ece" else f"{100 * metrics[k]:>7.2f} %" for k in columns)
         row = (
-            f"{metrics['epoch']:>7.1f}{metrics['step']:>9,}{loss:>9.4f}{metrics['loss']:>10.4f}{figures}{metrics['ece']:>8.4f}"
+            f"{metrics['epoch']:>7.1f}{metrics['step']:>9,}{loss:>9.4f}{metrics['loss']:>10.4f}{figures}"
             f"{duration(time.monotonic() - self._started):>9}"
         )
         self._say(Text.assemble(row, (" best" if is_best else "", "bold green")))
@@ -145,10 +157,12 @@ def show_result(console: Console, result: TrainResult, pictures: Sequence[Path])
     """The end of a run: how good it is, where everything lies, what to do next."""
     best = result.best
     if best:
+        more = [f"mean of classes {100 * best['mean_class_accuracy']:.2f} %"] if "mean_class_accuracy" in best else []
+        more += [f"ECE {best['ece']:.4f}"] if "ece" in best else []
         console.print(
             Text.assemble(
-                (f"best top-1 {100 * best['top1']:.2f} %", "bold green"),
-                f" at epoch {best['epoch']:g} (mean of classes {100 * best['mean_class_accuracy']:.2f} %, ECE {best['ece']:.4f})",
+                (f"best {FIGURES[result.score]} {100 * best[result.score]:.2f} %", "bold green"),
+                f" at epoch {best['epoch']:g}" + (f" ({', '.join(more)})" if more else ""),
             ),
             soft_wrap=True,
         )

@@ -70,6 +70,16 @@ def join_world(device: str = "auto") -> Iterator[World]:
             dist.destroy_process_group()
 
 
+@contextmanager
+def main_first(world: World) -> Iterator[None]:
+    """The first process does it, then all others: for what is downloaded into a common cache."""
+    if world.size > 1 and not world.is_main:
+        dist.barrier()
+    yield
+    if world.size > 1 and world.is_main:
+        dist.barrier()
+
+
 def prepare_batch_norm(task: nn.Module, config: TrainConfig, world: World) -> nn.Module:
     """SyncBatchNorm in place of BatchNorm where the recipe asks for it and there are several processes.
 
