@@ -93,18 +93,18 @@ def test_cached_pixels_are_the_decoded_ones(pictures: Path, cache: str) -> None:
 
 
 def test_cache_gives_up_where_pictures_do_not_fit(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_cache_budget", lambda: 3 * 12 * 8 * 4)
+    monkeypatch.setattr(folders, "cache_budget", lambda: 3 * 12 * 8 * 4)
     splits = open_data(config(pictures))
     assert isinstance(splits.train, FolderSource)
     assert splits.train.cache is None
     assert len(splits.train) == 12
 
 
-def test_the_cache_budget_is_sane_and_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = folders._cache_budget()
+def test_thecache_budget_is_sane_and_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = folders.cache_budget()
     assert 0 < alone <= 2 << 30
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert 0 < folders._cache_budget() < alone
+    assert 0 < folders.cache_budget() < alone
 
 
 def test_pixel_cache_takes_pictures_of_any_size() -> None:

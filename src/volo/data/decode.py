@@ -94,9 +94,9 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
         data, name = source, name or "picture"
     else:
         name = name or str(source)
-        with _open_file(source, name) as file:
+        with open_file(source, name) as file:
             data = file.read()
-    with _naming(name, data), Image.open(io.BytesIO(data)) as image:
+    with naming(name, data), Image.open(io.BytesIO(data)) as image:
         _check_size(image, name)
         image.load()
         pixels = _rgb(image, name)
@@ -111,14 +111,14 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
 
 def check_header(path: Path, name: str) -> None:
     """Raise BadImageError where the first bytes already show that `path` is no picture; pixels are not decoded."""
-    with _open_file(path, name) as file:
+    with open_file(path, name) as file:
         start = file.read(64)
         file.seek(0)
-        with _naming(name, start), Image.open(file) as image:
+        with naming(name, start), Image.open(file) as image:
             _check_size(image, name)
 
 
-def _open_file(path: str | Path, name: str) -> BinaryIO:
+def open_file(path: str | Path, name: str) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
@@ -129,7 +129,7 @@ def _open_file(path: str | Path, name: str) -> BinaryIO:
 
 
 @contextmanager
-def _naming(name: str, data: bytes) -> Iterator[None]:
+def naming(name: str, data: bytes) -> Iterator[None]:
     """Everything Pillow raises on a bad picture becomes a BadImageError; `data` is the file, or its beginning."""
     if not data:
         raise BadImageError(name, "the file is empty (0 bytes)")

@@ -188,7 +188,7 @@ def _check(
             targets += [number[class_name]] * len(files)
 
     headers_only = len(names) > MAX_DECODED_CHECKS and config.cache != "ram"
-    budget = 0.0 if headers_only else {"auto": _cache_budget(), "ram": math.inf, "none": 0.0}[config.cache]
+    budget = 0.0 if headers_only else {"auto": cache_budget(), "ram": math.inf, "none": 0.0}[config.cache]
     pictures: list[Tensor] | None = [] if budget else None
     good: list[int] = []
     bad: list[BadImage] = []
@@ -225,7 +225,7 @@ def _check(
     return FolderSource(root, chosen, Names(names[i] for i in good), classes, cache), bad
 
 
-def _cache_budget() -> int:
+def cache_budget() -> int:
     """Bytes of decoded pictures that "auto" keeps: 2 GB or a quarter of free memory, shared by the node's processes."""
     free: list[int] = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
