@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,10 +25,22 @@ from volo.config import AugmentConfig, DataConfig
 from volo.data import keyed
 from volo.data.decode import BadImageError
 from volo.data.sources import ArraySource, ImageSource, available_cores
+from volo.data.token_labels import (
+    MIRRORED,
+    LabelMapReader,
+    PictureFrame,
+    compose,
+    stack_frames,
+    stack_label_maps,
+)
 from volo.data.transforms import check_augment, eval_transform, fit_transform, height_width, train_transform
 
 Batch = dict[str, Tensor]
-"""image uint8 [b, 3, H, W], target int64 [b], index int64 [b] (the picture's number in its source)."""
+"""image uint8 [b, 3, H, W], target int64 [b], index int64 [b] (the picture's number in its source); with label maps
+also frame float32 [b, S, 2, 3], map_scores and map_classes [b, top, h, w] (see `volo.data.token_labels`)."""
+
+Pictures = Callable[[int, np.ndarray], Batch]
+"""(epoch, indices int64 [b]) -> the part of a batch that is made from the pictures: image, and frame if asked for."""
 
 # The parts of a key that keep the streams of random numbers apart.
 _ORDER, _SAMPLE, _CROP = 1, 2, 3
@@ -55,8 +67,11 @@ class TrainLoader:
         world_size: int = 1,
         num_workers: int | None = None,
         pin_memory: bool = False,
+        label_maps: LabelMapReader | None = None,
+        crop_order: str = "corrected",
     ) -> None:
-        """`num_workers` None: `data.num_workers`. Raises ValueError where batches cannot be formed."""
+        """`num_workers` None: `data.num_workers`. With `label_maps` batches carry those of their pictures, and frames in
+        `crop_order` (see `PictureFrame`). Raises ValueError where batches cannot be formed."""
         self.micro_batch_size = micro_batch_size(len(source), batch_size, accumulation, world_size)
         check_augment(data, augment)
         self.source, self.batch_size, self.accumulation, self.seed = source, batch_size, accumulation, seed
@@ -64,19 +79,21 @@ class TrainLoader:
         self.steps_per_epoch = len(source) // batch_size
         plain = augment.crop in ("pad", "none") and not augment.rand_augment and not augment.color_jitter
         self.is_vectorised = plain and isinstance(source, ArraySource)
-        self.pictures: Callable[[int, np.ndarray], Tensor]
+        self.label_maps = label_maps
+        frames = crop_order if label_maps is not None else ""
+        self.pictures: Pictures
         if self.is_vectorised:
-            self.pictures = ShiftAndFlip(source.images, data, augment, seed)  # type: ignore[attr-defined]
+            self.pictures = ShiftAndFlip(source.images, data, augment, seed, frames)  # type: ignore[attr-defined]
         else:
-            self.pictures = OneByOne(source, height_width(data.img_size), train_transform(data, augment), seed)
+            size = height_width(data.img_size)
+            self.pictures = OneByOne(source, size, train_transform(data, augment), seed, frames)
         workers = data.num_workers if num_workers is None else num_workers
         self.num_workers = workers if workers >= 0 else 0 if self.is_vectorised else default_workers()
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Micro batches of steps start_step..stop_step-1, `accumulation` for each step. Raises BadImageError."""
-        return _run(
-            self.source, self.pictures, self._requests(start_step, stop_step), self.num_workers, self.pin_memory
-        )
+        requests = self._requests(start_step, stop_step)
+        return _run(self.source, self.pictures, requests, self.num_workers, self.pin_memory, self.label_maps)
 
     def _requests(self, start_step: int, stop_step: int) -> Iterator[tuple[int, np.ndarray]]:
         return training_requests(
@@ -149,7 +166,7 @@ class EvalLoader:
             pin_memory,
         )
         transform = eval_transform(data)
-        self.pictures: Callable[[int, np.ndarray], Tensor]
+        self.pictures: Pictures
         if isinstance(source, ArraySource):
             self.pictures = Whole(source.images, transform)
         else:
@@ -176,28 +193,43 @@ class EvalLoader:
 
 
 class OneByOne:
-    """Pictures loaded and transformed one by one, each with its own seed (None: the transform draws nothing)."""
+    """Pictures loaded and transformed one by one, each with its own seed (None: the transform draws nothing).
+
+    `frames`: the crop order of the frames that move along; empty for none.
+    """
 
     def __init__(
-        self, source: ImageSource, size: tuple[int, int], transform: Callable[[Tensor], Tensor], seed: int | None
+        self,
+        source: ImageSource,
+        size: tuple[int, int],
+        transform: Callable[..., Any],
+        seed: int | None,
+        frames: str = "",
     ) -> None:
-        self.source, self.size, self.transform, self.seed = source, size, transform, seed
+        self.source, self.size, self.transform, self.seed, self.frames = source, size, transform, seed, frames
 
-    def __call__(self, epoch: int, indices: np.ndarray) -> Tensor:
+    def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
         images = torch.empty(len(indices), 3, *self.size, dtype=torch.uint8)
+        frames: list[PictureFrame] = []
         seeds = keyed.key(_SAMPLE, self.seed, epoch, indices).tolist() if self.seed is not None else []
         with keyed.own_random_state():
             for i, index in enumerate(indices.tolist()):
                 if seeds:
                     keyed.seed_random_state(seeds[i])
                 try:
-                    images[i] = self.transform(self.source.load(index))
+                    image = self.source.load(index)
+                    if self.frames:
+                        frame = PictureFrame.whole(image.shape[1], image.shape[2], self.frames)
+                        images[i], frame = self.transform(image, frame)
+                        frames.append(frame)
+                    else:
+                        images[i] = self.transform(image)
                 except BadImageError:
                     raise
                 except Exception as error:
                     error.add_note(f"while preparing picture {self.source.names[index]}")
                     raise
-        return images
+        return {"image": images, "frame": stack_frames(frames)} if self.frames else {"image": images}
 
 
 class Whole:
@@ -206,8 +238,8 @@ class Whole:
     def __init__(self, images: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
         self.images, self.transform = images, transform
 
-    def __call__(self, epoch: int, indices: np.ndarray) -> Tensor:
-        return self.transform(self.images[torch.from_numpy(indices)]).contiguous()
+    def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
+        return {"image": self.transform(self.images[torch.from_numpy(indices)]).contiguous()}
 
 
 class ShiftAndFlip:
@@ -216,14 +248,15 @@ class ShiftAndFlip:
     Does what `train_transform` does for "pad" and "none" crops, some hundred times faster for small pictures.
     """
 
-    def __init__(self, images: Tensor, data: DataConfig, augment: AugmentConfig, seed: int) -> None:
-        self.images, self.seed, self.hflip = images, seed, augment.hflip
+    def __init__(self, images: Tensor, data: DataConfig, augment: AugmentConfig, seed: int, frames: str = "") -> None:
+        self.images, self.seed, self.hflip, self.frames = images, seed, augment.hflip, frames
         self.pad = augment.pad if augment.crop == "pad" else 0
         self.fit = fit_transform(data)
 
-    def __call__(self, epoch: int, indices: np.ndarray) -> Tensor:
+    def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
         images = self.fit(self.images[torch.from_numpy(indices)]).numpy()
         chance = keyed.uniform(keyed.key(_CROP, self.seed, epoch, indices, 0))
+        down = right = np.full(len(indices), self.pad)
         if self.pad:
             down, right = (
                 keyed.below(keyed.key(_CROP, self.seed, epoch, indices, i), 2 * self.pad + 1) for i in (1, 2)
@@ -231,7 +264,22 @@ class ShiftAndFlip:
             images = shift(images, self.pad, down, right)
         flipped = np.flatnonzero(chance < self.hflip)
         images[flipped] = images[flipped, :, :, ::-1]
-        return torch.from_numpy(images)
+        batch = {"image": torch.from_numpy(images)}
+        if self.frames:
+            batch["frame"] = self._frames(down - self.pad, right - self.pad, flipped)
+        return batch
+
+    def _frames(self, down: np.ndarray, right: np.ndarray, flipped: np.ndarray) -> Tensor:
+        """The frames of pictures that were shifted by so many pixels (int [B]), some of them flipped."""
+        fitted = self.fit(PictureFrame.whole(self.images.shape[2], self.images.shape[3], self.frames))  # type: ignore[arg-type]
+        H, W = fitted.canvas_size  # type: ignore[attr-defined]
+        x, y = right / W, down / H
+        if self.frames == "original":
+            x, y = y, x
+        steps = torch.eye(3, dtype=torch.float64)[:2].repeat(len(down), 1, 1)
+        steps[:, 0, 2], steps[:, 1, 2] = torch.from_numpy(x), torch.from_numpy(y)
+        steps[flipped] = compose(steps[flipped], MIRRORED)
+        return compose(fitted.as_subclass(Tensor)[None], steps[:, None]).float()
 
 
 def shift(images: np.ndarray, pad: int, down: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -260,13 +308,18 @@ class _Dataset:
     """For DataLoader: a request (epoch, indices) is one batch."""
 
     targets: Tensor
-    pictures: Callable[[int, np.ndarray], Tensor]
+    pictures: Pictures
+    names: Sequence[str]
+    label_maps: LabelMapReader | None
 
     def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch | BadImageError:
         epoch, indices = request
         index = torch.from_numpy(indices)
         try:
-            return {"image": self.pictures(epoch, indices), "target": self.targets[index], "index": index.clone()}
+            batch = {**self.pictures(epoch, indices), "target": self.targets[index], "index": index.clone()}
+            if self.label_maps is not None:
+                batch |= stack_label_maps(self.label_maps, [self.names[i] for i in indices.tolist()])
+            return batch
         except BadImageError as error:
             # Handed over as a value: raised in a worker it would arrive as a long traceback.
             return error
@@ -274,12 +327,13 @@ class _Dataset:
 
 def _run(
     source: ImageSource,
-    pictures: Callable[[int, np.ndarray], Tensor],
+    pictures: Pictures,
     requests: Iterable[tuple[int, np.ndarray]],
     num_workers: int,
     pin_memory: bool,
+    label_maps: LabelMapReader | None = None,
 ) -> Iterator[Batch]:
-    dataset = _Dataset(source.targets, pictures)
+    dataset = _Dataset(source.targets, pictures, source.names, label_maps)
     return run_requests(dataset, requests, num_workers, pin_memory)
 
 

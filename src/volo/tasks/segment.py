@@ -38,11 +38,8 @@ class SegmentTask(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if "target" not in batch:
             return {"output": self.model(batch["image"])}
-        aux = None
-        if self.training and hasattr(self.model, "forward_with_aux"):
-            output, aux = self.model.forward_with_aux(batch["image"])
-        else:
-            output = self.model(batch["image"])
+        with_aux = getattr(self.model, "forward_with_aux", None) if self.training else None
+        output, aux = with_aux(batch["image"]) if with_aux else (self.model(batch["image"]), None)
         loss = self.pixel_loss(output, batch["target"])
         if aux is not None:
             loss = loss + self.segment.aux_weight * self.pixel_loss(aux, batch["target"])
