@@ -33,6 +33,7 @@ class Classification:
         with main_first(world) if recipe.data.kind in ("cifar10", "cifar100") else contextlib.nullcontext():
             splits = open_data(recipe.data, on_progress=on_progress)
         self.classes = splits.classes
+        self.extras: dict[str, Any] = {}
         self.num_train, self.num_val = len(splits.train), len(splits.val)
         self.notes = [f"left out: {bad}" for bad in splits.skipped] + splits.notes
         self.loader = TrainLoader(

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volo.config import SegmentConfig, Size
+from volo.data.segmentation import IGNORE
 from volo.data.transforms import height_width
 from volo.engine.evaluate import AMP_DTYPES
-from volo.engine.segment_metrics import IGNORE, SegmentationMetrics
+from volo.engine.segment_metrics import SegmentationMetrics
 from volo.engine.windows import multi_scale_log_probs, whole_logits
 
 

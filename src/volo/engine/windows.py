@@ -104,6 +104,19 @@ def whole_logits(model: nn.Module, images: Tensor, **options: object) -> Tensor:
     return torch.cat([strip for _, strip in window_logits(model, images, **options)], dim=2)  # type: ignore[arg-type]
 
 
+def resized_strips(logits: Tensor, size: tuple[int, int], rows: int = 64) -> Iterator[tuple[int, Tensor]]:
+    """Logits [B, K, h, w] bilinearly at `size`, as `F.interpolate` does, in strips of so many rows: (first row, strip)."""
+    H, W = size
+    h = logits.shape[2]
+    for top in range(0, H, rows):
+        y = torch.arange(top, min(top + rows, H), device=logits.device, dtype=torch.float32)
+        source = ((y + 0.5) * (h / H) - 0.5).clamp(0, h - 1)
+        above = source.floor().long()
+        share = (source - above)[:, None]
+        part = torch.lerp(logits[:, :, above], logits[:, :, (above + 1).clamp(max=h - 1)], share)
+        yield top, F.interpolate(part, size=(len(y), W), mode="bilinear", align_corners=False)
+
+
 def multi_scale_log_probs(
     logits_of: Callable[[Tensor], Tensor], images: Tensor, size: tuple[int, int], scales: Sequence[float], flip: bool
 ) -> Tensor:

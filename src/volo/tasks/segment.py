@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volo.config import SegmentConfig
-
-IGNORE = 255
+from volo.data.segmentation import IGNORE
 
 
 class SegmentTask(nn.Module):
