@@ -110,8 +110,8 @@ def train(options: TrainOptions) -> int:
     if not is_main:
         return 128 + result.signal if result.signal else 0
     if result.status == "interrupted":
-        if options.json:
-            print((out / "summary.json").read_text(encoding="utf-8"))
+        if options.json:  # of the annotator's training, if it was that
+            print((result.out / "summary.json").read_text(encoding="utf-8"))
         message = f"stopped after step {result.step:,} of {result.total_steps:,}; go on with: {resume_command}"
         _console(stderr=True).print(message, style="yellow", soft_wrap=True, highlight=False)
         return 128 + result.signal

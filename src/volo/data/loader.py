@@ -25,22 +25,16 @@ from volo.config import AugmentConfig, DataConfig
 from volo.data import keyed
 from volo.data.decode import BadImageError
 from volo.data.sources import ArraySource, ImageSource, available_cores
-from volo.data.token_labels import (
-    MIRRORED,
-    LabelMapReader,
-    PictureFrame,
-    compose,
-    stack_frames,
-    stack_label_maps,
-)
+from volo.data.token_labels import MIRRORED, LabelMapReader, PictureFrame, compose, stack_frames
 from volo.data.transforms import check_augment, eval_transform, fit_transform, height_width, train_transform
 
 Batch = dict[str, Tensor]
 """image uint8 [b, 3, H, W], target int64 [b], index int64 [b] (the picture's number in its source); with label maps
-also frame float32 [b, S, 2, 3], map_scores and map_classes [b, top, h, w] (see `volo.data.token_labels`)."""
+also frame, map_scores, map_classes and map_box (see `resample_label_maps`)."""
 
 Pictures = Callable[[int, np.ndarray], Batch]
-"""(epoch, indices int64 [b]) -> the part of a batch that is made from the pictures: image, and frame if asked for."""
+"""(epoch, indices int64 [b]) -> the part of a batch that is made from the pictures: image; if asked for also frame, and
+size, int64 [b, 2], the height and width of the originals."""
 
 # The parts of a key that keep the streams of random numbers apart.
 _ORDER, _SAMPLE, _CROP = 1, 2, 3
@@ -91,7 +85,6 @@ class TrainLoader:
         self.steps_per_epoch = len(source) // batch_size
         plain = augment.crop in ("pad", "none") and not augment.rand_augment and not augment.color_jitter
         self.is_vectorised = plain and isinstance(source, ArraySource)
-        self.label_maps = label_maps
         frames = crop_order if label_maps is not None else ""
         self.pictures: Pictures
         if self.is_vectorised:
@@ -99,13 +92,16 @@ class TrainLoader:
         else:
             size = height_width(data.img_size)
             self.pictures = OneByOne(source, size, train_transform(data, augment), seed, frames)
+        if label_maps is not None:
+            self.pictures = WithLabelMaps(self.pictures, source.names, label_maps)
         workers = data.num_workers if num_workers is None else num_workers
         self.num_workers = workers if workers >= 0 else 0 if self.is_vectorised else default_workers()
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Micro batches of steps start_step..stop_step-1, `accumulation` for each step. Raises BadImageError."""
-        requests = self._requests(start_step, stop_step)
-        return _run(self.source, self.pictures, requests, self.num_workers, self.pin_memory, self.label_maps)
+        return _run(
+            self.source, self.pictures, self._requests(start_step, stop_step), self.num_workers, self.pin_memory
+        )
 
     def _requests(self, start_step: int, stop_step: int) -> Iterator[tuple[int, np.ndarray]]:
         order, order_epoch = np.empty(0, np.int64), -1
@@ -190,6 +186,7 @@ class OneByOne:
     def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
         images = torch.empty(len(indices), 3, *self.size, dtype=torch.uint8)
         frames: list[PictureFrame] = []
+        sizes: list[tuple[int, int]] = []
         seeds = keyed.key(_SAMPLE, self.seed, epoch, indices).tolist() if self.seed is not None else []
         with keyed.own_random_state():
             for i, index in enumerate(indices.tolist()):
@@ -198,8 +195,8 @@ class OneByOne:
                 try:
                     image = self.source.load(index)
                     if self.frames:
-                        frame = PictureFrame.whole(image.shape[1], image.shape[2], self.frames)
-                        images[i], frame = self.transform(image, frame)
+                        sizes.append((image.shape[1], image.shape[2]))
+                        images[i], frame = self.transform(image, PictureFrame.whole(*sizes[-1], self.frames))
                         frames.append(frame)
                     else:
                         images[i] = self.transform(image)
@@ -208,7 +205,9 @@ class OneByOne:
                 except Exception as error:
                     error.add_note(f"while preparing picture {self.source.names[index]}")
                     raise
-        return {"image": images, "frame": stack_frames(frames)} if self.frames else {"image": images}
+        if not self.frames:
+            return {"image": images}
+        return {"image": images, "frame": stack_frames(frames), "size": torch.tensor(sizes)}
 
 
 class Whole:
@@ -246,6 +245,7 @@ class ShiftAndFlip:
         batch = {"image": torch.from_numpy(images)}
         if self.frames:
             batch["frame"] = self._frames(down - self.pad, right - self.pad, flipped)
+            batch["size"] = torch.tensor(self.images.shape[2:]).expand(len(indices), 2)
         return batch
 
     def _frames(self, down: np.ndarray, right: np.ndarray, flipped: np.ndarray) -> Tensor:
@@ -259,6 +259,19 @@ class ShiftAndFlip:
         steps[:, 0, 2], steps[:, 1, 2] = torch.from_numpy(x), torch.from_numpy(y)
         steps[flipped] = compose(steps[flipped], MIRRORED)
         return compose(fitted.as_subclass(Tensor)[None], steps[:, None]).float()
+
+
+class WithLabelMaps:
+    """`pictures` (with frames) and the label maps that belong to them."""
+
+    def __init__(self, pictures: Pictures, names: Sequence[str], maps: LabelMapReader) -> None:
+        self.pictures, self.names, self.maps = pictures, names, maps
+
+    def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
+        batch = self.pictures(epoch, indices)
+        boxes = [self.maps.box(height, width) for height, width in batch.pop("size").tolist()]
+        scores, classes = self.maps.read_batch([self.names[i] for i in indices.tolist()])
+        return {**batch, "map_scores": scores, "map_classes": classes, "map_box": torch.tensor(boxes)}
 
 
 def shift(images: np.ndarray, pad: int, down: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -288,17 +301,12 @@ class _Dataset:
 
     targets: Tensor
     pictures: Pictures
-    names: Sequence[str]
-    label_maps: LabelMapReader | None
 
     def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch | BadImageError:
         epoch, indices = request
         index = torch.from_numpy(indices)
         try:
-            batch = {**self.pictures(epoch, indices), "target": self.targets[index], "index": index.clone()}
-            if self.label_maps is not None:
-                batch |= stack_label_maps(self.label_maps, [self.names[i] for i in indices.tolist()])
-            return batch
+            return {**self.pictures(epoch, indices), "target": self.targets[index], "index": index.clone()}
         except BadImageError as error:
             # Handed over as a value: raised in a worker it would arrive as a long traceback.
             return error
@@ -310,7 +318,6 @@ def _run(
     requests: Iterable[tuple[int, np.ndarray]],
     num_workers: int,
     pin_memory: bool,
-    label_maps: LabelMapReader | None = None,
 ) -> Iterator[Batch]:
     options: dict[str, Any] = {}
     if num_workers:
@@ -318,7 +325,7 @@ def _run(
         context = "fork" if sys.platform == "linux" else None
         options = {"worker_init_fn": _WorkerStart(os.getpid()), "multiprocessing_context": context}
     loader: DataLoader[Batch | BadImageError] = DataLoader(
-        _Dataset(source.targets, pictures, source.names, label_maps),  # type: ignore[arg-type]
+        _Dataset(source.targets, pictures),  # type: ignore[arg-type]
         batch_size=None,
         sampler=requests,
         num_workers=num_workers,

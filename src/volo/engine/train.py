@@ -56,15 +56,16 @@ from volo.engine.distributed import (
 from volo.engine.evaluate import AMP_DTYPES
 from volo.engine.optim import LearningRate, WeightAverage, create_optimizer, set_learning_rate
 from volo.engine.report import NullReporter, Reporter, RunInfo, RunLog, StepReport, TrainResult
+from volo.engine.token_labeling import TokenLabeling, prepare_annotator
 from volo.engine.workload import OpenWorkload, Workload
 
-WORKLOADS: dict[str, OpenWorkload] = {"classify": Classification}
+WORKLOADS: dict[str, OpenWorkload] = {"classify": Classification, "token_label": TokenLabeling}
 """Who opens the workload of a recipe, by its `task`."""
 
 # A run may be continued with other values of these: they change speed, place or reports, not what is computed (rounding
 # aside). The data is checked by its classes and its number of pictures, so it may have moved.
 CHANGEABLE = frozenset(
-    {"data.path", "data.kind", "data.num_workers", "data.cache"}
+    {"data.path", "data.kind", "data.num_workers", "data.cache", "token_label.maps", "annotator.model"}
     | {
         "train.device",
         "train.threads",
@@ -96,7 +97,7 @@ def train(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> TrainResult:
-    """Run `recipe` and leave its results in the folder `out`.
+    """Run `recipe` and leave its results in the folder `out`; what its [annotator] has to do comes first.
 
     The first Ctrl-C or SIGTERM ends the run after the current step with a checkpoint and status "interrupted"; the
     second ends it at once. Under torchrun every process calls this; the first one writes and reports.
@@ -119,6 +120,9 @@ def train(
         checkpoint = _look_into(out, recipe, resume, overwrite)
         if world.size > 1:
             dist.barrier()  # nobody writes before all have looked
+        recipe, stopped = prepare_annotator(recipe, out, world, reporter, train)
+        if stopped is not None:
+            return stopped
         workload = WORKLOADS[recipe.task](
             recipe, world, lambda done, total: reporter.on_progress("checking pictures", done, total)
         )
