@@ -66,8 +66,10 @@ class TrainOptions:
     """Continue the run in --out where it stopped (or begin it, if there is none)."""
     overwrite: bool = False
     """Replace the run in --out."""
+    plan: bool = False
+    """Only say what the run would take: steps, pictures, memory, time (a few steps are tried out), label maps."""
     json: bool = False
-    """Print the summary as one JSON object; everything else goes to standard error."""
+    """Print the summary (with --plan, the plan) as one JSON object; everything else goes to standard error."""
     quiet: bool = False
     """No progress, only the result."""
     recipe: Annotated[tyro.conf.FlagConversionOff[Recipe], tyro.conf.arg(name="")] = field(default_factory=Recipe)
@@ -86,6 +88,8 @@ def train(options: TrainOptions) -> int:
       volo train imagenet_volo_d1_384 --data imagenet --train.batch_size 64 --train.accumulation 8
       volo train photos_cpu --data photos --model.name volo_d1 --model.weights volo_d1.224 --data.img_size 224
       torchrun --nproc-per-node 8 -m volo train imagenet_volo_d1_224 --data imagenet --train.amp bf16
+      volo train cifar10_token_labels --data cifar10       its annotator first, then the label maps, then the training
+      volo train imagenet_volo_d1_224 --data imagenet --token_label.maps maps/imagenet --plan
       volo train photos_cpu --help                         all keys, with the values of that recipe
     """
     from volo.console import TrainReporter, show_result
@@ -100,6 +104,8 @@ def train(options: TrainOptions) -> int:
     is_main = int(os.environ.get("RANK", "0")) == 0
     console = _console(stderr=options.json)
     reporter = None if options.quiet or not is_main else TrainReporter(console)
+    if options.plan:
+        return _show_plan(recipe, out, options)
     program = "torchrun ... -m volo" if "RANK" in os.environ else "volo"
     resume_command = f"{program} train {shlex.quote(str(out))} --resume"
     try:
@@ -127,6 +133,22 @@ def train(options: TrainOptions) -> int:
         print((out / "summary.json").read_text(encoding="utf-8"))
     else:
         show_result(console, result, pictures)
+    return 0
+
+
+def _show_plan(recipe: Recipe, out: Path, options: TrainOptions) -> int:
+    from volo.console import TrainReporter, show_plan
+    from volo.engine.plan import plan_training
+
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    console = _console(stderr=options.json)
+    reporter = None if options.quiet or not is_main else TrainReporter(console)
+    with reporter or contextlib.nullcontext():
+        plan = plan_training(recipe, out, reporter=reporter)
+    if is_main and options.json:
+        print(json.dumps(plan, indent=1))
+    elif is_main:
+        show_plan(console, plan)
     return 0
 
 

@@ -153,6 +153,60 @@ class TrainReporter(NullReporter):
         self.console.print(text, soft_wrap=True)
 
 
+def show_plan(console: Console, plan: dict[str, Any], title: str = "") -> None:
+    """What a run will take (`volo.engine.plan`), the annotator that comes first before it."""
+    if "annotator" in plan:
+        show_plan(console, plan["annotator"], "first, the annotator")
+        title = "then, with its label maps"
+    if title:
+        console.print(Text(title, style="bold"))
+    height, width = plan["img_size"]
+    memory, seconds = plan["memory_bytes"], plan["seconds"]
+    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in memory.items() if size and name != "all")
+    split = f" in micro batches of {plan['micro_batch_size']}" if plan["micro_batch_size"] < plan["batch_size"] else ""
+    rows = [
+        ("model", f"{plan['model']}, {millions(plan['num_parameters'])} parameters, pictures of {height} x {width}"),
+        (
+            "pictures",
+            f"{plan['num_train']:,} for training, {plan['num_val']:,} held out, {plan['num_classes']} classes",
+        ),
+        (
+            "steps",
+            f"{plan['steps']:,} of {plan['batch_size']}{split}: {plan['epochs']:g} epochs of {plan['steps_per_epoch']:,} steps, "
+            f"{plan['pictures']:,} pictures; {plan['evaluations']} evaluations",
+        ),
+        ("learning rate", f"{plan['peak_lr']:.3g} at its peak"),
+        ("memory", f"about {megabytes(memory['all'])} on {plan['device']} ({parts})"),
+    ]
+    if plan["peak_bytes"]:
+        rows.append(("", f"{megabytes(plan['peak_bytes'])} at most while trying"))
+    low, high = min(plan["step_seconds"]), max(plan["step_seconds"])
+    rows.append(
+        (
+            "time",
+            f"about {duration(seconds['training'])} for the steps ({low:.3g} to {high:.3g} s each in {len(plan['step_seconds'])} tries, "
+            f"{plan['pictures_per_second']:,.0f} pictures/s), {duration(seconds['evaluations'])} for evaluations",
+        )
+    )
+    if "label_maps" in plan:
+        maps = plan["label_maps"]
+        grid = f" of {maps['grid'][0]} x {maps['grid'][1]}" if maps["grid"] else ""
+        size = megabytes(maps["bytes"]) if maps["bytes"] else "size known when the annotator is"
+        rows.append(("label maps", f"{size}{grid}, {'in' if maps['is_there'] else 'to be drawn in'} {maps['path']}"))
+    table = Table(show_header=False, box=None)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    console.print(table, highlight=False)
+    if "annotator" in plan:
+        console.print(f"{duration(seconds['all'])} in all, drawing the label maps not counted", highlight=False)
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count:,} bytes"
+
+
 def show_result(console: Console, result: TrainResult, pictures: Sequence[Path]) -> None:
     """The end of a run: how good it is, where everything lies, what to do next."""
     best = result.best

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from volo.config import Recipe, load_recipe, recipe_to_toml
-from volo.data.label_maps import LabelMaps
+from volo.data.files import write_atomically
+from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.sources import DataSplits, Progress
 from volo.data.token_labels import LabelMapReader, resample_label_maps, resample_position_logits
 from volo.data.transforms import PixelPipeline, height_width
-from volo.engine.annotate import AnnotateConfig, annotate, open_annotator
-from volo.engine.checkpoint import write_atomically
 from volo.engine.classification import Classification
 from volo.engine.distributed import World
 from volo.engine.evaluate import AMP_DTYPES, match_classes
@@ -115,6 +114,8 @@ class LiveAnnotator:
 
     def __init__(self, recipe: Recipe, classes: tuple[str, ...], device: torch.device) -> None:
         """Raises ValueError for an annotator that does not know all of `classes`."""
+        from volo.engine.annotate import open_annotator
+
         config = recipe.annotator
         if not config.model:
             raise ValueError(
@@ -160,6 +161,8 @@ def prepare_annotator(
 
     Returns the recipe with the places filled in, and the result of the annotator's training if a signal ended that.
     """
+    from volo.engine.annotate import AnnotateConfig, annotate, open_annotator
+
     config, labels = recipe.annotator, recipe.token_label
     if recipe.task != "token_label" or labels.source == "own" or not (config.recipe or config.model):
         return recipe, None
@@ -174,7 +177,7 @@ def prepare_annotator(
     if labels.source == "maps":
         labels = dataclasses.replace(labels, maps=labels.maps or str(out / "label_maps"))
         recipe = dataclasses.replace(recipe, token_label=labels)
-        if (Path(labels.maps) / "index.bin").is_file():
+        if (Path(labels.maps) / INDEX).is_file():
             return recipe, None
     if config.recipe:
         reporter.on_message(f"first the annotator, by the recipe {config.recipe}, in {config.model}")

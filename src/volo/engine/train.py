@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -123,14 +124,48 @@ def train(
         recipe, stopped = prepare_annotator(recipe, out, world, reporter, train)
         if stopped is not None:
             return stopped
-        workload = WORKLOADS[recipe.task](
-            recipe, world, lambda done, total: reporter.on_progress("checking pictures", done, total)
-        )
-        for note in workload.notes:
-            reporter.on_message(note)
-        run = _Run(recipe, out, workload, world, reporter, checkpoint)
+        run = _Run(recipe, out, _open_workload(recipe, world, reporter), world, reporter, checkpoint)
         del checkpoint
         return run.run(fresh=not resume)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few steps of a recipe cost on this machine, of which nothing is left."""
+
+    workload: Workload
+    world_size: int
+    device: torch.device
+    num_parameters: int
+    total_steps: int
+    step_seconds: list[float]
+    """Of the steps after the first, data included."""
+    state_bytes: dict[str, int]
+    """On the device all the time: weights, gradients, optimizer, average."""
+    activation_bytes: int
+    """Kept from the forward to the backward pass of a micro batch, on the device."""
+    peak_bytes: int | None
+    """Most that torch has allocated on a GPU; None on a CPU."""
+
+
+def probe(recipe: Recipe, *, steps: int = 3, reporter: Reporter | None = None) -> Probe:
+    """Open the data of `recipe` and take a few of its steps; nothing is written. Compilation is left out, for it may take
+    longer than all the rest. Raises ValueError as `train` does."""
+    reporter = reporter or NullReporter()
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile=False))
+    with join_world(recipe.train.device) as world, _torch_settings(recipe.train, world.device):
+        reporter = reporter if world.is_main else NullReporter()
+        workload = _open_workload(recipe, world, reporter)
+        return _Run(recipe, Path(), workload, world, reporter, None).probe(steps)
+
+
+def _open_workload(recipe: Recipe, world: World, reporter: Reporter) -> Workload:
+    workload = WORKLOADS[recipe.task](
+        recipe, world, lambda done, total: reporter.on_progress("checking pictures", done, total)
+    )
+    for note in workload.notes:
+        reporter.on_message(note)
+    return workload
 
 
 class _Run:
@@ -234,6 +269,48 @@ class _Run:
                 self.log.close()
         self.reporter.on_end(result)
         return result
+
+    def probe(self, steps: int) -> Probe:
+        """Take `steps` steps after a first one, which warms up; nothing is logged or saved."""
+        device = self.world.device
+        own = {p.untyped_storage().data_ptr() for p in self.task.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        self.started, self.mark = time.monotonic(), _Mark(device)
+        one_micro_batch = 1 / self.config.accumulation
+        with contextlib.closing(self.workload.batches(0, steps + 1)) as batches:  # type: ignore[type-var]
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                self._train_step(batches)
+            for _ in range(steps):
+                self._train_step(batches)
+        seconds = []
+        for done in list(self.pending)[1:]:
+            done.end.wait()
+            seconds.append(done.end.seconds_since(done.start))
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        weights = _num_bytes([*self.task.parameters(), *self.task.buffers()])
+        return Probe(
+            workload=self.workload,
+            world_size=self.world.size,
+            device=device,
+            num_parameters=self.num_parameters,
+            total_steps=self.rate.total_steps,
+            step_seconds=seconds,
+            state_bytes={
+                "weights": weights,
+                "gradients": _num_bytes([p for p in self.task.parameters() if p.requires_grad]),
+                "optimizer": _num_bytes(states),
+                "average": weights if self.ema is not None else 0,
+            },
+            activation_bytes=round(sum(kept.values()) * one_micro_batch),
+            peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        )
 
     def _loop(self) -> int:
         """Steps, evaluations and saves until the end (returns 0) or a signal (returns its number)."""
@@ -597,6 +674,12 @@ class _PendingStep:
     start: _Mark
     end: _Mark
     at_seconds: float
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    """On this process: of a sharded tensor its own part."""
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum(t.numel() * t.element_size() for t in local)
 
 
 def _to_host(values: Tensor) -> Tensor:
