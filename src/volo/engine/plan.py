@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from volo.config import Recipe
-from volo.data.label_maps import INDEX
+from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.transforms import height_width
 from volo.engine.classification import build_model
 from volo.engine.report import Reporter
-from volo.engine.token_labeling import annotator_recipe
+from volo.engine.token_labeling import annotator_recipe, trains_annotator
 from volo.engine.train import Probe, probe
 from volo.models.weights import PRETRAINED
 
@@ -100,12 +100,10 @@ def _label_maps(recipe: Recipe, out: Path) -> dict[str, Any] | None:
         return None
     path = Path(labels.maps or out / "label_maps")
     if (path / INDEX).is_file():
-        from volo.data.label_maps import LabelMaps
-
         size = sum(file.stat().st_size for file in path.iterdir())
         return {"path": str(path), "is_there": True, "grid": list(LabelMaps.open(path).grid), "bytes": size}
     grid: list[int] = []
-    if annotator.recipe:
+    if trains_annotator(recipe, out):
         its = annotator_recipe(recipe)
         with torch.device("meta"):
             without_weights = dataclasses.replace(its, model=dataclasses.replace(its.model, weights=""))
@@ -120,6 +118,5 @@ def _label_maps(recipe: Recipe, out: Path) -> dict[str, Any] | None:
 def _is_annotator_missing(recipe: Recipe, out: Path) -> bool:
     """The annotator is to be trained first, and no one has done it yet."""
     label_maps = _label_maps(recipe, out)
-    wanted = recipe.task == "token_label" and recipe.token_label.source != "own" and recipe.annotator.recipe
     is_drawn = label_maps is not None and label_maps["is_there"]
-    return bool(wanted) and not is_drawn and not (out / "annotator" / "summary.json").is_file()
+    return trains_annotator(recipe, out) and not is_drawn and not (out / "annotator" / "summary.json").is_file()

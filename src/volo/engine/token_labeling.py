@@ -171,7 +171,8 @@ def prepare_annotator(
         out.mkdir(parents=True, exist_ok=True)
         text = recipe_to_toml(recipe).encode()
         write_atomically(out / "recipe.toml", lambda file: file.write(text))
-    if config.recipe and not config.model:
+    is_trained_here = trains_annotator(recipe, out)
+    if is_trained_here:
         config = dataclasses.replace(config, model=str(out / "annotator"))
         recipe = dataclasses.replace(recipe, annotator=config)
     if labels.source == "maps":
@@ -179,7 +180,7 @@ def prepare_annotator(
         recipe = dataclasses.replace(recipe, token_label=labels)
         if (Path(labels.maps) / INDEX).is_file():
             return recipe, None
-    if config.recipe:
+    if is_trained_here:
         reporter.on_message(f"first the annotator, by the recipe {config.recipe}, in {config.model}")
         result = train(annotator_recipe(recipe), config.model, resume=True, reporter=reporter)
         if result.status == "interrupted":
@@ -210,6 +211,13 @@ def prepare_annotator(
         if world.is_main:
             reporter.on_message(_described(report))
     return recipe, None
+
+
+def trains_annotator(recipe: Recipe, out: Path) -> bool:
+    """A run that goes to `out` begins by training its annotator, unless the label maps are there: `annotator.recipe` says
+    how, and `annotator.model` names no other one."""
+    wanted = recipe.task == "token_label" and recipe.token_label.source != "own" and recipe.annotator.recipe
+    return bool(wanted) and recipe.annotator.model in ("", str(out / "annotator"))
 
 
 def annotator_recipe(recipe: Recipe) -> Recipe:

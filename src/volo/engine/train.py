@@ -275,18 +275,24 @@ class _Run:
         device = self.world.device
         own = {p.untyped_storage().data_ptr() for p in self.task.parameters()}
         kept: dict[int, int] = {}
+        micro_batches = 0
+
+        def count(module: nn.Module, arguments: Any) -> None:
+            nonlocal micro_batches
+            micro_batches += 1
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
+            if micro_batches == 1 and storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         self.started, self.mark = time.monotonic(), _Mark(device)
-        one_micro_batch = 1 / self.config.accumulation
+        counting = self.task.register_forward_pre_hook(count)
         with contextlib.closing(self.workload.batches(0, steps + 1)) as batches:  # type: ignore[type-var]
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 self._train_step(batches)
+            counting.remove()
             for _ in range(steps):
                 self._train_step(batches)
         seconds = []
@@ -308,7 +314,7 @@ class _Run:
                 "optimizer": _num_bytes(states),
                 "average": weights if self.ema is not None else 0,
             },
-            activation_bytes=round(sum(kept.values()) * one_micro_batch),
+            activation_bytes=sum(kept.values()),
             peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )
 
