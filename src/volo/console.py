@@ -286,6 +286,35 @@ def show_evaluation(
     console.print(table, highlight=False)
 
 
+def show_annotation(console: Console, report: dict[str, Any]) -> None:
+    """What `volo annotate` made: how many maps, how large, and how far the annotator agrees with the labels."""
+    h, w = report["grid"]
+    console.print(
+        Text.assemble(
+            (f"{report['pictures']:,} label maps", "bold green"),
+            f" of {h} x {w} positions, the best {report['top']} of {report['num_classes']:,} classes, in {report['out']}",
+        ),
+        soft_wrap=True,
+    )
+    speed = f"; {report['drawn']:,} drawn now, {report['pictures_per_second']:,.0f} a second" if report["drawn"] else ""
+    console.print(
+        f"{report['bytes'] / 1e6:,.1f} MB, {report['bytes_per_picture']:,.0f} bytes a picture ({report['encoding']}){speed}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if report["agreement"]:
+        top1, positions = (100 * report["agreement"][key] for key in ("top1", "positions"))
+        console.print(
+            f"the annotator agrees with the labels on {top1:.2f} % of the pictures, at {positions:.2f} % of the positions",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        console.print("agreement is unknown: the annotator has other classes than the data", style="yellow")
+    if report["skipped"]:
+        console.print(f"{len(report['skipped']):,} pictures have no map, since they cannot be decoded", style="yellow")
+
+
 def prediction_line(prediction: Prediction, name_width: int, class_width: int) -> Text:
     """One picture of a table of predictions; the widths align it with the others."""
     name = prediction.name if len(prediction.name) <= name_width else "…" + prediction.name[1 - name_width :]

@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from volo.config import AugmentConfig, DataConfig
 from volo.data import keyed
-from volo.data.decode import BadImageError
+from volo.data.decode import BadImage, BadImageError
 from volo.data.sources import ArraySource, ImageSource, available_cores
 from volo.data.token_labels import MIRRORED, LabelMapReader, PictureFrame, compose, stack_frames
 from volo.data.transforms import check_augment, eval_transform, fit_transform, height_width, train_transform
@@ -165,6 +165,31 @@ class EvalLoader:
         for low, high in zip(bounds, bounds[1:]):
             if high > low:
                 yield 0, np.arange(start + low, start + high)
+
+
+class ListedLoader:
+    """Pictures in given batches, for drawing label maps: those that cannot be decoded are left out and handed over.
+
+    Yields (batch, bad) for each of `requests` (int64 arrays of numbers in the source): a `Batch` without the bad
+    pictures, which may be empty, with their `fingerprint` (int64 [b]); and the bad ones.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Callable[[Tensor], Tensor],
+        requests: Iterable[np.ndarray],
+        *,
+        num_workers: int = -1,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.requests, self.pin_memory = _Listed(source, transform), requests, pin_memory
+        self.num_workers = (
+            num_workers if num_workers >= 0 else 0 if isinstance(source, ArraySource) else default_workers()
+        )
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[BadImage]]]:
+        return _answers(self.dataset, self.requests, self.num_workers, self.pin_memory)
 
 
 class OneByOne:
@@ -312,6 +337,37 @@ class _Dataset:
             return error
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """For DataLoader: a request is the numbers of a batch."""
+
+    source: ImageSource
+    transform: Callable[[Tensor], Tensor]
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[Batch, list[BadImage]]:
+        images: list[Tensor] = []
+        kept: list[int] = []
+        fingerprints: list[int] = []
+        bad: list[BadImage] = []
+        for index in indices.tolist():
+            try:
+                fingerprint = self.source.fingerprint(index)
+                if not isinstance(self.source, ArraySource):
+                    images.append(self.transform(self.source.load(index)))
+            except BadImageError as error:
+                bad.append(BadImage(error.name, error.reason))
+                continue
+            kept.append(index)
+            fingerprints.append(fingerprint)
+        index = torch.tensor(kept, dtype=torch.int64)
+        if isinstance(self.source, ArraySource):
+            image = self.transform(self.source.images[index]).contiguous()
+        else:
+            image = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        batch = {"image": image, "target": self.source.targets[index], "index": index}
+        return batch | {"fingerprint": torch.tensor(fingerprints, dtype=torch.int64)}, bad
+
+
 def _run(
     source: ImageSource,
     pictures: Pictures,
@@ -319,13 +375,23 @@ def _run(
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[Batch]:
+    with closing(_answers(_Dataset(source.targets, pictures), requests, num_workers, pin_memory)) as batches:
+        for batch in batches:
+            if isinstance(batch, BadImageError):
+                reason = f"{batch.reason}. At the start it was readable, or only its header was checked"
+                raise BadImageError(batch.name, reason)
+            yield batch
+
+
+def _answers(dataset: Any, requests: Iterable[Any], num_workers: int, pin_memory: bool) -> Generator[Any, None, None]:
+    """`dataset[request]` for every request, in order, from `num_workers` processes (0: this one)."""
     options: dict[str, Any] = {}
     if num_workers:
         # Forked workers share the pictures in memory; elsewhere torch moves tensors into shared memory.
         context = "fork" if sys.platform == "linux" else None
         options = {"worker_init_fn": _WorkerStart(os.getpid()), "multiprocessing_context": context}
-    loader: DataLoader[Batch | BadImageError] = DataLoader(
-        _Dataset(source.targets, pictures),  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
         batch_size=None,
         sampler=requests,
         num_workers=num_workers,
@@ -336,17 +402,13 @@ def _run(
         **options,
     )
     with _signals_held_back():
-        batches = iter(loader)
+        answers = iter(loader)
     try:
-        for batch in batches:
-            if isinstance(batch, BadImageError):
-                reason = f"{batch.reason}. At the start it was readable, or only its header was checked"
-                raise BadImageError(batch.name, reason)
-            yield batch
+        yield from answers
     finally:
         # Without this the workers live on as long as the traceback of an error that one of them had.
-        if num_workers and hasattr(batches, "_shutdown_workers"):
-            batches._shutdown_workers()
+        if num_workers and hasattr(answers, "_shutdown_workers"):
+            answers._shutdown_workers()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -17,6 +17,7 @@ from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.sources import DataSplits, Progress
 from volo.data.token_labels import LabelMapReader, resample_label_maps, resample_position_logits
 from volo.data.transforms import PixelPipeline, height_width
+from volo.engine.annotate import AnnotateConfig, annotate, open_annotator
 from volo.engine.classification import Classification
 from volo.engine.distributed import World
 from volo.engine.evaluate import AMP_DTYPES, match_classes
@@ -114,8 +115,6 @@ class LiveAnnotator:
 
     def __init__(self, recipe: Recipe, classes: tuple[str, ...], device: torch.device) -> None:
         """Raises ValueError for an annotator that does not know all of `classes`."""
-        from volo.engine.annotate import open_annotator
-
         config = recipe.annotator
         if not config.model:
             raise ValueError(
@@ -161,8 +160,6 @@ def prepare_annotator(
 
     Returns the recipe with the places filled in, and the result of the annotator's training if a signal ended that.
     """
-    from volo.engine.annotate import AnnotateConfig, annotate, open_annotator
-
     config, labels = recipe.annotator, recipe.token_label
     if recipe.task != "token_label" or labels.source == "own" or not (config.recipe or config.model):
         return recipe, None
