@@ -193,7 +193,8 @@ def test_a_plan_says_what_comes_and_writes_nothing(annotated, tmp_path) -> None:
     assert len(plan["step_seconds"]) == 3
     assert plan["seconds"]["all"] > plan["seconds"]["training"] > 0
     memory = plan["memory_bytes"]
-    assert memory["gradients"] == 4 * plan["num_parameters"] == memory["optimizer"] // 2 - memory["optimizer"] // 2 % 4
+    assert memory["gradients"] == 4 * plan["num_parameters"]
+    assert 2 * memory["gradients"] <= memory["optimizer"] < 2.1 * memory["gradients"]
     assert memory["activations"] > memory["weights"] >= memory["gradients"]
     assert plan["annotator"]["task"] == "classify"
     drawn = plan_training(recipe, out)

@@ -20,7 +20,9 @@ from volo.engine.train import Probe, probe
 from volo.models.weights import PRETRAINED
 
 LABEL_MAP_BYTES = 3.2
-"""Of an exact label map, for each class kept at a position: two for the logit, the rest for the class and the index."""
+"""Of an exact label map, for each class kept at a position: two for the logit, the rest for the class."""
+INDEX_BYTES = 60
+"""For each picture: its name, checksums, and where its map is."""
 EVALUATION_SHARE = 1 / 3
 """Time of a picture in an evaluation, which has no backward pass, as a share of that in a training step."""
 
@@ -48,7 +50,7 @@ def plan_training(
     if label_maps is not None:
         positions = math.prod(label_maps["grid"]) if label_maps["grid"] else 0
         if not label_maps["is_there"] and positions:
-            size = positions * recipe.annotator.top * LABEL_MAP_BYTES
+            size = positions * recipe.annotator.top * LABEL_MAP_BYTES + INDEX_BYTES
             label_maps["bytes"] = round(size * result["num_train"])
         result["label_maps"] = label_maps
     if _is_annotator_missing(recipe, Path(out)):

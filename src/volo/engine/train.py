@@ -273,7 +273,7 @@ class _Run:
     def probe(self, steps: int) -> Probe:
         """Take `steps` steps after a first one, which warms up; nothing is logged or saved."""
         device = self.world.device
-        own = {p.untyped_storage().data_ptr() for p in self.task.parameters()}
+        own = {p.untyped_storage().data_ptr() for p in _local(self.task.parameters())}
         kept: dict[int, int] = {}
         micro_batches = 0
 
@@ -682,10 +682,13 @@ class _PendingStep:
     at_seconds: float
 
 
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this process holds: of a sharded tensor its own part."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    """On this process: of a sharded tensor its own part."""
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    return sum(t.numel() * t.element_size() for t in local)
+    return sum(t.numel() * t.element_size() for t in _local(tensors))
 
 
 def _to_host(values: Tensor) -> Tensor:
