@@ -168,7 +168,7 @@ class TokenLabelConfig:
     dense_weight: float = 0.5
     """Weight of the mean loss of the other tokens."""
     ground_truth: bool = False
-    """Mix the true class into the class token's label (fine-tuning): half where the annotator agrees, else a tenth."""
+    """Mix the true class into the class token's label (fine-tuning): half where the annotator agrees with it, else a tenth."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class AnnotatorConfig:
     recipe: str = ""
     """Train the annotator first, by this recipe (a file, or the name of one that ships) on the same pictures."""
     model: str = ""
-    """Or take this one: what `volo annotate` takes, as timm/NAME, a run folder, a checkpoint, volo_d1.224."""
+    """Or take this one: what `volo annotate` takes, a run folder, a checkpoint, volo_d1.224, or the name of a timm model."""
     img_size: int = 0
     """Side of the pictures it sees; 0: what it was trained with."""
     top: int = 5

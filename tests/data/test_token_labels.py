@@ -23,7 +23,6 @@ from volo.data.token_labels import (
     resample_label_maps,
     resample_position_logits,
     stack_frames,
-    stack_label_maps,
 )
 from volo.data.transforms import train_transform
 from volo.tasks.mixing import smooth_one_hot
@@ -216,6 +215,12 @@ class Maps(dict):
 
     num_classes = 3
 
+    def read_batch(self, names):
+        return tuple(torch.stack(parts) for parts in zip(*(self[name] for name in names)))
+
+    def box(self, height, width):
+        return 0.0, 0.0, 1.0, 1.0
+
 
 @pytest.mark.parametrize("rand_augment", ["", "rand-m9-mstd0.5-inc1"], ids=["as a batch", "one by one"])
 @pytest.mark.parametrize("workers", [0, 2])
@@ -235,11 +240,17 @@ def test_batches_carry_the_maps_of_their_pictures(rand_augment: str, workers: in
     offset = (batch["map_scores"][:, 0, 0, 0] - scores[0, 0, 0]).mul(1000).round().long()
     assert torch.equal(offset, batch["index"])
     assert misalignment(batch["image"], batch["frame"]) < 0.5
+    assert batch["map_box"].tolist() == [[0.0, 0.0, 1.0, 1.0]] * 12
 
 
-def test_a_picture_without_a_map_is_named() -> None:
-    with pytest.raises(ValueError, match="no label map for b"):
-        stack_label_maps(Maps(a=map_of_slopes()), ["a", "b"])
+def test_a_map_of_a_part_of_the_picture_is_read_in_its_place() -> None:
+    scores, classes = (part[None] for part in map_of_slopes(8))
+    frames = stack_frames([PictureFrame.whole(64, 64)])
+    box = torch.tensor([[0.25, 0.0, 0.75, 1.0]])  # the map shows the middle rows
+    logits = resample_label_maps(scores, classes, frames, (16, 8), 3, box).view(16, 8, 3)
+    torch.testing.assert_close(logits[4:12, :, 1], scores[0, 1])
+    # Beyond its border the map goes on as it ends.
+    torch.testing.assert_close(logits[:4, :, 1], scores[0, 1, :1].expand(4, 8))
 
 
 def test_padding_by_center_crop_matches_pixels() -> None:

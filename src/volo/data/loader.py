@@ -11,10 +11,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,24 +23,18 @@ from torch.utils.data import DataLoader
 
 from volo.config import AugmentConfig, DataConfig
 from volo.data import keyed
-from volo.data.decode import BadImageError
+from volo.data.decode import BadImage, BadImageError
 from volo.data.sources import ArraySource, ImageSource, available_cores
-from volo.data.token_labels import (
-    MIRRORED,
-    LabelMapReader,
-    PictureFrame,
-    compose,
-    stack_frames,
-    stack_label_maps,
-)
+from volo.data.token_labels import MIRRORED, LabelMapReader, PictureFrame, compose, stack_frames
 from volo.data.transforms import check_augment, eval_transform, fit_transform, height_width, train_transform
 
 Batch = dict[str, Tensor]
 """image uint8 [b, 3, H, W], target int64 [b], index int64 [b] (the picture's number in its source); with label maps
-also frame float32 [b, S, 2, 3], map_scores and map_classes [b, top, h, w] (see `volo.data.token_labels`)."""
+also frame, map_scores, map_classes and map_box (see `resample_label_maps`)."""
 
 Pictures = Callable[[int, np.ndarray], Batch]
-"""(epoch, indices int64 [b]) -> the part of a batch that is made from the pictures: image, and frame if asked for."""
+"""(epoch, indices int64 [b]) -> the part of a batch that is made from the pictures: image; if asked for also frame, and
+size, int64 [b, 2], the height and width of the originals."""
 
 # The parts of a key that keep the streams of random numbers apart.
 _ORDER, _SAMPLE, _CROP = 1, 2, 3
@@ -79,7 +73,6 @@ class TrainLoader:
         self.steps_per_epoch = len(source) // batch_size
         plain = augment.crop in ("pad", "none") and not augment.rand_augment and not augment.color_jitter
         self.is_vectorised = plain and isinstance(source, ArraySource)
-        self.label_maps = label_maps
         frames = crop_order if label_maps is not None else ""
         self.pictures: Pictures
         if self.is_vectorised:
@@ -87,13 +80,16 @@ class TrainLoader:
         else:
             size = height_width(data.img_size)
             self.pictures = OneByOne(source, size, train_transform(data, augment), seed, frames)
+        if label_maps is not None:
+            self.pictures = WithLabelMaps(self.pictures, source.names, label_maps)
         workers = data.num_workers if num_workers is None else num_workers
         self.num_workers = workers if workers >= 0 else 0 if self.is_vectorised else default_workers()
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Micro batches of steps start_step..stop_step-1, `accumulation` for each step. Raises BadImageError."""
-        requests = self._requests(start_step, stop_step)
-        return _run(self.source, self.pictures, requests, self.num_workers, self.pin_memory, self.label_maps)
+        return _run(
+            self.source, self.pictures, self._requests(start_step, stop_step), self.num_workers, self.pin_memory
+        )
 
     def _requests(self, start_step: int, stop_step: int) -> Iterator[tuple[int, np.ndarray]]:
         return training_requests(
@@ -192,6 +188,31 @@ class EvalLoader:
                 yield 0, np.arange(start + low, start + high)
 
 
+class ListedLoader:
+    """Pictures in given batches, for drawing label maps: those that cannot be decoded are left out and handed over.
+
+    Yields (batch, bad) for each of `requests` (int64 arrays of numbers in the source): a `Batch` without the bad
+    pictures, which may be empty, with their `fingerprint` (int64 [b]); and the bad ones.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Callable[[Tensor], Tensor],
+        requests: Iterable[np.ndarray],
+        *,
+        num_workers: int = -1,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.requests, self.pin_memory = _Listed(source, transform), requests, pin_memory
+        self.num_workers = (
+            num_workers if num_workers >= 0 else 0 if isinstance(source, ArraySource) else default_workers()
+        )
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[BadImage]]]:
+        return _answers(self.dataset, self.requests, self.num_workers, self.pin_memory)
+
+
 class OneByOne:
     """Pictures loaded and transformed one by one, each with its own seed (None: the transform draws nothing).
 
@@ -211,6 +232,7 @@ class OneByOne:
     def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
         images = torch.empty(len(indices), 3, *self.size, dtype=torch.uint8)
         frames: list[PictureFrame] = []
+        sizes: list[tuple[int, int]] = []
         seeds = keyed.key(_SAMPLE, self.seed, epoch, indices).tolist() if self.seed is not None else []
         with keyed.own_random_state():
             for i, index in enumerate(indices.tolist()):
@@ -219,8 +241,8 @@ class OneByOne:
                 try:
                     image = self.source.load(index)
                     if self.frames:
-                        frame = PictureFrame.whole(image.shape[1], image.shape[2], self.frames)
-                        images[i], frame = self.transform(image, frame)
+                        sizes.append((image.shape[1], image.shape[2]))
+                        images[i], frame = self.transform(image, PictureFrame.whole(*sizes[-1], self.frames))
                         frames.append(frame)
                     else:
                         images[i] = self.transform(image)
@@ -229,7 +251,9 @@ class OneByOne:
                 except Exception as error:
                     error.add_note(f"while preparing picture {self.source.names[index]}")
                     raise
-        return {"image": images, "frame": stack_frames(frames)} if self.frames else {"image": images}
+        if not self.frames:
+            return {"image": images}
+        return {"image": images, "frame": stack_frames(frames), "size": torch.tensor(sizes)}
 
 
 class Whole:
@@ -267,6 +291,7 @@ class ShiftAndFlip:
         batch = {"image": torch.from_numpy(images)}
         if self.frames:
             batch["frame"] = self._frames(down - self.pad, right - self.pad, flipped)
+            batch["size"] = torch.tensor(self.images.shape[2:]).expand(len(indices), 2)
         return batch
 
     def _frames(self, down: np.ndarray, right: np.ndarray, flipped: np.ndarray) -> Tensor:
@@ -280,6 +305,19 @@ class ShiftAndFlip:
         steps[:, 0, 2], steps[:, 1, 2] = torch.from_numpy(x), torch.from_numpy(y)
         steps[flipped] = compose(steps[flipped], MIRRORED)
         return compose(fitted.as_subclass(Tensor)[None], steps[:, None]).float()
+
+
+class WithLabelMaps:
+    """`pictures` (with frames) and the label maps that belong to them."""
+
+    def __init__(self, pictures: Pictures, names: Sequence[str], maps: LabelMapReader) -> None:
+        self.pictures, self.names, self.maps = pictures, names, maps
+
+    def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
+        batch = self.pictures(epoch, indices)
+        boxes = [self.maps.box(height, width) for height, width in batch.pop("size").tolist()]
+        scores, classes = self.maps.read_batch([self.names[i] for i in indices.tolist()])
+        return {**batch, "map_scores": scores, "map_classes": classes, "map_box": torch.tensor(boxes)}
 
 
 def shift(images: np.ndarray, pad: int, down: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -309,20 +347,46 @@ class _Dataset:
 
     targets: Tensor
     pictures: Pictures
-    names: Sequence[str]
-    label_maps: LabelMapReader | None
 
     def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch | BadImageError:
         epoch, indices = request
         index = torch.from_numpy(indices)
         try:
-            batch = {**self.pictures(epoch, indices), "target": self.targets[index], "index": index.clone()}
-            if self.label_maps is not None:
-                batch |= stack_label_maps(self.label_maps, [self.names[i] for i in indices.tolist()])
-            return batch
+            return {**self.pictures(epoch, indices), "target": self.targets[index], "index": index.clone()}
         except BadImageError as error:
             # Handed over as a value: raised in a worker it would arrive as a long traceback.
             return error
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """For DataLoader: a request is the numbers of a batch."""
+
+    source: ImageSource
+    transform: Callable[[Tensor], Tensor]
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[Batch, list[BadImage]]:
+        images: list[Tensor] = []
+        kept: list[int] = []
+        fingerprints: list[int] = []
+        bad: list[BadImage] = []
+        for index in indices.tolist():
+            try:
+                fingerprint = self.source.fingerprint(index)
+                if not isinstance(self.source, ArraySource):
+                    images.append(self.transform(self.source.load(index)))
+            except BadImageError as error:
+                bad.append(BadImage(error.name, error.reason))
+                continue
+            kept.append(index)
+            fingerprints.append(fingerprint)
+        index = torch.tensor(kept, dtype=torch.int64)
+        if isinstance(self.source, ArraySource):
+            image = self.transform(self.source.images[index]).contiguous()
+        else:
+            image = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        batch = {"image": image, "target": self.source.targets[index], "index": index}
+        return batch | {"fingerprint": torch.tensor(fingerprints, dtype=torch.int64)}, bad
 
 
 def _run(
@@ -331,29 +395,31 @@ def _run(
     requests: Iterable[tuple[int, np.ndarray]],
     num_workers: int,
     pin_memory: bool,
-    label_maps: LabelMapReader | None = None,
 ) -> Iterator[Batch]:
-    dataset = _Dataset(source.targets, pictures, source.names, label_maps)
-    return run_requests(dataset, requests, num_workers, pin_memory)
-
-
-class Dataset(Protocol):
-    """What `run_requests` asks for batches: in this process, or in workers."""
-
-    def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch | BadImageError: ...
+    return run_requests(_Dataset(source.targets, pictures), requests, num_workers, pin_memory)
 
 
 def run_requests(
-    dataset: Dataset, requests: Iterable[tuple[int, np.ndarray]], num_workers: int, pin_memory: bool
+    dataset: Any, requests: Iterable[tuple[int, np.ndarray]], num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """The batch of each request, in order. Raises BadImageError where the data set returns one."""
+    """The batch of each request, in order: `dataset[request]`. Raises BadImageError where that is one."""
+    with closing(_answers(dataset, requests, num_workers, pin_memory)) as batches:
+        for batch in batches:
+            if isinstance(batch, BadImageError):
+                reason = f"{batch.reason}. At the start it was readable, or only its header was checked"
+                raise BadImageError(batch.name, reason)
+            yield batch
+
+
+def _answers(dataset: Any, requests: Iterable[Any], num_workers: int, pin_memory: bool) -> Generator[Any, None, None]:
+    """`dataset[request]` for every request, in order, from `num_workers` processes (0: this one)."""
     options: dict[str, Any] = {}
     if num_workers:
         # Forked workers share the pictures in memory; elsewhere torch moves tensors into shared memory.
         context = "fork" if sys.platform == "linux" else None
         options = {"worker_init_fn": _WorkerStart(os.getpid()), "multiprocessing_context": context}
-    loader: DataLoader[Batch | BadImageError] = DataLoader(
-        dataset,  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
         batch_size=None,
         sampler=requests,
         num_workers=num_workers,
@@ -364,17 +430,13 @@ def run_requests(
         **options,
     )
     with _signals_held_back():
-        batches = iter(loader)
+        answers = iter(loader)
     try:
-        for batch in batches:
-            if isinstance(batch, BadImageError):
-                reason = f"{batch.reason}. At the start it was readable, or only its header was checked"
-                raise BadImageError(batch.name, reason)
-            yield batch
+        yield from answers
     finally:
         # Without this the workers live on as long as the traceback of an error that one of them had.
-        if num_workers and hasattr(batches, "_shutdown_workers"):
-            batches._shutdown_workers()
+        if num_workers and hasattr(answers, "_shutdown_workers"):
+            answers._shutdown_workers()
 
 
 def _as_it_is(batch: Any) -> Any:

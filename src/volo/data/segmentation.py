@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from volo.config import DataConfig, SegmentConfig
-from volo.data.decode import BadImage, BadImageError, decode_image, naming, open_file
+from volo.data.decode import BadImage, BadImageError, decode_image, naming, open_picture_file
 from volo.data.folders import cache_budget, is_image_name
 from volo.data.sources import Names, PixelCache, Progress, available_cores, contents_of, raise_bad
 
@@ -372,7 +372,7 @@ def load_pair(root: Path, name: str, mask_name: str, classes: ClassList) -> tupl
 
 def decode_mask(path: Path, name: str) -> np.ndarray:
     """A mask file's values, uint8 [H, W]: grey levels or palette indices. Raises BadImageError."""
-    with open_file(path, name) as file:
+    with open_picture_file(path, name) as file:
         content = file.read()
     with naming(name, content), Image.open(io.BytesIO(content)) as image:
         image.load()

@@ -9,7 +9,7 @@ the frames point to. Nothing is interpolated twice, and a worker moves no logits
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,10 +26,16 @@ class LabelMapReader(Protocol):
     @property
     def num_classes(self) -> int: ...
 
-    def __contains__(self, name: str) -> bool: ...
+    def __contains__(self, name: object) -> bool: ...
 
-    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        """Logits, float [top, h, w], and their classes, int64 [top, h, w], of the annotator's best classes."""
+    def read_batch(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """The annotator's best classes at each position: logits, float [B, top, h, w], and int64 [B, top, h, w].
+
+        Raises ValueError that names a picture without a map.
+        """
+
+    def box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """(top, left, bottom, right) of what a map shows of a picture of that size, in 0..1 of the picture."""
 
 
 class PictureFrame(tv_tensors.TVTensor):
@@ -177,26 +183,13 @@ def stack_frames(frames: Sequence[Tensor]) -> Tensor:
     return batch
 
 
-def stack_label_maps(maps: LabelMapReader, names: Sequence[str]) -> Mapping[str, Tensor]:
-    """The label maps of a batch of pictures: "map_scores" [B, top, h, w] and "map_classes" int64 [B, top, h, w].
-
-    Raises ValueError for a picture without one.
-    """
-    try:
-        found = [maps[name] for name in names]
-    except KeyError:
-        missing = [name for name in names if name not in maps]
-        raise ValueError(
-            f"no label map for {missing[0]}: draw the maps again, for these pictures (volo annotate --check tells which)"
-        ) from None
-    return {
-        "map_scores": torch.stack([scores for scores, _ in found]),
-        "map_classes": torch.stack([classes for _, classes in found]),
-    }
-
-
 def resample_label_maps(
-    scores: Tensor, classes: Tensor, frames: Tensor, size: tuple[int, int], num_classes: int
+    scores: Tensor,
+    classes: Tensor,
+    frames: Tensor,
+    size: tuple[int, int],
+    num_classes: int,
+    boxes: Tensor | None = None,
 ) -> Tensor:
     """Label maps read where the pictures of a batch now show them: logits float32 [B, rows * columns, num_classes].
 
@@ -208,13 +201,19 @@ def resample_label_maps(
     Args:
         scores, classes: [B, top, h, w], classes int64.
         frames: [B, S, 2, 3].
-        size: rows and columns of the new grid; (1, 1) gives the label of the whole picture.
+        size: rows and columns of the new grid; (1, 1) gives the label of all that the pictures show.
+        boxes: what the maps cover of their pictures, (top, left, bottom, right) in 0..1, [B, 4]; None: all. Where a map
+            ends before its picture does, its border goes on.
     """
     B, T, h, w = scores.shape
     rows, columns = size
     frames = frames.to(torch.float32)
     to_map = frames[:, 0]  # [B, 2, 3]
-    cells = torch.tensor([w, h], dtype=torch.float32, device=scores.device)
+    cells = torch.tensor([w, h], dtype=torch.float32, device=scores.device).expand(B, 2)
+    start: Tensor | float = 0.0
+    if boxes is not None:
+        start = boxes[:, None, [1, 0]]  # (left, top): [B, 1, 2]
+        cells = cells / (boxes[:, [3, 2]] - boxes[:, [1, 0]])  # places of the map in the length of a whole picture
 
     def samples(axis: int, count: int) -> tuple[Tensor, Tensor]:
         """Places in 0..1 along an axis of the picture and their weights, [B, count * most]."""
@@ -237,11 +236,12 @@ def resample_label_maps(
         weight = weight * ((before >= 0) & (before <= 1)).all(dim=-1).all(dim=1)
     at = torch.einsum("bij,bpj->bpi", to_map, points)
     at = 1.0 - (1.0 - at.abs()).abs()  # mirrored at the border
-    at = (at * cells - 0.5).clamp(min=0).minimum(cells - 1)
+    last = torch.tensor([w - 1, h - 1], device=scores.device)
+    at = ((at - start) * cells[:, None] - 0.5).clamp(min=0).minimum(last)
     low = at.floor()
     part = at - low
     low = low.long()
-    high = (low + 1).minimum(cells.long() - 1)
+    high = (low + 1).minimum(last)
 
     corners, shares = [], []
     for row, share_y in ((low[..., 1], 1 - part[..., 1]), (high[..., 1], part[..., 1])):
