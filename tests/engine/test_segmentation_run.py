@@ -168,7 +168,15 @@ def test_recipes_that_cannot_be_meant(scenes: Path, tmp_path: Path, overrides, m
 def test_starts_from_a_segmentation_run_and_from_a_classifier(
     scenes: Path, tmp_path: Path, reference: Path, tiny
 ) -> None:
-    recipe = street(scenes, {"model.weights": str(reference / "best.pt"), "schedule.steps": 2, "optim.lr": 1e-9})
+    recipe = street(
+        scenes,
+        {
+            "model.weights": str(reference / "best.pt"),
+            "schedule.steps": 2,
+            "schedule.warmup_steps": 0,
+            "optim.lr": 1e-9,
+        },
+    )
     recipe = recipe_from_dict({**recipe.to_dict(), "optim": {**recipe.to_dict()["optim"], "ema_decay": 0.0}})
     result = train(recipe, tmp_path / "again")
     assert result.best["miou"] > 0.9 * load_checkpoint(reference / "best.pt")["best"]["miou"]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volo.config import SegmentConfig, Size
@@ -122,7 +121,9 @@ def evaluate_segmentation(
             with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
                 images = pixels(batch["image"].to(device, non_blocking=True))
                 log_probs = log_probabilities(model, images, size, how, batch_size)
-            loss = F.nll_loss(log_probs, target, ignore_index=IGNORE, reduction="sum")
+            # torch's loss over [B, K, H, W] has no deterministic kernel on GPUs.
+            of_truth = log_probs.gather(1, target.clamp(max=num_classes - 1)[:, None])[:, 0]
+            loss = -torch.where(target == IGNORE, 0.0, of_truth).sum(dtype=torch.float64)
             metrics.update(log_probs.argmax(1), target, loss)
             done += len(target)
             if on_batch is not None:

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+STRIP_ROWS = 128
+"""Rows of logits that are handed out at once."""
+
 Pixels = Callable[[Tensor], Tensor]
 """uint8 [B, 3, h, w] -> float, normalised: a `PixelPipeline` in eval mode."""
 
@@ -81,11 +84,15 @@ def window_logits(
         assert sums is not None
         below = tops[row + 1] if row + 1 < len(tops) else first + size[0]
         ready = below - first
-        yield first, sums[:, :, :ready] / weights[:ready]
-        # The rows that windows to come touch as well move up, in place: a strip holds but one row of windows.
+        for start in range(0, ready, STRIP_ROWS):
+            rows = slice(start, min(start + STRIP_ROWS, ready))
+            yield first + start, sums[:, :, rows] / weights[rows]
+        # The rows that windows to come touch as well move up, in place: there is never more than one row of windows.
         kept = size[0] - ready
-        sums[:, :, :kept], weights[:kept] = sums[:, :, ready:].clone(), weights[ready:].clone()
-        sums[:, :, kept:], weights[kept:] = 0.0, 0.0
+        for total_of in (sums, weights[None, None]):
+            below_them = total_of[:, :, ready:]
+            total_of[:, :, :kept].copy_(below_them if ready >= kept else below_them.clone())
+            total_of[:, :, kept:].zero_()
         first = below
 
 
