@@ -890,6 +890,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
 
     import torch
 
+    from volo.models.segmenter import list_segmenters
     from volo.models.volo import VARIANTS, create_model
     from volo.models.weights import PRETRAINED, cache_folder, cached_path
     from volo.ops.outlook_attention import list_backends
@@ -955,6 +956,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
             }
             for tag, w in PRETRAINED.items()
         }
+        facts["segmentation"] = list_segmenters()
         facts["recipes"] = {path.stem: _title(path) for path in list_recipes()}
     return facts
 

@@ -416,6 +416,8 @@ def show_info(console: Console, facts: dict[str, Any]) -> None:
             figures = (f"{w[key]:.2f}" for key in ("top1", "real", "v2", "crop_original", "crop_timm"))
             made.add_row(tag, *figures, "yes" if w["cached"] else "")
         show(made)
+        console.print(Text("segmentation models", style="bold"))
+        console.print(", ".join(facts["segmentation"]) + "\n", highlight=False)
         made = table("recipes", "", "what")
         for name, what in facts["recipes"].items():
             made.add_row(name, what)

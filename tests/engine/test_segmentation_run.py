@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from volo.config import Recipe, recipe_from_dict
 from volo.data.segment_loader import SegmentEvalLoader
@@ -146,6 +148,21 @@ def test_a_killed_process_is_continued_bit_for_bit(scenes: Path, tmp_path: Path,
     child.communicate(timeout=60)
     train(street(scenes), out, resume=True)
     assert_same_run(out, reference)
+
+
+def test_two_processes_share_training_and_scoring(scenes: Path, tmp_path: Path, start_run) -> None:
+    recipe = street(scenes, {"schedule.steps": 4, "train.eval_steps": 4, "train.batch_norm": "frozen"})
+    child = start_run(recipe, tmp_path / "run", processes=2)
+    printed, errors = child.communicate(timeout=250)
+    assert child.returncode == 0, errors
+    assert printed.split() == ["completed", "4"] * 2
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert last["metrics"]["count"] == 5, "each held-out picture once, whichever process scored it"
+    assert int(last["confusion"].sum()) == sum(int((open_mask(scenes, i) != 255).sum()) for i in range(5))
+
+
+def open_mask(scenes: Path, number: int) -> np.ndarray:
+    return np.asarray(Image.open(scenes / "annotations" / "val" / f"{number:02}.png"))
 
 
 @pytest.mark.parametrize(

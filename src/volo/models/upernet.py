@@ -161,7 +161,7 @@ class FPNHead(nn.Module):
         for i in range(len(laterals) - 1, 0, -1):
             laterals[i - 1] = laterals[i - 1] + resize_to(laterals[i], laterals[i - 1])
         outs = [resize_to(conv(x), laterals[0]) for conv, x in zip(self.fpn_convs, laterals)]
-        return self.conv_seg(self.dropout(torch.stack(outs).sum(0)))
+        return self.conv_seg(self.dropout(sum(outs[1:], outs[0])))
 
 
 class FCNHead(nn.Module):
