@@ -306,9 +306,11 @@ def how_to_test(
     """What the options of a command line ask for; `default` where they leave it open."""
     if window is None and stride is not None:
         raise ValueError("--stride is from window to window: give --window too")
-    many = {"scales": tuple(scales) or (1.0,), "flip": flip}
+    wanted = tuple(scales) or (1.0,)
+    if window == 0:
+        return HowToTest(scales=wanted, flip=flip)
     if window is not None:
-        return HowToTest(**many) if window == 0 else HowToTest.by_windows(window, stride or 0, **many)
+        return HowToTest.by_windows(window, stride or 0, scales=wanted, flip=flip)
     if default is None:
-        return HowToTest(**many) if scales or flip else None
-    return dataclasses.replace(default, **many)
+        return HowToTest(scales=wanted, flip=flip) if scales or flip else None
+    return dataclasses.replace(default, scales=wanted, flip=flip)
