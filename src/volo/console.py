@@ -125,7 +125,7 @@ class TrainReporter(NullReporter):
         run = self.run
         left = (time.monotonic() - self._started) / (report.step - self._first) * (run.total_steps - report.step)
         self.bar.show(
-            f"epoch {report.epoch:.1f}/{run.total_steps / run.steps_per_epoch:g}",
+            f"epoch {report.epoch:.1f}/{round(run.total_steps / run.steps_per_epoch, 1):g}",
             report.step,
             run.total_steps,
             f"loss {sum(self._losses) / len(self._losses):.3f}  lr {report.lr:.1e}  "

@@ -284,8 +284,9 @@ def class_bars(
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x")
-        ticks = "; white tick: IoU of the boundary band" if len(boundary) else ""
-        grid[0].set_title(f"IoU of each class, mean {100 * mean:.2f} % (dotted){ticks}", fontsize=10)
+        grid[0].set_title(f"IoU of each class, mean {100 * mean:.2f} % (dotted)")
+        if len(boundary):
+            grid[0].set_xlabel("white ticks: IoU of the band along boundaries")
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,7 @@ def overlay_sheet(
     aspect = max(item.predicted.shape[0] / item.predicted.shape[1] for item in items)
     width = 3.9
     legend_rows = -(-(len(shown) + (columns == 3)) // (2 * columns))
-    with _figure(out, width * columns, len(items) * (width * aspect + 0.28) + 0.28 * legend_rows + 0.3) as figure:
+    with _figure(out, width * columns, len(items) * (0.97 * width * aspect + 0.17) + 0.28 * legend_rows + 0.3) as figure:
         figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, hspace=0.01, wspace=0.01)
         grid = figure.subplots(len(items), columns, squeeze=False)
         for axes in grid.flat:
