@@ -105,7 +105,8 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
             )
             accuracy.set_title(f"Held-out {SCORES[keys[0]]}: best {top:.2f} %")
             low = min(100 * line[key] for line in evaluations for key in keys)
-            accuracy.set_ylim(max(0.0, min(low - 4, 96)), min(101.0, top + 6))
+            high = max(100 * line[key] for line in evaluations for key in keys)
+            accuracy.set_ylim(max(0.0, min(low - 4, 96)), min(101.0, high + 6))
             accuracy.legend(loc="lower right")
         else:
             accuracy.set_title("Held-out score")
@@ -322,7 +323,9 @@ def overlay_sheet(
     aspect = max(item.predicted.shape[0] / item.predicted.shape[1] for item in items)
     width = 3.9
     legend_rows = -(-(len(shown) + (columns == 3)) // (2 * columns))
-    with _figure(out, width * columns, len(items) * (0.97 * width * aspect + 0.17) + 0.28 * legend_rows + 0.3) as figure:
+    with _figure(
+        out, width * columns, len(items) * (0.97 * width * aspect + 0.17) + 0.28 * legend_rows + 0.3
+    ) as figure:
         figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, hspace=0.01, wspace=0.01)
         grid = figure.subplots(len(items), columns, squeeze=False)
         for axes in grid.flat:
