@@ -680,20 +680,27 @@ def _title(recipe: Path) -> str:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "kernels"]]
+    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "labels", "kernels"]]
     """op: outlook attention, each engine against the reference; model: inference against timm's VOLO with the same
-    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; kernels: the GPU kernels against the copy bandwidth of the
+    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; labels: label maps,
+    their size, reading, writing, and drawing them against the annotator's bare forward pass; kernels: the GPU kernels against the copy bandwidth of the
     GPU, or without one what the compiler makes of them (registers, spills)."""
     model: str = ""
-    """Name of a model; volo_d1, for loop volo_nano, if left out."""
+    """Name of a model; volo_d1, for loop volo_nano, if left out. For labels an annotator, as volo annotate takes it."""
+    data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """Of labels: the pictures."""
+    weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Of labels: weights of a timm model, in place of its published ones."""
+    pictures: int = 2048
+    """Of labels: so many pictures of the training part."""
     batch_size: int = 0
-    """Pictures at once; 0: 8, for loop 256."""
+    """Pictures at once; 0: 8, for loop 256, for labels 64."""
     img_size: int = 0
-    """Side of the pictures; 0: 224, for loop 32."""
+    """Side of the pictures; 0: 224, for loop 32, for labels the annotator's own."""
     rounds: int = 0
     """Turns of every candidate; 0: enough for a steady median in a minute or two."""
     amp: Literal["off", "bf16"] = "off"
-    """Of train: autocast of both sides."""
+    """Of train and labels: autocast of both sides."""
     compiled: bool = False
     """Of model and train: torch.compile both sides too; takes minutes."""
     device: str = "auto"
@@ -717,6 +724,7 @@ def bench(options: BenchOptions) -> int:
       volo bench model --model volo_d1 --batch-size 8
       volo bench train --amp bf16 --device cuda --batch-size 128 --compiled
       volo bench loop
+      volo bench labels --model runs/cifar10 --data cifar10
       volo bench kernels --compiled --out benchmarks/results/gpu_op.json
     """
     from volo.console import show_benchmark
@@ -727,7 +735,7 @@ def bench(options: BenchOptions) -> int:
     name = options.model or ("volo_nano" if is_loop else "volo_d1")
     batch_size = options.batch_size or (256 if is_loop else 8)
     img_size = options.img_size or (32 if is_loop else 224)
-    rounds = options.rounds or {"op": 41, "model": 7, "train": 5, "loop": 5, "kernels": 15}[options.what]
+    rounds = options.rounds or {"op": 41, "model": 7, "train": 5, "loop": 5, "labels": 5, "kernels": 15}[options.what]
     result: dict[str, Any]
     if options.what == "op":
         from volo.bench.op import bench_op
@@ -755,6 +763,22 @@ def bench(options: BenchOptions) -> int:
             compiled=options.compiled,
             device=str(device),
             rounds=rounds,
+        )
+    elif options.what == "labels":
+        from volo.bench.labels import bench_labels
+
+        if not options.model or options.data is None:
+            raise ValueError("volo bench labels needs an annotator and pictures: --model and --data")
+        result = bench_labels(
+            options.model,
+            options.data,
+            weights=options.weights,
+            img_size=options.img_size or None,
+            batch_size=options.batch_size or 64,
+            pictures=options.pictures,
+            rounds=rounds,
+            amp=options.amp,
+            device=str(device),
         )
     elif options.what == "kernels":
         from volo.bench.kernels import bench_kernels, compile_report

@@ -92,7 +92,7 @@ class ArraySource:
         return self.images[index]
 
     def fingerprint(self, index: int) -> int:
-        return zlib.crc32(self.images[index].contiguous().numpy())
+        return zlib.crc32(self.images[index].contiguous().numpy().data)
 
     def select(self, indices: Sequence[int]) -> ArraySource:
         chosen = torch.as_tensor(indices, dtype=torch.int64)

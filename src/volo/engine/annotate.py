@@ -161,9 +161,12 @@ def annotate(
     world: World,
     resume: bool = False,
     overwrite: bool = False,
+    sources: Sequence[ImageSource] | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Draw the maps of every picture into `out`; all processes of `world` call this.
+
+    `sources`: these pictures, and not what lies at `config.data`.
 
     Returns what the first process reports: pictures, skipped and ignored files, agreement with the labels, bytes, speed.
     Raises ValueError for settings that make no sense, for a folder that holds something else, for another annotator or
@@ -172,7 +175,10 @@ def annotate(
     _check_config(annotator, config)
     device = world.device
     say = on_progress or (lambda what, done, total: None)
-    splits, sources = _open(annotator.data, config, say)
+    if sources is None:
+        splits, sources = open_sources(annotator.data, config, say)
+    else:
+        splits = DataSplits(sources[0], sources[-1], tuple(sources[0].classes))
     classes, label_map = _shared_classes(annotator, splits.classes)
     header = {
         "top": config.top,
@@ -340,7 +346,7 @@ def import_original(
         raise FileNotFoundError(f"{folder} is not a folder; the original's label maps are CLASS/NAME.pt below one")
     say = on_progress or (lambda what, done, total: None)
     world = World(0, 1, torch.device("cpu"))
-    splits, sources = _open(DataConfig(), config, say)
+    splits, sources = open_sources(DataConfig(), config, say)
     found = [[find_original_map(folder, name) for name in source.names] for source in sources]
     first = next((path for paths in found for path in paths if path is not None), None)
     if first is None:
@@ -463,7 +469,7 @@ def check_store(
     )
     # The handwritten digits are enlarged to the size that is asked for.
     size = tuple(drawn["img_size"]) if drawn["img_size"] else DataConfig().img_size
-    splits, sources = _open(DataConfig(img_size=size), config, say)
+    splits, sources = open_sources(DataConfig(img_size=size), config, say)
     unreadable = {bad.name: bad.reason for bad in splits.skipped}
     left = set(maps.names)
     for source in sources:
@@ -706,7 +712,11 @@ def _check_config(annotator: OpenedAnnotator, config: AnnotateConfig) -> None:
         )
 
 
-def _open(data: DataConfig, config: AnnotateConfig, say: OnProgress) -> tuple[DataSplits, list[ImageSource]]:
+def open_sources(
+    data: DataConfig, config: AnnotateConfig, on_progress: OnProgress | None = None
+) -> tuple[DataSplits, list[ImageSource]]:
+    """What lies at `config.data`, and the parts of it that are to be drawn. Raises ValueError as `open_data` does."""
+    say = on_progress or (lambda what, done, total: None)
     given = dataclasses.replace(
         data, val_fraction=config.val_fraction, split_seed=config.split_seed, on_bad_image=config.on_bad_image
     )
