@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -193,7 +193,7 @@ def prepare_annotator(
                 part="train",
                 val_fraction=recipe.data.val_fraction,
                 split_seed=recipe.data.split_seed,
-                top=config.top,
+                top=min(config.top, opened.model.num_classes),
                 flip=config.flip,
                 amp=config.amp,
                 batch_size=config.batch_size,
@@ -243,6 +243,5 @@ def _described(report: dict) -> str:
     return f"{report['pictures']:,} label maps of {report['grid'][0]} x {report['grid'][1]}, {report['bytes'] / 1e6:.1f} MB{agrees}"
 
 
-def _some(names: object) -> str:
-    listed = [str(name) for name in names]  # type: ignore[attr-defined]
-    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
