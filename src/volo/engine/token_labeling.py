@@ -19,7 +19,7 @@ from volo.data.token_labels import LabelMapReader, resample_label_maps, resample
 from volo.data.transforms import PixelPipeline, height_width
 from volo.engine.annotate import AnnotateConfig, annotate, open_annotator
 from volo.engine.classification import Classification
-from volo.engine.distributed import World
+from volo.engine.distributed import World, main_first
 from volo.engine.evaluate import AMP_DTYPES, match_classes
 from volo.engine.report import Reporter, TrainResult
 from volo.engine.workload import Batch
@@ -40,7 +40,8 @@ class TokenLabeling(Classification):
         self.class_of: Tensor | None = None  # the data's class for each class of the maps, -1 for none; None: the same
         super().__init__(recipe, world, on_progress)
         if recipe.token_label.source == "live":
-            self.annotator = LiveAnnotator(recipe, self.classes, world.device)
+            with main_first(world):  # downloads once
+                self.annotator = LiveAnnotator(recipe, self.classes, world.device)
 
     def open_label_maps(self, splits: DataSplits) -> LabelMapReader | None:
         config = self.recipe.token_label
@@ -184,7 +185,8 @@ def prepare_annotator(
             return recipe, result
     if labels.source == "maps":
         reporter.on_message(f"then the label maps, in {labels.maps}")
-        opened = open_annotator(config.model, img_size=config.img_size or None, device=world.device)
+        with main_first(world):
+            opened = open_annotator(config.model, img_size=config.img_size or None, device=world.device)
         its_data = dataclasses.replace(opened.data, path=recipe.data.path, kind=recipe.data.kind)
         report = annotate(
             dataclasses.replace(opened, data=its_data),
