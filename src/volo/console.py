@@ -22,6 +22,17 @@ LINE_SECONDS = 30.0
 """A log file gets a line no more often than this."""
 
 
+FIGURES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "pixel_accuracy": "pixels",
+    "mean_class_accuracy": "classes",
+    "ece": "ECE",
+}
+"""What the figures of an evaluation are called in a table, in this order; all are shares in 0..1."""
+
+
 class Bar:
     """One line that is redrawn in a terminal, or a plain line once in a while anywhere else.
 
@@ -121,15 +132,16 @@ class TrainReporter(NullReporter):
         )
 
     def on_eval(self, metrics: dict[str, Any], is_best: bool) -> None:
+        columns = [key for key in FIGURES if key in metrics]
         if not self._has_head:
             self._has_head = True
-            head = f"{'epoch':>7}{'step':>9}{'loss':>9}{'held out':>10}{'top-1':>9}{'top-5':>9}{'classes':>9}{'ECE':>8}{'time':>9}"
-            self._say(Text(head, style="dim"))
+            head = "".join(f"{FIGURES[key]:>9}" for key in columns)
+            self._say(Text(f"{'epoch':>7}{'step':>9}{'loss':>9}{'held out':>10}{head}{'time':>9}", style="dim"))
         loss = sum(self._since_eval) / len(self._since_eval) if self._since_eval else float("nan")
         self._since_eval.clear()
-        figures = "".join(f"{100 * metrics[key]:>7.2f} %" for key in ("top1", "top5", "mean_class_accuracy"))
+        figures = "".join(f"{metrics[k]:>9.4f}" if k == "ece" else f"{100 * metrics[k]:>7.2f} %" for k in columns)
         row = (
-            f"{metrics['epoch']:>7.1f}{metrics['step']:>9,}{loss:>9.4f}{metrics['loss']:>10.4f}{figures}{metrics['ece']:>8.4f}"
+            f"{metrics['epoch']:>7.1f}{metrics['step']:>9,}{loss:>9.4f}{metrics['loss']:>10.4f}{figures}"
             f"{duration(time.monotonic() - self._started):>9}"
         )
         self._say(Text.assemble(row, (" best" if is_best else "", "bold green")))
@@ -141,14 +153,70 @@ class TrainReporter(NullReporter):
         self.console.print(text, soft_wrap=True)
 
 
+def show_plan(console: Console, plan: dict[str, Any], title: str = "") -> None:
+    """What a run will take (`volo.engine.plan`), the annotator that comes first before it."""
+    if "annotator" in plan:
+        show_plan(console, plan["annotator"], "first, the annotator")
+        title = "then, with its label maps"
+    if title:
+        console.print(Text(title, style="bold"))
+    height, width = plan["img_size"]
+    memory, seconds = plan["memory_bytes"], plan["seconds"]
+    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in memory.items() if size and name != "all")
+    split = f" in micro batches of {plan['micro_batch_size']}" if plan["micro_batch_size"] < plan["batch_size"] else ""
+    rows = [
+        ("model", f"{plan['model']}, {millions(plan['num_parameters'])} parameters, pictures of {height} x {width}"),
+        (
+            "pictures",
+            f"{plan['num_train']:,} for training, {plan['num_val']:,} held out, {plan['num_classes']} classes",
+        ),
+        (
+            "steps",
+            f"{plan['steps']:,} of {plan['batch_size']}{split}: {plan['epochs']:g} epochs of {plan['steps_per_epoch']:,} steps, "
+            f"{plan['pictures']:,} pictures; {plan['evaluations']} evaluations",
+        ),
+        ("learning rate", f"{plan['peak_lr']:.3g} at its peak"),
+        ("memory", f"about {megabytes(memory['all'])} on {plan['device']} ({parts})"),
+    ]
+    if plan["peak_bytes"]:
+        rows.append(("", f"{megabytes(plan['peak_bytes'])} at most while trying"))
+    low, high = min(plan["step_seconds"]), max(plan["step_seconds"])
+    rows.append(
+        (
+            "time",
+            f"about {duration(seconds['training'])} for the steps ({low:.3g} to {high:.3g} s each in {len(plan['step_seconds'])} tries, "
+            f"{plan['pictures_per_second']:,.0f} pictures/s), {duration(seconds['evaluations'])} for evaluations",
+        )
+    )
+    if "label_maps" in plan:
+        maps = plan["label_maps"]
+        grid = f" of {maps['grid'][0]} x {maps['grid'][1]}" if maps["grid"] else ""
+        size = megabytes(maps["bytes"]) if maps["bytes"] else "size known when the annotator is"
+        rows.append(("label maps", f"{size}{grid}, {'in' if maps['is_there'] else 'to be drawn in'} {maps['path']}"))
+    table = Table(show_header=False, box=None)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    console.print(table, highlight=False)
+    if "annotator" in plan:
+        console.print(f"{duration(seconds['all'])} in all, drawing the label maps not counted", highlight=False)
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count:,} bytes"
+
+
 def show_result(console: Console, result: TrainResult, pictures: Sequence[Path]) -> None:
     """The end of a run: how good it is, where everything lies, what to do next."""
     best = result.best
     if best:
+        more = [f"mean of classes {100 * best['mean_class_accuracy']:.2f} %"] if "mean_class_accuracy" in best else []
+        more += [f"ECE {best['ece']:.4f}"] if "ece" in best else []
         console.print(
             Text.assemble(
-                (f"best top-1 {100 * best['top1']:.2f} %", "bold green"),
-                f" at epoch {best['epoch']:g} (mean of classes {100 * best['mean_class_accuracy']:.2f} %, ECE {best['ece']:.4f})",
+                (f"best {FIGURES[result.score]} {100 * best[result.score]:.2f} %", "bold green"),
+                f" at epoch {best['epoch']:g}" + (f" ({', '.join(more)})" if more else ""),
             ),
             soft_wrap=True,
         )
@@ -216,6 +284,35 @@ def show_evaluation(
             Text("━" * round(20 * share), style="cyan"),
         )
     console.print(table, highlight=False)
+
+
+def show_annotation(console: Console, report: dict[str, Any]) -> None:
+    """What `volo annotate` made: how many maps, how large, and how far the annotator agrees with the labels."""
+    h, w = report["grid"]
+    console.print(
+        Text.assemble(
+            (f"{report['pictures']:,} label maps", "bold green"),
+            f" of {h} x {w} positions, the best {report['top']} of {report['num_classes']:,} classes, in {report['out']}",
+        ),
+        soft_wrap=True,
+    )
+    speed = f"; {report['drawn']:,} drawn now, {report['pictures_per_second']:,.0f} a second" if report["drawn"] else ""
+    console.print(
+        f"{report['bytes'] / 1e6:,.1f} MB, {report['bytes_per_picture']:,.0f} bytes a picture ({report['encoding']}){speed}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if report["agreement"]:
+        top1, positions = (100 * report["agreement"][key] for key in ("top1", "positions"))
+        console.print(
+            f"the annotator agrees with the labels on {top1:.2f} % of the pictures, at {positions:.2f} % of the positions",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        console.print("agreement is unknown: the annotator has other classes than the data", style="yellow")
+    if report["skipped"]:
+        console.print(f"{len(report['skipped']):,} pictures have no map, since they cannot be decoded", style="yellow")
 
 
 def prediction_line(prediction: Prediction, name_width: int, class_width: int) -> Text:

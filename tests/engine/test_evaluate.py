@@ -13,8 +13,8 @@ from volo.config import DataConfig, ModelConfig, Recipe
 from volo.data.images import open_data
 from volo.data.loader import EvalLoader
 from volo.data.transforms import PixelPipeline
+from volo.engine.classification import build_model
 from volo.engine.evaluate import evaluate, match_classes, open_labelled, read_real_labels
-from volo.engine.train import build_model
 
 DIGITS = DataConfig(kind="digits", img_size=16, num_workers=0)
 WNIDS = ("n01440764", "n01443537", "n01484850")

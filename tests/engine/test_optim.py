@@ -44,15 +44,26 @@ def test_learning_rate_rises_then_falls(epochs, warmup, cooldown, steps_per_epoc
     rates = [rate.at(step) for step in range(rate.total_steps)]
     assert all(min(1e-6, peak) <= lr <= peak * (1 + 1e-9) for lr in rates)
     top = min(rate.warmup_steps, len(rates) - 1)
-    assert rates[: top + 1] == sorted(rates[: top + 1]) or rate.warmup_steps >= rate.cosine_end
+    assert rates[: top + 1] == sorted(rates[: top + 1]) or rate.warmup_steps >= rate.decay_end
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert all(lr == rate.min_lr for lr in rates[rate.cosine_end :])
+    assert all(lr == rate.min_lr for lr in rates[rate.decay_end :])
+
+
+def test_schedule_in_steps_with_a_line_for_the_decay() -> None:
+    schedule = {"steps": 160, "warmup_steps": 10, "decay": "linear", "min_lr": 0.0, "warmup_lr": 0.0}
+    recipe = recipe_from_dict({"optim": {"lr": 6e-5}, "schedule": schedule})
+    rate = LearningRate.from_recipe(recipe, steps_per_epoch=7)
+    assert rate.total_steps == 160
+    assert [rate.at(step) for step in (0, 5, 10, 85)] == pytest.approx([0.0, 3e-5, 6e-5, 3e-5])
+    assert rate.at(159) == pytest.approx(6e-5 / 150)
+    assert rate == LearningRate.from_recipe(recipe, steps_per_epoch=70), "epochs do not matter"
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"schedule": {"epochs": 3, "warmup_epochs": 5}}, "warmup_epochs"),
+        ({"schedule": {"steps": 3, "warmup_steps": 5}}, "warmup_steps from 0 to steps"),
         ({"schedule": {"epochs": 0, "warmup_epochs": 0}}, "epochs > 0"),
         ({"optim": {"lr": 1e-6}}, "min_lr"),
     ],

@@ -15,10 +15,11 @@ from volo.data.images import open_data
 from volo.data.loader import EvalLoader
 from volo.data.transforms import PixelPipeline
 from volo.engine.checkpoint import load_checkpoint, load_model
+from volo.engine.classification import build_model
 from volo.engine.distributed import World, join_world, prepare_batch_norm
 from volo.engine.evaluate import evaluate
 from volo.engine.report import NullReporter
-from volo.engine.train import NonFiniteLossError, build_model, train
+from volo.engine.train import NonFiniteLossError, train
 
 SHORT = {"schedule.epochs": 0.5, "schedule.warmup_epochs": 0.0, "schedule.cooldown_epochs": 0.0}
 
@@ -167,6 +168,14 @@ def test_accumulation_is_the_same_step_in_less_memory(tiny, tmp_path) -> None:
     assert max((a[k] - start[k]).abs().max() for k in a) > 1e-3
     for k in a:
         torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_may_be_counted_in_steps(tiny, tmp_path) -> None:
+    recorder = Recorder()
+    recipe = tiny({"schedule.steps": 7, "schedule.warmup_steps": 2, "schedule.decay": "linear", "train.eval_steps": 3})
+    result = train(recipe, tmp_path / "run", reporter=recorder)
+    assert result.step == result.total_steps == 7
+    assert [event[1]["step"] for event in recorder.of("eval")] == [3, 6, 7]
 
 
 def test_frozen_batch_norm_keeps_its_statistics(tiny, tmp_path) -> None:

@@ -14,9 +14,10 @@ import torch
 
 from volo.bench.timing import setting
 from volo.config import AugmentConfig, DataConfig, OptimConfig, Recipe, ScheduleConfig, TrainConfig
+from volo.engine.classification import build_model
 from volo.engine.optim import create_optimizer
 from volo.engine.report import NullReporter, StepReport
-from volo.engine.train import build_model, train
+from volo.engine.train import train
 from volo.tasks.classify import ClassifyTask
 
 

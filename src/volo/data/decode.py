@@ -94,7 +94,7 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
         data, name = source, name or "picture"
     else:
         name = name or str(source)
-        with _open_file(source, name) as file:
+        with open_picture_file(source, name) as file:
             data = file.read()
     with _naming(name, data), Image.open(io.BytesIO(data)) as image:
         _check_size(image, name)
@@ -111,14 +111,15 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
 
 def check_header(path: Path, name: str) -> None:
     """Raise BadImageError where the first bytes already show that `path` is no picture; pixels are not decoded."""
-    with _open_file(path, name) as file:
+    with open_picture_file(path, name) as file:
         start = file.read(64)
         file.seek(0)
         with _naming(name, start), Image.open(file) as image:
             _check_size(image, name)
 
 
-def _open_file(path: str | Path, name: str) -> BinaryIO:
+def open_picture_file(path: str | Path, name: str) -> BinaryIO:
+    """Open for reading; a file that is not there or may not be read is a BadImageError."""
     try:
         return open(path, "rb")
     except OSError as error:

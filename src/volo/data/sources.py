@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from volo.config import DataConfig
-from volo.data.decode import BadImage, decode_image
+from volo.data.decode import BadImage, decode_image, open_picture_file
 
 Progress = Callable[[int, int], None]
 """`on_progress(done, total)`, called while pictures are decoded."""
@@ -51,6 +52,10 @@ class ImageSource(Protocol):
     def load(self, index: int) -> Tensor:
         """uint8 [3, H, W] RGB, not to be written to. Raises BadImageError."""
 
+    def fingerprint(self, index: int) -> int:
+        """CRC-32 by which a picture that has changed can be told: of its file, or of its pixels where it has none.
+        Raises BadImageError."""
+
 
 class Names(Sequence[str]):
     """Many short strings in one array: a list of a million would be copied into every worker, page by page."""
@@ -85,6 +90,9 @@ class ArraySource:
 
     def load(self, index: int) -> Tensor:
         return self.images[index]
+
+    def fingerprint(self, index: int) -> int:
+        return zlib.crc32(self.images[index].contiguous().numpy().data)
 
     def select(self, indices: Sequence[int]) -> ArraySource:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
@@ -139,6 +147,11 @@ class FolderSource:
         name = self.names[index]
         return decode_image(self.root / name, name)
 
+    def fingerprint(self, index: int) -> int:
+        name = self.names[index]
+        with open_picture_file(self.root / name, name) as file:
+            return zlib.crc32(file.read())
+
     def select(self, indices: Sequence[int]) -> FolderSource:
         cache = self.cache and self.cache.select(indices)
         names = Names(self.names[i] for i in indices)
@@ -158,6 +171,8 @@ class DataSplits:
     """Files left out because they cannot be decoded (only with data.on_bad_image "skip")."""
     notes: list[str] = field(default_factory=list)
     """What a person should know: ignored files, classes without held-out pictures, checks that were shortened."""
+    ignored: list[str] = field(default_factory=list)
+    """Files in the folders that are no pictures by their ending, or lie in no class folder; relative paths."""
 
 
 def held_out(names: Sequence[str], targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -51,24 +51,41 @@ def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear warm-up, half a cosine from `peak` to `min_lr`, then `min_lr`: a pure function of the step."""
+    """Linear warm-up, half a cosine or a line from `peak` to `min_lr`, then `min_lr`: a pure function of the step."""
 
     peak: float
     warmup_lr: float
     min_lr: float
     warmup_steps: int
-    cosine_end: int
+    decay_end: int
     total_steps: int
+    decay: str = "cosine"
+    """"cosine" or "linear"."""
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, steps_per_epoch: int) -> LearningRate:
         """Raises ValueError where the schedule contradicts itself."""
         schedule = recipe.schedule
-        if not 0 <= schedule.warmup_epochs <= schedule.epochs or schedule.epochs <= 0 or schedule.cooldown_epochs < 0:
-            raise ValueError(
-                f"the schedule needs epochs > 0, warmup_epochs from 0 to epochs and cooldown_epochs >= 0; given: epochs={schedule.epochs}, "
-                f"warmup_epochs={schedule.warmup_epochs}, cooldown_epochs={schedule.cooldown_epochs}. Set --schedule.warmup_epochs"
-            )
+        if schedule.steps:
+            if not 0 <= schedule.warmup_steps <= schedule.steps:
+                raise ValueError(
+                    f"the schedule needs warmup_steps from 0 to steps; given: steps={schedule.steps}, "
+                    f"warmup_steps={schedule.warmup_steps}. Set --schedule.warmup_steps"
+                )
+            warmup_steps, decay_end, total_steps = schedule.warmup_steps, schedule.steps, schedule.steps
+        else:
+            if (
+                not 0 <= schedule.warmup_epochs <= schedule.epochs
+                or schedule.epochs <= 0
+                or schedule.cooldown_epochs < 0
+            ):
+                raise ValueError(
+                    f"the schedule needs epochs > 0, warmup_epochs from 0 to epochs and cooldown_epochs >= 0; given: epochs={schedule.epochs}, "
+                    f"warmup_epochs={schedule.warmup_epochs}, cooldown_epochs={schedule.cooldown_epochs}. Set --schedule.warmup_epochs"
+                )
+            warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
+            decay_end = max(1, round(schedule.epochs * steps_per_epoch))
+            total_steps = max(1, round((schedule.epochs + schedule.cooldown_epochs) * steps_per_epoch))
         if schedule.min_lr > recipe.peak_lr:
             raise ValueError(
                 f"the learning rate falls from its peak to min_lr, but the peak is {recipe.peak_lr:.3g} and min_lr {schedule.min_lr:.3g}: "
@@ -78,19 +95,21 @@ class LearningRate:
             peak=recipe.peak_lr,
             warmup_lr=min(schedule.warmup_lr, recipe.peak_lr),
             min_lr=schedule.min_lr,
-            warmup_steps=round(schedule.warmup_epochs * steps_per_epoch),
-            cosine_end=max(1, round(schedule.epochs * steps_per_epoch)),
-            total_steps=max(1, round((schedule.epochs + schedule.cooldown_epochs) * steps_per_epoch)),
+            warmup_steps=warmup_steps,
+            decay_end=decay_end,
+            total_steps=total_steps,
+            decay=schedule.decay,
         )
 
     def at(self, step: int) -> float:
         """The learning rate of the step that follows `step` finished ones."""
         if step < self.warmup_steps:
             return self.warmup_lr + (self.peak - self.warmup_lr) * step / self.warmup_steps
-        if step >= self.cosine_end:
+        if step >= self.decay_end:
             return self.min_lr
-        done = (step - self.warmup_steps) / (self.cosine_end - self.warmup_steps)
-        return self.min_lr + (self.peak - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
+        done = (step - self.warmup_steps) / (self.decay_end - self.warmup_steps)
+        left = 1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.min_lr + (self.peak - self.min_lr) * left
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

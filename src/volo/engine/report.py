@@ -31,6 +31,8 @@ class RunInfo:
     total_steps: int
     start_step: int
     """Above 0 when a run is continued."""
+    score: str
+    """The figure of an evaluation that decides which weights are the best."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,12 @@ class TrainResult:
     total_steps: int
     classes: tuple[str, ...]
     metrics: dict[str, Any]
-    """Of the last evaluation: step, epoch, top1, top5, mean_class_accuracy, ece, loss, per_class_accuracy, count."""
+    """Of the last evaluation: step, epoch and what the workload found, for a classifier top1, top5,
+    mean_class_accuracy, ece, loss, per_class_accuracy, count."""
     best: dict[str, Any]
-    """The same of the evaluation with the highest top1: the weights in best.pt."""
+    """The same of the evaluation with the highest `score`: the weights in best.pt."""
+    score: str
+    """Name of the figure by which evaluations are compared, "top1" for a classifier."""
     confusion: list[list[int]]
     """Of the best evaluation, rows are the truth; empty if there was none."""
     seconds: float
@@ -151,8 +156,8 @@ class RunLog:
         figures = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict))}
         self._write({"kind": "eval", **figures, "seconds": seconds})
         if self._board is not None:
-            for name in ("top1", "top5", "mean_class_accuracy", "ece", "loss"):
-                self._board.add_scalar(f"val/{name}", metrics[name], metrics["step"])
+            for name in figures.keys() - {"step", "epoch", "count"}:
+                self._board.add_scalar(f"val/{name}", figures[name], metrics["step"])
 
     def _write(self, record: dict[str, Any]) -> None:
         # JSON has no NaN: what is missing, or overflowed in a step that fp16 skipped, is left out.

@@ -1,4 +1,4 @@
-"""Train a classifier: one recipe in, one run folder out.
+"""Train: one recipe in, one run folder out. What is trained, and on what, is a `Workload`; this is the loop.
 
 A run folder holds recipe.toml, last.pt (all that is needed to continue), best.pt (the best evaluation's weights),
 metrics.jsonl (a line for every step and every evaluation), summary.json and tensorboard/.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -21,11 +22,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -35,11 +36,9 @@ from torch.distributed.tensor import DTensor
 
 from volo import __version__
 from volo.config import Recipe, TrainConfig, recipe_from_dict, recipe_to_toml
-from volo.data.images import DataSplits, open_data
 from volo.data.keyed import key
-from volo.data.loader import EvalLoader, TrainLoader
-from volo.data.transforms import PixelPipeline
-from volo.engine.checkpoint import FORMAT, load_checkpoint, model_config_dict, save_checkpoint, write_atomically
+from volo.engine.checkpoint import FORMAT, load_checkpoint, save_checkpoint, write_atomically
+from volo.engine.classification import Classification
 from volo.engine.distributed import (
     Vote,
     World,
@@ -48,22 +47,26 @@ from volo.engine.distributed import (
     join_world,
     load_optimizer_into,
     load_weights_into,
+    main_first,
     mean_over_ranks,
     prepare_batch_norm,
     replicate,
     shard,
     share_buffers,
 )
-from volo.engine.evaluate import AMP_DTYPES, evaluate
+from volo.engine.evaluate import AMP_DTYPES
 from volo.engine.optim import LearningRate, WeightAverage, create_optimizer, set_learning_rate
 from volo.engine.report import NullReporter, Reporter, RunInfo, RunLog, StepReport, TrainResult
-from volo.models.volo import DROP_PATH_RATES, VOLO, VOLOConfig, create_model
-from volo.tasks.classify import ClassifyTask
+from volo.engine.token_labeling import TokenLabeling, prepare_annotator
+from volo.engine.workload import OpenWorkload, Workload
+
+WORKLOADS: dict[str, OpenWorkload] = {"classify": Classification, "token_label": TokenLabeling}
+"""Who opens the workload of a recipe, by its `task`."""
 
 # A run may be continued with other values of these: they change speed, place or reports, not what is computed (rounding
 # aside). The data is checked by its classes and its number of pictures, so it may have moved.
 CHANGEABLE = frozenset(
-    {"data.path", "data.kind", "data.num_workers", "data.cache"}
+    {"data.path", "data.kind", "data.num_workers", "data.cache", "token_label.maps", "annotator.model"}
     | {
         "train.device",
         "train.threads",
@@ -72,7 +75,7 @@ CHANGEABLE = frozenset(
         "train.grad_checkpointing",
         "train.parallel",
     }
-    | {"train.eval_every", "train.eval_batch_size", "train.checkpoint_minutes", "train.tensorboard"}
+    | {"train.eval_every", "train.eval_steps", "train.eval_batch_size", "train.checkpoint_minutes", "train.tensorboard"}
 )
 
 RUN_FILES = ("recipe.toml", "last.pt", "best.pt", "metrics.jsonl", "summary.json", "curves.png", "confusion.png")
@@ -95,7 +98,7 @@ def train(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> TrainResult:
-    """Run `recipe` and leave its results in the folder `out`.
+    """Run `recipe` and leave its results in the folder `out`; what its [annotator] has to do comes first.
 
     The first Ctrl-C or SIGTERM ends the run after the current step with a checkpoint and status "interrupted"; the
     second ends it at once. Under torchrun every process calls this; the first one writes and reports.
@@ -118,34 +121,51 @@ def train(
         checkpoint = _look_into(out, recipe, resume, overwrite)
         if world.size > 1:
             dist.barrier()  # nobody writes before all have looked
-        with _main_first(world) if recipe.data.kind in ("cifar10", "cifar100") else contextlib.nullcontext():
-            splits = open_data(
-                recipe.data, on_progress=lambda done, total: reporter.on_progress("checking pictures", done, total)
-            )
-        for bad in splits.skipped:
-            reporter.on_message(f"left out: {bad}")
-        for note in splits.notes:
-            reporter.on_message(note)
-        run = _Run(recipe, out, splits, world, reporter, checkpoint)
+        recipe, stopped = prepare_annotator(recipe, out, world, reporter, train)
+        if stopped is not None:
+            return stopped
+        run = _Run(recipe, out, _open_workload(recipe, world, reporter), world, reporter, checkpoint)
         del checkpoint
         return run.run(fresh=not resume)
 
 
-def build_model(recipe: Recipe, num_classes: int) -> VOLO:
-    """The model of a recipe for so many classes, with random weights from the recipe's seed or those of `model.weights`."""
-    options = dict(recipe.model.options)
-    for name in ("num_classes", "drop_path_rate"):
-        if name in options:
-            instead = "it follows from the data" if name == "num_classes" else "use model.drop_path_rate"
-            raise ValueError(f"model.options must not hold {name}: {instead}")
-    rate = recipe.model.drop_path_rate
-    rate = DROP_PATH_RATES.get(recipe.model.name, 0.0) if rate is None else rate
-    torch.manual_seed(recipe.train.seed)
-    return create_model(
-        recipe.model.name,
-        recipe.model.weights or False,
-        **{"num_classes": num_classes, "img_size": recipe.data.img_size, "drop_path_rate": rate, **options},
+@dataclass(frozen=True)
+class Probe:
+    """What a few steps of a recipe cost on this machine, of which nothing is left."""
+
+    workload: Workload
+    world_size: int
+    device: torch.device
+    num_parameters: int
+    total_steps: int
+    step_seconds: list[float]
+    """Of the steps after the first, data included."""
+    state_bytes: dict[str, int]
+    """On the device all the time: weights, gradients, optimizer, average."""
+    activation_bytes: int
+    """Kept from the forward to the backward pass of a micro batch, on the device."""
+    peak_bytes: int | None
+    """Most that torch has allocated on a GPU; None on a CPU."""
+
+
+def probe(recipe: Recipe, *, steps: int = 3, reporter: Reporter | None = None) -> Probe:
+    """Open the data of `recipe` and take a few of its steps; nothing is written. Compilation is left out, for it may take
+    longer than all the rest. Raises ValueError as `train` does."""
+    reporter = reporter or NullReporter()
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile=False))
+    with join_world(recipe.train.device) as world, _torch_settings(recipe.train, world.device):
+        reporter = reporter if world.is_main else NullReporter()
+        workload = _open_workload(recipe, world, reporter)
+        return _Run(recipe, Path(), workload, world, reporter, None).probe(steps)
+
+
+def _open_workload(recipe: Recipe, world: World, reporter: Reporter) -> Workload:
+    workload = WORKLOADS[recipe.task](
+        recipe, world, lambda done, total: reporter.on_progress("checking pictures", done, total)
     )
+    for note in workload.notes:
+        reporter.on_message(note)
+    return workload
 
 
 class _Run:
@@ -155,52 +175,29 @@ class _Run:
         self,
         recipe: Recipe,
         out: Path,
-        splits: DataSplits,
+        workload: Workload,
         world: World,
         reporter: Reporter,
         checkpoint: dict[str, Any] | None,
     ) -> None:
         config = recipe.train
         self.recipe, self.config, self.out, self.world, self.reporter = recipe, config, out, world, reporter
-        self.classes = splits.classes
-        self.num_train, self.num_val = len(splits.train), len(splits.val)
+        self.workload = workload
         if config.amp not in AMP_DTYPES:
             raise ValueError(f"train.amp is one of {', '.join(AMP_DTYPES)}; given: {config.amp!r}")
         if config.parallel == "fsdp" and config.amp == "fp16":
             raise ValueError("sharded training (parallel = 'fsdp') goes with amp 'bf16' or 'off', not with 'fp16'")
 
-        self.loader = TrainLoader(
-            splits.train,
-            recipe.data,
-            recipe.augment,
-            batch_size=config.batch_size,
-            accumulation=config.accumulation,
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.size,
-            pin_memory=world.device.type == "cuda",
-        )
-        self.val_loader = None
-        if self.num_val:
-            self.val_loader = EvalLoader(
-                splits.val,
-                recipe.data,
-                batch_size=config.eval_batch_size or max(1, config.batch_size // config.accumulation // world.size),
-                rank=world.rank,
-                world_size=world.size,
-                pin_memory=world.device.type == "cuda",
-            )
-        self.rate = LearningRate.from_recipe(recipe, self.loader.steps_per_epoch)
+        self.rate = LearningRate.from_recipe(recipe, workload.steps_per_epoch)
 
         if checkpoint is None:
-            with _main_first(world):  # downloads once
-                model = build_model(recipe, len(self.classes))
+            with main_first(world):  # downloads once
+                model = workload.create_model()
         else:
-            model = VOLO(VOLOConfig(**checkpoint["model_config"]))
-        self.model_config = model_config_dict(model)
+            model = workload.restore_model(checkpoint["model_config"])
+        self.model_config = workload.model_config(model)
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        model.set_grad_checkpointing(config.grad_checkpointing)
-        task = cast(ClassifyTask, prepare_batch_norm(ClassifyTask(model, recipe.loss, recipe.augment), config, world))
+        task = prepare_batch_norm(workload.create_task(model), config, world)
         task.to(world.device)
         if config.channels_last:
             task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -215,11 +212,12 @@ class _Run:
         if config.compile:
             task.compile()
         self.task = task
-        self.averaged_task = None if self.ema is None else cast(ClassifyTask, self.ema.module)
+        self.model = task.get_submodule("model")
+        self.averaged_task = None if self.ema is None else self.ema.module
+        self.averaged_model = self.averaged_task and self.averaged_task.get_submodule("model")
         self.wrapped = replicate(task, config, world)
-        self.optimizer = create_optimizer(task.model, recipe.optim, recipe.peak_lr)
+        self.optimizer = create_optimizer(self.model, recipe.optim, recipe.peak_lr)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
-        self.pixels = PixelPipeline(recipe.data, recipe.augment).to(world.device)
         self._training_mode()
 
         self.step = 0
@@ -251,12 +249,13 @@ class _Run:
                 self.world.device,
                 self.world.size,
                 self.num_parameters,
-                self.classes,
-                self.num_train,
-                self.num_val,
-                self.loader.steps_per_epoch,
+                self.workload.classes,
+                self.workload.num_train,
+                self.workload.num_val,
+                self.workload.steps_per_epoch,
                 self.rate.total_steps,
                 start_step,
+                self.workload.score,
             )
         )
         try:
@@ -271,12 +270,60 @@ class _Run:
         self.reporter.on_end(result)
         return result
 
+    def probe(self, steps: int) -> Probe:
+        """Take `steps` steps after a first one, which warms up; nothing is logged or saved."""
+        device = self.world.device
+        own = {p.untyped_storage().data_ptr() for p in _local(self.task.parameters())}
+        kept: dict[int, int] = {}
+        micro_batches = 0
+
+        def count(module: nn.Module, arguments: Any) -> None:
+            nonlocal micro_batches
+            micro_batches += 1
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if micro_batches == 1 and storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        self.started, self.mark = time.monotonic(), _Mark(device)
+        counting = self.task.register_forward_pre_hook(count)
+        with contextlib.closing(self.workload.batches(0, steps + 1)) as batches:  # type: ignore[type-var]
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                self._train_step(batches)
+            counting.remove()
+            for _ in range(steps):
+                self._train_step(batches)
+        seconds = []
+        for done in list(self.pending)[1:]:
+            done.end.wait()
+            seconds.append(done.end.seconds_since(done.start))
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        weights = _num_bytes([*self.task.parameters(), *self.task.buffers()])
+        return Probe(
+            workload=self.workload,
+            world_size=self.world.size,
+            device=device,
+            num_parameters=self.num_parameters,
+            total_steps=self.rate.total_steps,
+            step_seconds=seconds,
+            state_bytes={
+                "weights": weights,
+                "gradients": _num_bytes([p for p in self.task.parameters() if p.requires_grad]),
+                "optimizer": _num_bytes(states),
+                "average": weights if self.ema is not None else 0,
+            },
+            activation_bytes=sum(kept.values()),
+            peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        )
+
     def _loop(self) -> int:
         """Steps, evaluations and saves until the end (returns 0) or a signal (returns its number)."""
         vote = Vote(self.world)
         saved_step, saved_at = self.step if self.metrics_bytes else -1, time.monotonic()
         self.mark = _Mark(self.world.device)
-        with contextlib.closing(self.loader.batches(self.step, self.rate.total_steps)) as batches:  # type: ignore[type-var]
+        with contextlib.closing(self.workload.batches(self.step, self.rate.total_steps)) as batches:  # type: ignore[type-var]
             while True:
                 self._write_steps()
                 if self._is_evaluation_due() and self._evaluate():
@@ -306,13 +353,12 @@ class _Run:
             # After the batch is there: transforms that run in this process may draw from the same generator.
             _seed(int(key(config.seed, self.step, micro, self.world.rank)[0]), device)
             with torch.no_grad():
-                images = self.pixels(batch["image"].to(device, non_blocking=True))
+                batch = self.workload.prepare(batch)
             if config.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            target = batch["target"].to(device, non_blocking=True)
+                batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
             with gradient_sync(self.wrapped, enabled=micro == config.accumulation - 1):
                 with torch.autocast(device.type, AMP_DTYPES[config.amp], enabled=config.amp != "off"):
-                    loss = self.wrapped({"image": images, "target": target})["loss"] / config.accumulation
+                    loss = self.wrapped(batch)["loss"] / config.accumulation
                 self.scaler.scale(loss).backward()
             values[0] += loss.detach()
         if self.recipe.optim.clip_grad:
@@ -367,11 +413,11 @@ class _Run:
     # An evaluation
 
     def _is_evaluation_due(self) -> bool:
-        if self.val_loader is None or self.step in (0, self.evaluated_step):
+        if not self.workload.num_val or self.step in (0, self.evaluated_step):
             return False
         if self.step >= self.rate.total_steps:
             return True
-        every = self.config.eval_every * self.loader.steps_per_epoch
+        every = self.config.eval_steps or self.config.eval_every * self.workload.steps_per_epoch
         if every <= 0:
             return False
         every = max(every, 1.0)
@@ -379,34 +425,27 @@ class _Run:
 
     def _evaluate(self) -> bool:
         """Score the held-out pictures and save; False if a signal cut it short: it is made up for after a restart."""
-        assert self.val_loader is not None
         self._write_steps(wait=True)
         scored = self.averaged_task or self.task
         share_buffers(scored, self.world)
 
         def on_batch(done: int) -> None:
-            self.reporter.on_progress("evaluating", done * self.world.size, self.num_val)
+            self.reporter.on_progress("evaluating", done * self.world.size, self.workload.num_val)
             if self.signals.received and self.world.size == 1:
                 raise _Interrupted
 
         try:
-            metrics = evaluate(
-                _Logits(scored) if self.is_sharded else scored.model,
-                self.val_loader,
-                self.pixels,
-                num_classes=len(self.classes),
-                device=self.world.device,
-                amp=self.config.amp,
-                on_batch=on_batch,
-            )
+            model = _Outputs(scored) if self.is_sharded else scored.get_submodule("model")
+            metrics = self.workload.evaluate(model, on_batch)
         except _Interrupted:
             return False
         finally:
             self.mark = _Mark(self.world.device)
-        confusion = torch.tensor(metrics.pop("confusion"), dtype=torch.int32)
+        confusion = torch.tensor(metrics.pop("confusion"), dtype=torch.int64)
         self.metrics = {"step": self.step, "epoch": self._epoch(self.step), **metrics}
         self.evaluated_step = self.step
-        is_best = self.metrics["top1"] > self.best.get("top1", -1.0)
+        score = self.workload.score
+        is_best = self.metrics[score] > self.best.get(score, -1.0)
         if is_best:
             self.best, self.confusion = self.metrics, confusion
         if self.log is not None:
@@ -419,8 +458,8 @@ class _Run:
 
     def _save(self, is_best: bool = False) -> None:
         self._write_steps(wait=True)
-        weights = gather_full(self.task.model.state_dict(), self.world)
-        averaged = self.averaged_task and gather_full(self.averaged_task.model.state_dict(), self.world)
+        weights = gather_full(self.model.state_dict(), self.world)
+        averaged = self.averaged_model and gather_full(self.averaged_model.state_dict(), self.world)
         optimizer = gather_full(self.optimizer.state_dict(), self.world)
         if not self.world.is_main:
             return
@@ -438,15 +477,15 @@ class _Run:
             "best": self.best,
             "recipe": self.recipe.to_dict(),
             "model_config": self.model_config,
-            "classes": list(self.classes),
+            "classes": list(self.workload.classes),
             "metrics": self.metrics,
             "confusion": self.confusion,
             "history": {
                 "evaluated_step": self.evaluated_step,
                 "metrics_bytes": self.log.sync(),
                 "seconds": self._seconds(),
-                "num_train": self.num_train,
-                "num_val": self.num_val,
+                "num_train": self.workload.num_train,
+                "num_val": self.workload.num_val,
                 "world_size": self.world.size,
             },
             "volo_version": __version__,
@@ -461,16 +500,16 @@ class _Run:
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         history = checkpoint["history"]
-        now = (self.num_train, self.num_val, list(self.classes))
+        now = (self.workload.num_train, self.workload.num_val, list(self.workload.classes))
         then = (history["num_train"], history["num_val"], checkpoint["classes"])
         if now != then:
             raise ValueError(
                 f"the run in {self.out} was started with {then[0]} training and {then[1]} held-out pictures of {len(then[2])} classes, but the data "
                 f"now has {now[0]}, {now[1]} and {len(now[2])} or other class names. Give it the same data, or start a new run"
             )
-        load_weights_into(self.task.model, checkpoint["model"])
-        if self.averaged_task is not None:
-            load_weights_into(self.averaged_task.model, checkpoint["ema"])
+        load_weights_into(self.model, checkpoint["model"])
+        if self.averaged_model is not None:
+            load_weights_into(self.averaged_model, checkpoint["ema"])
         load_optimizer_into(self.optimizer, checkpoint["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint["scaler"])
@@ -489,14 +528,13 @@ class _Run:
 
     def _training_mode(self) -> None:
         self.task.train()
-        self.pixels.train()
         if self.config.batch_norm == "frozen":
             for module in self.task.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
     def _epoch(self, step: int) -> float:
-        return round(step / self.loader.steps_per_epoch, 4)
+        return round(step / self.workload.steps_per_epoch, 4)
 
     def _seconds(self) -> float:
         return round(self.earlier_seconds + time.monotonic() - self.started, 3)
@@ -519,9 +557,10 @@ class _Run:
             out=self.out,
             step=self.step,
             total_steps=self.rate.total_steps,
-            classes=self.classes,
+            classes=self.workload.classes,
             metrics=self.metrics,
             best=self.best,
+            score=self.workload.score,
             confusion=[] if self.confusion is None else self.confusion.tolist(),
             seconds=self._seconds(),
             images_per_second=self.timed_steps * self.config.batch_size / max(self.step_seconds, 1e-9),
@@ -529,8 +568,10 @@ class _Run:
 
     def _write_summary(self, result: TrainResult) -> None:
         def figures(metrics: dict[str, Any]) -> dict[str, Any]:
-            per_class = metrics.get("per_class_accuracy", [])
-            return {**metrics, "per_class_accuracy": dict(zip(self.classes, per_class))} if metrics else {}
+            return {
+                name: dict(zip(self.workload.classes, value)) if name.startswith("per_class_") else value
+                for name, value in metrics.items()
+            }
 
         device = self.world.device
         summary = {
@@ -545,9 +586,9 @@ class _Run:
             "images_per_second": round(result.images_per_second, 1),
             "model": self.recipe.model.name,
             "num_parameters": self.num_parameters,
-            "num_classes": len(self.classes),
-            "num_train": self.num_train,
-            "num_val": self.num_val,
+            "num_classes": len(self.workload.classes),
+            "num_train": self.workload.num_train,
+            "num_val": self.workload.num_val,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(),
             "world_size": self.world.size,
@@ -562,7 +603,7 @@ class _Run:
         write_atomically(self.out / "summary.json", lambda file: file.write(text))
 
 
-class _Logits(nn.Module):
+class _Outputs(nn.Module):
     """The model in a sharded task: only the forward of the task itself gathers the shards."""
 
     def __init__(self, task: nn.Module) -> None:
@@ -641,6 +682,15 @@ class _PendingStep:
     at_seconds: float
 
 
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this process holds: of a sharded tensor its own part."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in _local(tensors))
+
+
 def _to_host(values: Tensor) -> Tensor:
     if values.device.type == "cpu":
         return values
@@ -688,16 +738,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif a != b and dotted not in CHANGEABLE:
             found[dotted] = (a, b)
     return found
-
-
-@contextlib.contextmanager
-def _main_first(world: World) -> Iterator[None]:
-    """The first process does it, then all others: for what is downloaded into a common cache."""
-    if world.size > 1 and not world.is_main:
-        dist.barrier()
-    yield
-    if world.size > 1 and world.is_main:
-        dist.barrier()
 
 
 def _keep_freed_memory() -> None:

@@ -58,8 +58,12 @@ class SheetItem:
     """Where it is known the answer is shown in green or red."""
 
 
+SCORES = {"top1": "top-1", "miou": "mIoU", "mean_class_accuracy": "mean of classes"}
+"""Figures of an evaluation that are drawn as curves; the first that a run has is its score."""
+
+
 def training_curves(metrics: str | Path, out: str | Path) -> None:
-    """Draw loss, accuracy and learning rate of a run from its metrics.jsonl as a PNG.
+    """Draw loss, score (top-1, or mIoU) and learning rate of a run from its metrics.jsonl as a PNG.
 
     Raises FileNotFoundError, and ValueError where the file holds no steps. A last line that was cut off is left out.
     """
@@ -82,17 +86,16 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
             loss.plot(
                 ex, [line["loss"] for line in evaluations], color=ORANGE, linewidth=1.8, label="held out", **marker
             )
-            for key, label, color, dashes in (
-                ("top1", "top-1", ORANGE, "-"),
-                ("mean_class_accuracy", "mean of classes", GREY, "--"),
-            ):
+            keys = [key for key in SCORES if all(key in line for line in evaluations)]
+            for key, color, dashes in zip(keys, (ORANGE, GREY), ("-", "--")):
                 values = [100 * line[key] for line in evaluations]
-                accuracy.plot(ex, values, color=color, linewidth=1.8, linestyle=dashes, label=label, **marker)
-            best = max(evaluations, key=lambda line: line["top1"])
-            accuracy.axhline(100 * best["top1"], color=GREY, linewidth=0.8, linestyle=":")
+                accuracy.plot(ex, values, color=color, linewidth=1.8, linestyle=dashes, label=SCORES[key], **marker)
+            best = max(evaluations, key=lambda line: line[keys[0]])
+            top = 100 * best[keys[0]]
+            accuracy.axhline(top, color=GREY, linewidth=0.8, linestyle=":")
             accuracy.plot(
                 [best["epoch"]],
-                [100 * best["top1"]],
+                [top],
                 "o",
                 color=ORANGE,
                 markeredgecolor="white",
@@ -100,12 +103,12 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
                 clip_on=False,
                 zorder=3,
             )
-            accuracy.set_title(f"Held-out accuracy: best {100 * best['top1']:.2f} %")
-            low = min(100 * min(line["top1"], line["mean_class_accuracy"]) for line in evaluations)
-            accuracy.set_ylim(max(0.0, min(low - 4, 96)), min(101.0, 100 * best["top1"] + 6))
+            accuracy.set_title(f"Held-out {SCORES[keys[0]]}: best {top:.2f} %")
+            low = min(100 * line[key] for line in evaluations for key in keys)
+            accuracy.set_ylim(max(0.0, min(low - 4, 96)), min(101.0, top + 6))
             accuracy.legend(loc="lower right")
         else:
-            accuracy.set_title("Held-out accuracy")
+            accuracy.set_title("Held-out score")
             _say(accuracy, "not evaluated yet")
         loss.set_title("Loss")
         if losses:

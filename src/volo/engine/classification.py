@@ -1,0 +1,115 @@
+"""Training a classifier: pictures with one label each, a VOLO, top-1."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from volo.config import Recipe
+from volo.data.images import open_data
+from volo.data.loader import EvalLoader, TrainLoader
+from volo.data.sources import DataSplits, Progress
+from volo.data.token_labels import LabelMapReader
+from volo.data.transforms import PixelPipeline
+from volo.engine.checkpoint import model_config_dict
+from volo.engine.distributed import World, main_first
+from volo.engine.evaluate import evaluate
+from volo.engine.workload import Batch
+from volo.models.volo import DROP_PATH_RATES, VOLO, VOLOConfig, create_model
+from volo.tasks.classify import ClassifyTask
+
+
+class Classification:
+    """The `Workload` of task "classify"."""
+
+    score = "top1"
+
+    def __init__(self, recipe: Recipe, world: World, on_progress: Progress | None = None) -> None:
+        config = recipe.train
+        self.recipe, self.world = recipe, world
+        with main_first(world) if recipe.data.kind in ("cifar10", "cifar100") else contextlib.nullcontext():
+            splits = open_data(recipe.data, on_progress=on_progress)
+        self.classes = splits.classes
+        self.num_train, self.num_val = len(splits.train), len(splits.val)
+        self.notes = [f"left out: {bad}" for bad in splits.skipped] + splits.notes
+        self.loader = TrainLoader(
+            splits.train,
+            recipe.data,
+            recipe.augment,
+            batch_size=config.batch_size,
+            accumulation=config.accumulation,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            pin_memory=world.device.type == "cuda",
+            label_maps=self.open_label_maps(splits),
+            crop_order=recipe.token_label.crop_order,
+        )
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.val_loader = EvalLoader(
+            splits.val,
+            recipe.data,
+            batch_size=config.eval_batch_size or max(1, config.batch_size // config.accumulation // world.size),
+            rank=world.rank,
+            world_size=world.size,
+            pin_memory=world.device.type == "cuda",
+        )
+        self.pixels = PixelPipeline(recipe.data, recipe.augment).to(world.device)
+
+    def open_label_maps(self, splits: DataSplits) -> LabelMapReader | None:
+        """Label maps that go along with the training pictures; None: there are none."""
+        return None
+
+    def create_model(self) -> VOLO:
+        return build_model(self.recipe, len(self.classes))
+
+    def restore_model(self, config: dict[str, Any]) -> VOLO:
+        return VOLO(VOLOConfig(**config))
+
+    def model_config(self, model: nn.Module) -> dict[str, Any]:
+        return model_config_dict(cast(VOLO, model))
+
+    def create_task(self, model: nn.Module) -> nn.Module:
+        model = cast(VOLO, model)
+        model.set_grad_checkpointing(self.recipe.train.grad_checkpointing)
+        return ClassifyTask(model, self.recipe.loss, self.recipe.augment)
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        return self.loader.batches(start_step, stop_step)
+
+    def prepare(self, batch: Batch) -> Batch:
+        device = self.world.device
+        images = self.pixels(batch["image"].to(device, non_blocking=True))
+        return {"image": images, "target": batch["target"].to(device, non_blocking=True)}
+
+    def evaluate(self, model: nn.Module, on_batch: Callable[[int], None]) -> dict[str, Any]:
+        return evaluate(
+            model,
+            self.val_loader,
+            self.pixels,
+            num_classes=len(self.classes),
+            device=self.world.device,
+            amp=self.recipe.train.amp,
+            on_batch=on_batch,
+        )
+
+
+def build_model(recipe: Recipe, num_classes: int) -> VOLO:
+    """The model of a recipe for so many classes, with random weights from the recipe's seed or those of `model.weights`."""
+    options = dict(recipe.model.options)
+    for name in ("num_classes", "drop_path_rate"):
+        if name in options:
+            instead = "it follows from the data" if name == "num_classes" else "use model.drop_path_rate"
+            raise ValueError(f"model.options must not hold {name}: {instead}")
+    rate = recipe.model.drop_path_rate
+    rate = DROP_PATH_RATES.get(recipe.model.name, 0.0) if rate is None else rate
+    torch.manual_seed(recipe.train.seed)
+    return create_model(
+        recipe.model.name,
+        recipe.model.weights or False,
+        **{"num_classes": num_classes, "img_size": recipe.data.img_size, "drop_path_rate": rate, **options},
+    )
