@@ -369,7 +369,8 @@ def import_original(
         "annotator": {**described, "img_size": None, "flip": None, **_part(config), **_provenance()},
     }
     plan = _agree_on_plan(out, _Plan.of(header, sources, splits, config), world, resume, overwrite, say)
-    drawn, start, failed = 0, time.perf_counter(), []
+    drawn, start = 0, time.perf_counter()
+    failed: list[BadImage] = []
 
     def read(path: Path | None, name: str) -> tuple[np.ndarray, np.ndarray] | BadImage:
         if path is None:
