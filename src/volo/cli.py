@@ -509,6 +509,8 @@ def annotate(options: AnnotateOptions) -> int:
     if not is_main:
         return 0
     errors = _console(stderr=True)
+    for note in report["notes"]:
+        errors.print(note, style="yellow", soft_wrap=True, markup=False, highlight=False)
     for name, reason in report["skipped"].items():
         errors.print(f"left out: {name}: {reason}", style="yellow", soft_wrap=True, markup=False, highlight=False)
     for name in report["ignored"]:

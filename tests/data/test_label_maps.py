@@ -146,10 +146,11 @@ def test_names_are_unique(tmp_path: Path):
         write_store(tmp_path / "s", ["a.jpg", "b.jpg", "a.jpg"], draw(3))
 
 
-def test_names_with_one_hash_are_told_apart(store: LabelMaps, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_names_with_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("volo.data.label_maps._key", lambda name: np.uint64(len(name) % 2))
     maps = write_store(tmp_path / "colliding", NAMES, draw(len(NAMES)))
-    assert all(torch.equal(maps[name][1], store[name][1]) for name in NAMES)
+    for name, (_, classes) in zip(NAMES, draw(len(NAMES))):
+        np.testing.assert_array_equal(maps[name][1].numpy(), classes)
     assert "other.jpg" not in maps
 
 

@@ -7,6 +7,7 @@ the number of processes and however often it was stopped and resumed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -236,8 +237,7 @@ class _Pen:
     ) -> None:
         self.annotator, self.config, self.device, self.label_map = annotator, config, device, label_map
         self.pixels = PixelPipeline(annotator.data).to(device).eval()
-        self.writer: ShardWriter | None = None
-        self.number = -1
+        self.shards = _OpenShard()
 
     def draw(
         self,
@@ -252,7 +252,6 @@ class _Pen:
         say: OnProgress,
     ) -> tuple[list[BadImage], int]:
         """Pictures that cannot be decoded, and how many maps were drawn."""
-        reasons = {bad.name: bad.reason for bad in splits.skipped}
         failed: list[BadImage] = []
         given_up: set[int] = set()
         total, seen, drawn = sum(b.stop - b.start for b in schedule), 0, 0
@@ -260,12 +259,7 @@ class _Pen:
         with ThreadPoolExecutor(1) as storing:
             try:
                 for request, (batch, bad) in zip(schedule, loader):
-                    gone = [
-                        BadImage(name, reasons.get(name, "gone since the annotation began"))
-                        for i in range(request.start, request.stop)
-                        if positions[i] < 0 and (name := plan.name(part, i))
-                    ]
-                    bad = gone + bad
+                    bad = plan.gone(part, request, positions, splits) + bad
                     seen += request.stop - request.start
                     if bad and self.config.on_bad_image == "error":
                         # The rest of the shard is still looked at, so that all that is bad is named at once.
@@ -284,7 +278,7 @@ class _Pen:
             finally:
                 for future in waiting:
                     future.cancel()
-                storing.submit(self._close).result()
+                storing.submit(self.shards.close).result()
         return failed, drawn
 
     def _look(self, images: Tensor) -> Drawing:
@@ -312,19 +306,29 @@ class _Pen:
                 right = drawing.mean_logits.argmax(dim=1).cpu() == label
                 at_position = torch.from_numpy(classes[:, 0]) == label[:, None, None]
                 block.tally = [len(label), int(right.sum()), at_position.numel(), int(at_position.sum())]
-        if self.number != request.shard:
-            self._close()
-            self.writer, self.number = ShardWriter(out, request.shard), request.shard
-        assert self.writer is not None
-        self.writer.append(block)
-        if request.is_last:
-            self.writer.finish()
-            self.writer, self.number = None, -1
+        self.shards.append(out, request, block)
 
-    def _close(self) -> None:
+
+class _OpenShard:
+    """The shard under way: batches come in their order, so one is open at a time."""
+
+    def __init__(self) -> None:
+        self.number = -1
+        self.writer: ShardWriter | None = None
+
+    def append(self, out: Path, batch: _Batch, block: Block) -> None:
+        if self.writer is None or self.number != batch.shard:
+            self.close()
+            self.number, self.writer = batch.shard, ShardWriter(out, batch.shard)
+        self.writer.append(block)
+        if batch.is_last:
+            self.writer.finish()
+            self.writer = None
+
+    def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
-        self.writer, self.number = None, -1
+        self.writer = None
 
 
 def import_original(
@@ -365,7 +369,8 @@ def import_original(
         "annotator": {**described, "img_size": None, "flip": None, **_part(config), **_provenance()},
     }
     plan = _agree_on_plan(out, _Plan.of(header, sources, splits, config), world, resume, overwrite, say)
-    drawn, start, failed = 0, time.perf_counter(), []
+    drawn, start = 0, time.perf_counter()
+    failed: list[BadImage] = []
 
     def read(path: Path | None, name: str) -> tuple[np.ndarray, np.ndarray] | BadImage:
         if path is None:
@@ -379,33 +384,34 @@ def import_original(
         return scores, classes
 
     if plan is not None:
-        done = 0
-        with ThreadPoolExecutor(4) as pool:
+        done, shards = 0, _OpenShard()
+        with ThreadPoolExecutor(4) as pool, contextlib.closing(shards):
             for part, source in enumerate(sources):
                 positions, given_up = plan.locate(source.names, part), set[int]()
                 for request in plan.schedule(out, part, config.batch_size, world):
-                    block, bad = Block(), []
+                    block, bad = Block(), plan.gone(part, request, positions, splits)
                     kept = [int(i) for i in positions[request.start : request.stop] if i >= 0]
                     names = [source.names[i] for i in kept]
                     for i, name, result in zip(kept, names, pool.map(read, [found[part][i] for i in kept], names)):
                         if isinstance(result, BadImage):
                             bad.append(result)
-                        else:
+                            continue
+                        try:
                             block.add(name, *result, config.encoding, source.fingerprint(i))
-                            label = int(source.targets[i])
-                            means = np.bincount(result[1].ravel(), result[0].ravel(), minlength=len(splits.classes))
-                            at_position = int((result[1][0] == label).sum())
-                            own = [1, int(means.argmax() == label), result[1][0].size, at_position]
-                            block.tally = [a + b for a, b in zip(block.tally, own)]
+                        except BadImageError as error:
+                            bad.append(BadImage(error.name, error.reason))
+                            continue
+                        label, (scores, best) = int(source.targets[i]), result
+                        means = np.bincount(best.ravel(), scores.ravel(), minlength=len(splits.classes))
+                        own = [1, int(means.argmax() == label), best[0].size, int((best[0] == label).sum())]
+                        block.tally = [a + b for a, b in zip(block.tally, own)]
                     failed += bad
                     block.skipped = [(item.name, item.reason) for item in bad]
                     if bad and config.on_bad_image == "error":
                         given_up.add(request.shard)
                     if request.shard not in given_up:
-                        writer = ShardWriter(out, request.shard)
-                        writer.append(block)
+                        shards.append(out, request, block)
                         drawn += len(block.names)
-                        writer.finish() if request.is_last else writer.close()
                     done += request.stop - request.start
                     say("importing", done, len(plan.names))
         _raise_failed(failed, plan, config, world)
@@ -533,9 +539,6 @@ class _Plan:
         content = [self.sizes, self.shard_size, *self.names]
         return hashlib.blake2b("\0".join(map(str, content)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
-    def name(self, part: int, index: int) -> str:
-        return self.names[sum(self.sizes[:part]) + index]
-
     @property
     def num_shards(self) -> int:
         return sum(-(-size // self.shard_size) for size in self.sizes)
@@ -567,6 +570,15 @@ class _Plan:
             return np.arange(len(now))
         index = {name: i for i, name in enumerate(now)}
         return np.array([index.get(name, -1) for name in planned], np.int64)
+
+    def gone(self, part: int, batch: _Batch, positions: np.ndarray, splits: DataSplits) -> list[BadImage]:
+        """Pictures of a batch that are no longer among those of the data."""
+        first, missing = sum(self.sizes[:part]), np.flatnonzero(positions[batch.start : batch.stop] < 0) + batch.start
+        if not len(missing):
+            return []
+        reasons = {bad.name: bad.reason for bad in splits.skipped}
+        names = [self.names[first + i] for i in missing.tolist()]
+        return [BadImage(name, reasons.get(name, "gone since the annotation began")) for name in names]
 
     def write(self, out: Path) -> None:
         encoded = [os.fsencode(name) for name in self.names]
