@@ -180,9 +180,9 @@ def evaluate(options: EvaluateOptions) -> int:
     from volo.console import Bar, show_evaluation
     from volo.data.loader import EvalLoader
     from volo.data.transforms import PixelPipeline
-    from volo.engine.checkpoint import write_atomically
     from volo.engine.evaluate import evaluate as run_evaluation
     from volo.engine.evaluate import open_labelled, read_real_labels
+    from volo.files import write_atomically
 
     console = _console(stderr=options.json)
     device = _device(options.how)
@@ -271,9 +271,9 @@ def predict(options: PredictOptions) -> int:
       volo predict volo_d1.224 pictures/ --sheet sheet.png
     """
     from volo.console import Bar, prediction_line
-    from volo.engine.checkpoint import write_atomically
     from volo.engine.predict import find_pictures, to_csv, to_json
     from volo.engine.predict import predict as run_prediction
+    from volo.files import write_atomically
 
     pictures = find_pictures(options.pictures, sys.stdin if "-" in options.pictures else ())
     device = _device(options.how)
@@ -379,8 +379,9 @@ def _facts(with_models: bool) -> dict[str, Any]:
 
     import torch
 
+    from volo.files import cache_folder
     from volo.models.volo import VARIANTS, create_model
-    from volo.models.weights import PRETRAINED, cache_folder, cached_path
+    from volo.models.weights import PRETRAINED, cached_path
     from volo.ops.outlook_attention import list_backends
 
     versions: dict[str, str | None] = {"volo": __version__, "python": platform.python_version()}
@@ -496,7 +497,7 @@ def bench(options: BenchOptions) -> int:
       volo bench kernels --compiled --out benchmarks/results/gpu_op.json
     """
     from volo.console import show_benchmark
-    from volo.engine.checkpoint import write_atomically
+    from volo.files import write_atomically
 
     device = _device(ModelOptions(device=options.device, threads=options.threads))
     is_loop = options.what == "loop"

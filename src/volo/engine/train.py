@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from volo import __version__
 from volo.config import Recipe, TrainConfig, recipe_from_dict, recipe_to_toml
 from volo.data.keyed import key
-from volo.engine.checkpoint import FORMAT, load_checkpoint, save_checkpoint, write_atomically
+from volo.engine.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from volo.engine.classification import Classification
 from volo.engine.distributed import (
     Vote,
@@ -57,6 +57,7 @@ from volo.engine.evaluate import AMP_DTYPES
 from volo.engine.optim import LearningRate, WeightAverage, create_optimizer, set_learning_rate
 from volo.engine.report import NullReporter, Reporter, RunInfo, RunLog, StepReport, TrainResult
 from volo.engine.workload import OpenWorkload, Workload
+from volo.files import write_atomically
 
 WORKLOADS: dict[str, OpenWorkload] = {"classify": Classification}
 """Who opens the workload of a recipe, by its `task`."""
