@@ -220,8 +220,10 @@ def is_shards(path: str | Path) -> bool:
     folder = Path(text).expanduser()
     if folder.is_dir():
         tars = list(folder.glob("*.tar"))
-        has_folders = any(child.is_dir() and not child.name.startswith(".") for child in folder.iterdir())
-        return bool(tars) and (not has_folders or any(_PART.fullmatch(tar.name) for tar in tars))
+        folders = {child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")}
+        if folders & {"train", *VAL_FOLDERS}:
+            return False  # pictures that were unpacked from tar files which still lie beside them
+        return bool(tars) and (not folders or any(_PART.fullmatch(tar.name) for tar in tars))
     return text.lower().endswith((".tar", ".tar.gz", ".tgz")) or ("{" in text and not folder.exists())
 
 
@@ -683,7 +685,7 @@ class _Label:
             self.problem = f'the "class" of its JSON is {name!r}, which is no name'
         else:
             self.name = name or ""
-            self.picture_name = picture if isinstance(picture, str) else ""
+            self.picture_name = picture if isinstance(picture, str) and not picture.endswith("/") else ""
             if label is not None:
                 self._number(label)
 

@@ -129,7 +129,7 @@ def open_labelled(
 
     val = next((given / name for name in VAL_FOLDERS if (given / name).is_dir()), None)
     is_packed = any(given.glob("*.npz")) or any(given.glob("cifar-*"))
-    if is_new and is_shards(given):
+    if is_new and not is_packed and is_shards(given):
         source, skipped = open_all_shards(given, data, on_progress=on_progress)
         known = wnids if wnids and set(source.classes) <= set(wnids) else classes
         class_map = None if source.classes == tuple(known) else match_classes(source.classes, known)
