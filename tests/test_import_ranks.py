@@ -15,7 +15,7 @@ SOURCE = Path(volo.__file__).resolve().parent
 # Units of one line do not import one another. The package itself (`from volo import ...`) stands between models and
 # tasks, since it offers the models; the command line alone sees everything.
 LINES = [
-    ("ops", "config", "files"),
+    ("ops", "config"),
     ("layers",),
     ("data",),
     ("models",),

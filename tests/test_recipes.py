@@ -96,6 +96,29 @@ def test_fine_tuning_starts_from_the_224_weights(name: str) -> None:
     assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs) == (30, 5)
 
 
+TOKEN_LABELS = [name for name, path in RECIPES.items() if load_recipe(path).task == "token_label"]
+
+
+def test_the_papers_runs_have_token_labels() -> None:
+    assert {n for n in RECIPES if re.fullmatch(r"imagenet_volo_d\d_\d+", n)} <= set(TOKEN_LABELS)
+    assert load_recipe("imagenet_volo_d1_224_plain").task == "classify"
+    assert {"cifar10_token_labels", "photos_token_labels"} <= set(TOKEN_LABELS)
+
+
+@pytest.mark.parametrize("name", TOKEN_LABELS)
+def test_token_labels_as_the_paper_has_them(name: str) -> None:
+    recipe = load_recipe(RECIPES[name])
+    labels = recipe.token_label
+    assert (labels.cls_weight, labels.dense_weight, labels.crop_order) == (1.0, 0.5, "corrected")
+    assert recipe.augment.mix_token == 1.0
+    assert recipe.augment.mixup == recipe.augment.cutmix == 0
+    assert labels.ground_truth == bool(recipe.model.weights), "fine-tuning mixes in the ground truth"
+    if recipe.annotator.recipe:
+        assert load_recipe(recipe.annotator.recipe).task == "classify"
+    else:
+        assert recipe.annotator.model
+
+
 def test_a_recipe_is_found_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shipped = RECIPES["imagenet_volo_d1_224"]

@@ -1,4 +1,4 @@
-"""`volo train | evaluate | predict | info | pack | bench`: the one place where names on a command line become objects.
+"""`volo train | evaluate | predict | annotate | info | pack | bench`: where names on a command line become objects.
 
 Everything beyond the standard library is imported where it is used, so that help and spelling mistakes are answered at
 once. A command is a function of one frozen dataclass: the docstring is its help, the fields are its options.
@@ -16,10 +16,12 @@ import os
 import shlex
 import signal
 import sys
+import time
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -41,6 +43,7 @@ HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook 
   volo train RECIPE      train a classifier on a folder of pictures, CIFAR, or the digits that come along
   volo evaluate MODEL    how good a model is: top-1, top-5, every class, calibration, confusion
   volo predict MODEL ... name what is in pictures
+  volo annotate MODEL    draw label maps for token labeling, with any classifier of ours or timm's; check them
   volo info              versions, devices, engines of the operator; --models lists models, weights and recipes
   volo pack DATA         turn pictures into tar shards, for large sets and slow disks
   volo bench WHAT        measure: the operator, a model, a training step, the training loop, the input pipeline
@@ -67,8 +70,10 @@ class TrainOptions:
     """Continue the run in --out where it stopped (or begin it, if there is none)."""
     overwrite: bool = False
     """Replace the run in --out."""
+    plan: bool = False
+    """Only say what the run would take: steps, pictures, memory, time (a few steps are tried out), label maps."""
     json: bool = False
-    """Print the summary as one JSON object; everything else goes to standard error."""
+    """Print the summary (with --plan, the plan) as one JSON object; everything else goes to standard error."""
     quiet: bool = False
     """No progress, only the result."""
     recipe: Annotated[tyro.conf.FlagConversionOff[Recipe], tyro.conf.arg(name="")] = field(default_factory=Recipe)
@@ -87,6 +92,8 @@ def train(options: TrainOptions) -> int:
       volo train imagenet_volo_d1_384 --data imagenet --train.batch_size 64 --train.accumulation 8
       volo train photos_cpu --data photos --model.name volo_d1 --model.weights volo_d1.224 --data.img_size 224
       torchrun --nproc-per-node 8 -m volo train imagenet_volo_d1_224 --data imagenet --train.amp bf16
+      volo train cifar10_token_labels --data cifar10       its annotator first, then the label maps, then the training
+      volo train imagenet_volo_d1_224 --data imagenet --token_label.maps maps/imagenet --plan
       volo train photos_cpu --help                         all keys, with the values of that recipe
     """
     from volo.console import TrainReporter, show_result
@@ -101,6 +108,8 @@ def train(options: TrainOptions) -> int:
     is_main = int(os.environ.get("RANK", "0")) == 0
     console = _console(stderr=options.json)
     reporter = None if options.quiet or not is_main else TrainReporter(console)
+    if options.plan:
+        return _show_plan(recipe, out, options)
     program = "torchrun ... -m volo" if "RANK" in os.environ else "volo"
     resume_command = f"{program} train {shlex.quote(str(out))} --resume"
     try:
@@ -111,8 +120,8 @@ def train(options: TrainOptions) -> int:
     if not is_main:
         return 128 + result.signal if result.signal else 0
     if result.status == "interrupted":
-        if options.json:
-            print((out / "summary.json").read_text(encoding="utf-8"))
+        if options.json:  # of the annotator's training, if it was that
+            print((result.out / "summary.json").read_text(encoding="utf-8"))
         message = f"stopped after step {result.step:,} of {result.total_steps:,}; go on with: {resume_command}"
         _console(stderr=True).print(message, style="yellow", soft_wrap=True, highlight=False)
         return 128 + result.signal
@@ -128,6 +137,22 @@ def train(options: TrainOptions) -> int:
         print((out / "summary.json").read_text(encoding="utf-8"))
     else:
         show_result(console, result, pictures)
+    return 0
+
+
+def _show_plan(recipe: Recipe, out: Path, options: TrainOptions) -> int:
+    from volo.console import TrainReporter, show_plan
+    from volo.engine.plan import plan_training
+
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    console = _console(stderr=options.json)
+    reporter = None if options.quiet or not is_main else TrainReporter(console)
+    with reporter or contextlib.nullcontext():
+        plan = plan_training(recipe, out, reporter=reporter)
+    if is_main and options.json:
+        print(json.dumps(plan, indent=1))
+    elif is_main:
+        show_plan(console, plan)
     return 0
 
 
@@ -179,11 +204,11 @@ def evaluate(options: EvaluateOptions) -> int:
       volo evaluate volo_d4.448 --data imagenetv2 --crop original
     """
     from volo.console import Bar, show_evaluation
+    from volo.data.files import write_atomically
     from volo.data.loader import EvalLoader
     from volo.data.transforms import PixelPipeline
     from volo.engine.evaluate import evaluate as run_evaluation
     from volo.engine.evaluate import open_labelled, read_real_labels
-    from volo.files import write_atomically
 
     console = _console(stderr=options.json)
     device = _device(options.how)
@@ -272,9 +297,9 @@ def predict(options: PredictOptions) -> int:
       volo predict volo_d1.224 pictures/ --sheet sheet.png
     """
     from volo.console import Bar, prediction_line
+    from volo.data.files import write_atomically
     from volo.engine.predict import find_pictures, to_csv, to_json
     from volo.engine.predict import predict as run_prediction
-    from volo.files import write_atomically
 
     pictures = find_pictures(options.pictures, sys.stdin if "-" in options.pictures else ())
     device = _device(options.how)
@@ -349,6 +374,205 @@ def _draw_sheet(predictions: Sequence[Prediction], classes: Sequence[str], out: 
 
 
 @dataclass(frozen=True)
+class AnnotateOptions:
+    annotator: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="ANNOTATOR")]] = ""
+    """A model of timm (resnet50.a1_in1k, dm_nfnet_f6, ...), a run folder or checkpoint of volo train, or published
+    weights such as volo_d1.224."""
+    data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """Class folders, npz files, ... as for volo train; what a run was trained on if left out."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where the label maps go."""
+    annotator_weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Weights of a timm model, in place of its published ones, which are downloaded."""
+    img_size: tuple[int, ...] | None = None
+    """What the annotator sees, in pixels, or height and width: larger pictures give finer maps. Its own size if left out."""
+    crop: Annotated[str, tyro.conf.arg(metavar="squash|FLOAT")] = "squash"
+    """squash: the whole picture, whatever its shape, so that the map covers all of it. A number: a centre crop, as
+    --crop of volo evaluate; the map then covers the centre."""
+    top: int = 5
+    """Classes kept for each position."""
+    encoding: Literal["exact", "compact"] = "exact"
+    """exact: logits as float16. compact: to the nearest 0.1, which moves no probability by more than 0.025."""
+    flip: bool = False
+    """Average the logits with those of the mirrored picture; takes twice the time."""
+    part: Literal["train", "val", "all"] = "train"
+    """Which pictures of the data."""
+    val_fraction: float = 0.1
+    """Share of each class that is held out where the data has no split of its own: as data.val_fraction of the training."""
+    split_seed: int = 0
+    """As data.split_seed of the training."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Pictures that cannot be decoded are named either way: stop, or leave them out."""
+    resume: bool = False
+    """Go on with --out where it stopped; damaged files of a finished store are drawn again."""
+    overwrite: bool = False
+    """Replace the label maps in --out."""
+    batch_size: int = 64
+    workers: int = -1
+    """Processes that decode pictures; -1 chooses."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
+    amp: Amp = "off"
+    """Autocast to bfloat16 or float16."""
+    threads: int = 0
+    """CPU threads; 0: torch's choice."""
+    check: Annotated[Path | None, tyro.conf.arg(metavar="STORE")] = None
+    """Instead of drawing: find missing, extra, corrupt and mismatched maps of the pictures in --data."""
+    quick: bool = False
+    """With --check: do not read the pictures again to see whether they have changed."""
+    import_original: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Instead of drawing: pack label maps of the original tool, CLASS/NAME.pt, for the pictures in --data."""
+    json: bool = False
+    """Print one JSON object; everything else goes to standard error."""
+    quiet: bool = False
+    """No progress, only the result."""
+
+
+def annotate(options: AnnotateOptions) -> int:
+    """Draw label maps for token labeling: what an annotator sees at each position of every picture.
+
+    The same command with --resume goes on after Ctrl-C, kill -9 or a power cut; the result is the same, byte for byte,
+    and the same for any number of processes.
+
+    Examples:
+      volo annotate dm_nfnet_f6.dm_in1k --data imagenet --out maps/imagenet --amp bf16
+      volo annotate runs/photos --data photos --img-size 448 --out maps/photos --encoding compact
+      volo annotate resnet50 --annotator-weights resnet50.pth --data my_pictures --out maps/mine --part all
+      torchrun --nproc-per-node 8 -m volo annotate volo_d5.512 --data imagenet --out maps/imagenet --flip
+      volo annotate --check maps/imagenet --data imagenet
+      volo annotate --import-original label_top5_train_nfnet --data imagenet --out maps/imagenet
+    """
+    from volo.console import Bar, show_annotation
+    from volo.engine.annotate import AnnotateConfig, import_original, open_annotator
+    from volo.engine.annotate import annotate as run_annotation
+    from volo.engine.distributed import join_world
+
+    if options.check is not None:
+        return _check_label_maps(options)
+    if options.out is None:
+        raise ValueError("--out says which folder the label maps go to")
+    if options.data is None and (options.import_original is not None or not Path(options.annotator).exists()):
+        raise ValueError("--data says where the pictures are")
+    config = AnnotateConfig(
+        data=options.data,
+        part=options.part,
+        top=options.top,
+        encoding=options.encoding,
+        val_fraction=options.val_fraction,
+        split_seed=options.split_seed,
+        flip=options.flip,
+        amp=options.amp,
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        on_bad_image=options.on_bad_image,
+    )
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    console = _console(stderr=options.json)
+    with Bar(console) as bar:
+        on_progress = _with_rate(bar) if is_main and not options.quiet else None
+        if options.import_original is not None:
+            if options.annotator:
+                raise ValueError(
+                    f"--import-original takes maps that are there; {options.annotator} has nothing to draw"
+                )
+            report = import_original(
+                options.import_original,
+                config,
+                options.out,
+                resume=options.resume,
+                overwrite=options.overwrite,
+                on_progress=on_progress,
+            )
+        else:
+            if not options.annotator:
+                raise ValueError(
+                    "volo annotate needs an annotator: a model of timm, a run folder, a checkpoint, or a tag such as volo_d1.224"
+                )
+            # A process that is done waits for the others, which may have a slow shard before them.
+            with join_world(options.device, patience=timedelta(days=1)) as world:
+                _set_threads(options.threads)
+                opened = open_annotator(
+                    options.annotator,
+                    weights=options.annotator_weights,
+                    img_size=_size(options.img_size),
+                    crop="squash" if options.crop == "squash" else _crop_share(options.crop, "squash"),
+                    device=world.device,
+                )
+                report = run_annotation(
+                    opened,
+                    config,
+                    options.out,
+                    world=world,
+                    resume=options.resume,
+                    overwrite=options.overwrite,
+                    on_progress=on_progress,
+                )
+    if not is_main:
+        return 0
+    errors = _console(stderr=True)
+    for name, reason in report["skipped"].items():
+        errors.print(f"left out: {name}: {reason}", style="yellow", soft_wrap=True, markup=False, highlight=False)
+    for name in report["ignored"]:
+        errors.print(f"no picture by its name: {name}", style="yellow", soft_wrap=True, markup=False, highlight=False)
+    for name in report.get("unused", ()):
+        errors.print(f"belongs to no picture: {name}", style="yellow", soft_wrap=True, markup=False, highlight=False)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        show_annotation(console, report)
+    return 0
+
+
+def _check_label_maps(options: AnnotateOptions) -> int:
+    from volo.console import Bar
+    from volo.engine.annotate import check_store
+
+    assert options.check is not None
+    if options.data is None:
+        raise ValueError("--data says which pictures the label maps belong to")
+    console = _console(stderr=options.json)
+    with Bar(console) as bar:
+        problems = check_store(
+            options.check,
+            options.data,
+            with_pictures=not options.quick,
+            on_progress=None if options.quiet else bar.show,
+        )
+    if options.json:
+        print(json.dumps({"store": str(options.check), "problems": [dataclasses.asdict(p) for p in problems]}))
+        return 1 if problems else 0
+    for problem in problems:
+        console.print(str(problem), style="red", soft_wrap=True, markup=False, highlight=False)
+    counts = ", ".join(
+        f"{count} {kind}"
+        for kind in ("missing", "extra", "corrupt", "mismatched", "unreadable")
+        if (count := sum(p.kind == kind for p in problems))
+    )
+    console.print(
+        counts or "every picture has its map, and every map is as it was drawn", style="red" if counts else "green"
+    )
+    return 1 if problems else 0
+
+
+def _with_rate(bar: Any) -> Callable[[str, int, int], None]:
+    """`bar.show`, with pictures per second since the first call about the same thing."""
+    begun: dict[str, tuple[float, int]] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        from volo.console import duration
+
+        now = time.monotonic()
+        start, first = begun.setdefault(what, (now, done))
+        figures = ""
+        if done > first and now > start:
+            rate = (done - first) / (now - start)
+            figures = f"{rate:,.0f}/s  {duration((total - done) / rate)} left"
+        bar.show(what, done, total, figures)
+
+    return show
+
+
+@dataclass(frozen=True)
 class InfoOptions:
     models: bool = False
     """List models, published weights and recipes as well."""
@@ -380,7 +604,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
 
     import torch
 
-    from volo.files import cache_folder
+    from volo.data.files import cache_folder
     from volo.models.volo import VARIANTS, create_model
     from volo.models.weights import PRETRAINED, cached_path
     from volo.ops.outlook_attention import list_backends
@@ -580,7 +804,7 @@ def bench(options: BenchOptions) -> int:
       volo bench kernels --compiled --out benchmarks/results/gpu_op.json
     """
     from volo.console import show_benchmark
-    from volo.files import write_atomically
+    from volo.data.files import write_atomically
 
     device = _device(ModelOptions(device=options.device, threads=options.threads))
     is_loop = options.what == "loop"
@@ -645,6 +869,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], int], type]] = {
     "train": (train, TrainOptions),
     "evaluate": (evaluate, EvaluateOptions),
     "predict": (predict, PredictOptions),
+    "annotate": (annotate, AnnotateOptions),
     "info": (info, InfoOptions),
     "pack": (pack, PackOptions),
     "bench": (bench, BenchOptions),
@@ -801,25 +1026,37 @@ def _load_classifier(model: str, how: ModelOptions, device: torch.device) -> Any
 
     crop: Any = how.crop
     if crop is not None and crop not in ("original", "timm"):
-        try:
-            crop = float(crop)
-        except ValueError:
-            raise ValueError(f"--crop is original, timm or a number such as 0.96; given: {crop!r}") from None
-    size: Any = how.img_size
-    if size is not None:
-        if len(size) not in (1, 2) or min(size) < 1:
-            raise ValueError(
-                f"--img-size is one number of pixels, or height and width; given: {' '.join(map(str, size))}"
-            )
-        size = size[0] if len(size) == 1 else size
-    return load_classifier(model, img_size=size, crop=crop, device=device)
+        crop = _crop_share(crop, "original, timm")
+    return load_classifier(model, img_size=_size(how.img_size), crop=crop, device=device)
+
+
+def _crop_share(crop: str, words: str) -> float:
+    try:
+        return float(crop)
+    except ValueError:
+        raise ValueError(f"--crop is {words} or a number such as 0.96; given: {crop!r}") from None
+
+
+def _size(size: tuple[int, ...] | None) -> Any:
+    """--img-size as a side in pixels or (height, width)."""
+    if size is None:
+        return None
+    if len(size) not in (1, 2) or min(size) < 1:
+        raise ValueError(f"--img-size is one number of pixels, or height and width; given: {' '.join(map(str, size))}")
+    return size[0] if len(size) == 1 else size
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def _device(how: ModelOptions) -> torch.device:
     import torch
 
-    if how.threads:
-        torch.set_num_threads(how.threads)
+    _set_threads(how.threads)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if how.device == "auto" else how.device
     try:
         device = torch.device(name)

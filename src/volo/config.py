@@ -112,6 +112,44 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class TokenLabelConfig:
+    """Token labels (task "token_label"): every token of a picture has a soft label of its own, drawn by an annotator."""
+
+    source: Literal["maps", "live", "own"] = "maps"
+    """"maps": label maps drawn beforehand; "live": the annotator looks at every crop during the training, nothing is
+    stored; "own": no annotator, every token has the label of its picture."""
+    maps: str = ""
+    """Label maps of `volo annotate`. With an [annotator]: drawn there first, if they are not there yet; empty: in the
+    run folder."""
+    crop_order: Literal["corrected", "original"] = "corrected"
+    """"original" exchanges rows and columns of a crop, as the tool of the paper did, and lets RandAugment move pixels alone."""
+    cls_weight: float = 1.0
+    """Weight of the class token's loss."""
+    dense_weight: float = 0.5
+    """Weight of the mean loss of the other tokens."""
+    ground_truth: bool = False
+    """Mix the true class into the class token's label (fine-tuning): half where the annotator agrees with it, else a tenth."""
+
+
+@dataclass(frozen=True)
+class AnnotatorConfig:
+    """Who draws the label maps, and how (task "token_label"). `volo train` does this before the training itself."""
+
+    recipe: str = ""
+    """Train the annotator first, by this recipe (a file, or the name of one that ships) on the same pictures."""
+    model: str = ""
+    """Or take this one: what `volo annotate` takes, a run folder, a checkpoint, volo_d1.224, or the name of a timm model."""
+    img_size: int = 0
+    """Side of the pictures it sees; 0: what it was trained with."""
+    top: int = 5
+    """Classes kept for each position."""
+    flip: bool = False
+    """Average over the picture and its mirror image."""
+    batch_size: int = 64
+    amp: Literal["off", "bf16", "fp16"] = "off"
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """How weights move. Optimizers are timm's (`timm.optim.list_optimizers()`)."""
 
@@ -196,11 +234,13 @@ class TrainConfig:
 class Recipe:
     """One run, complete: `volo train recipes/NAME.toml --optim.lr 1e-3`."""
 
-    task: Literal["classify"] = "classify"
+    task: Literal["classify", "token_label"] = "classify"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    token_label: TokenLabelConfig = field(default_factory=TokenLabelConfig)
+    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -154,6 +154,60 @@ class TrainReporter(NullReporter):
         self.console.print(text, soft_wrap=True)
 
 
+def show_plan(console: Console, plan: dict[str, Any], title: str = "") -> None:
+    """What a run will take (`volo.engine.plan`), the annotator that comes first before it."""
+    if "annotator" in plan:
+        show_plan(console, plan["annotator"], "first, the annotator")
+        title = "then, with its label maps"
+    if title:
+        console.print(Text(title, style="bold"))
+    height, width = plan["img_size"]
+    memory, seconds = plan["memory_bytes"], plan["seconds"]
+    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in memory.items() if size and name != "all")
+    split = f" in micro batches of {plan['micro_batch_size']}" if plan["micro_batch_size"] < plan["batch_size"] else ""
+    rows = [
+        ("model", f"{plan['model']}, {millions(plan['num_parameters'])} parameters, pictures of {height} x {width}"),
+        (
+            "pictures",
+            f"{plan['num_train']:,} for training, {plan['num_val']:,} held out, {plan['num_classes']} classes",
+        ),
+        (
+            "steps",
+            f"{plan['steps']:,} of {plan['batch_size']}{split}: {plan['epochs']:g} epochs of {plan['steps_per_epoch']:,} steps, "
+            f"{plan['pictures']:,} pictures; {plan['evaluations']} evaluations",
+        ),
+        ("learning rate", f"{plan['peak_lr']:.3g} at its peak"),
+        ("memory", f"about {megabytes(memory['all'])} on {plan['device']} ({parts})"),
+    ]
+    if plan["peak_bytes"]:
+        rows.append(("", f"{megabytes(plan['peak_bytes'])} at most while trying"))
+    low, high = min(plan["step_seconds"]), max(plan["step_seconds"])
+    rows.append(
+        (
+            "time",
+            f"about {duration(seconds['training'])} for the steps ({low:.3g} to {high:.3g} s each in {len(plan['step_seconds'])} tries, "
+            f"{plan['pictures_per_second']:,.0f} pictures/s), {duration(seconds['evaluations'])} for evaluations",
+        )
+    )
+    if "label_maps" in plan:
+        maps = plan["label_maps"]
+        grid = f" of {maps['grid'][0]} x {maps['grid'][1]}" if maps["grid"] else ""
+        size = megabytes(maps["bytes"]) if maps["bytes"] else "size known when the annotator is"
+        rows.append(("label maps", f"{size}{grid}, {'in' if maps['is_there'] else 'to be drawn in'} {maps['path']}"))
+    table = Table(show_header=False, box=None)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    console.print(table, highlight=False)
+    if "annotator" in plan:
+        console.print(f"{duration(seconds['all'])} in all, drawing the label maps not counted", highlight=False)
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count:,} bytes"
+
+
 def show_result(console: Console, result: TrainResult, pictures: Sequence[Path]) -> None:
     """The end of a run: how good it is, where everything lies, what to do next."""
     best = result.best
@@ -231,6 +285,35 @@ def show_evaluation(
             Text("━" * round(20 * share), style="cyan"),
         )
     console.print(table, highlight=False)
+
+
+def show_annotation(console: Console, report: dict[str, Any]) -> None:
+    """What `volo annotate` made: how many maps, how large, and how far the annotator agrees with the labels."""
+    h, w = report["grid"]
+    console.print(
+        Text.assemble(
+            (f"{report['pictures']:,} label maps", "bold green"),
+            f" of {h} x {w} positions, the best {report['top']} of {report['num_classes']:,} classes, in {report['out']}",
+        ),
+        soft_wrap=True,
+    )
+    speed = f"; {report['drawn']:,} drawn now, {report['pictures_per_second']:,.0f} a second" if report["drawn"] else ""
+    console.print(
+        f"{report['bytes'] / 1e6:,.1f} MB, {report['bytes_per_picture']:,.0f} bytes a picture ({report['encoding']}){speed}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if report["agreement"]:
+        top1, positions = (100 * report["agreement"][key] for key in ("top1", "positions"))
+        console.print(
+            f"the annotator agrees with the labels on {top1:.2f} % of the pictures, at {positions:.2f} % of the positions",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        console.print("agreement is unknown: the annotator has other classes than the data", style="yellow")
+    if report["skipped"]:
+        console.print(f"{len(report['skipped']):,} pictures have no map, since they cannot be decoded", style="yellow")
 
 
 def prediction_line(prediction: Prediction, name_width: int, class_width: int) -> Text:

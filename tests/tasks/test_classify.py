@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 import volo
 from volo.config import AugmentConfig, LossConfig
-from volo.tasks.classify import ClassifyTask, restore_tokens
+from volo.tasks.classify import ClassifyTask
 from volo.tasks.mixing import (
     draw_box,
     draw_share,
     enlarge_mask,
     mix_inside,
     mix_targets,
+    restore_tokens,
     smooth_one_hot,
     soft_cross_entropy,
 )

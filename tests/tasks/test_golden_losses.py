@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import volo
-from volo.tasks.classify import restore_tokens
-from volo.tasks.mixing import enlarge_mask, mix_inside
-from volo.tasks.token_label import TokenLabelTargets, token_label_loss
+from volo.config import AugmentConfig, LossConfig, TokenLabelConfig
+from volo.tasks.mixing import draw_box
+from volo.tasks.token_label import TokenLabelTargets, TokenLabelTask
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -34,35 +34,48 @@ def golden(shared: Path):
     return model.train(), tensors
 
 
-def _forward(model, tensors):
-    first_row, end_row, first_col, end_col = tensors["box_rows_cols"].tolist()
-    fine = model.forward_embed(tensors["x"])
-    mask = torch.zeros(fine.shape[1] // 2, fine.shape[2] // 2, dtype=torch.bool)
-    mask[first_row:end_row, first_col:end_col] = True
-    features = model.forward_tokens(mix_inside(fine, enlarge_mask(mask, 2)))
-    class_logits, token_logits = model.class_and_token_logits(features)
-    return class_logits, restore_tokens(token_logits, mask), 1.0 - mask.float().mean()
+def _seed_of(box: torch.Tensor) -> int:
+    """A seed with which the task draws the golden box, so that the task itself is what is compared."""
+    for seed in range(10_000):
+        torch.manual_seed(seed)
+        if torch.equal(draw_box(*box.shape, 1.0), box):
+            return seed
+    raise AssertionError("no seed draws the golden box")
 
 
-def test_mix_token_outputs_losses_and_gradients(golden):
+def test_mix_token_outputs_losses_and_gradients_of_the_task(golden):
     model, tensors = golden
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    class_logits, token_logits, lam = _forward(model, tensors)
-    torch.testing.assert_close(class_logits, tensors["train_class_logits"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        token_logits, tensors["train_token_logits"].reshape(token_logits.shape), atol=1e-5, rtol=0
-    )
+    first_row, end_row, first_col, end_col = tensors["box_rows_cols"].tolist()
+    box = torch.zeros(model.config.grid_size, dtype=torch.bool)
+    box[first_row:end_row, first_col:end_col] = True
+    seed = _seed_of(box)
     targets = TokenLabelTargets.from_packed(tensors["targets"])
-    loss = token_label_loss(class_logits, token_logits, targets, lam=lam)
-    torch.testing.assert_close(loss, tensors["loss_token_label"].reshape(()), atol=1e-5, rtol=0)
-    with_truth = token_label_loss(class_logits, token_logits, targets, lam=lam, ground_truth=True)
-    torch.testing.assert_close(with_truth, tensors["loss_token_label_ground_truth"].reshape(()), atol=1e-5, rtol=0)
-    label = targets.class_label
-    fallback = TokenLabelTargets(label, label, label[:, None].expand_as(token_logits))
-    plain = token_label_loss(class_logits, token_logits, fallback, lam=lam)
-    torch.testing.assert_close(plain, tensors["loss_class_only_targets"].reshape(()), atol=1e-5, rtol=0)
+    batch = {
+        "image": tensors["x"],
+        "target": targets.truth,
+        # Without smoothing the targets are the softmax of these.
+        "class_annotation": targets.class_label.log(),
+        "token_annotation": targets.token_labels.log(),
+    }
 
-    loss.backward()
+    def result_of(batch, **config):
+        model.load_state_dict(state)
+        torch.manual_seed(seed)
+        loss, augment = LossConfig(label_smoothing=0.0), AugmentConfig(mix_token=1.0)
+        return TokenLabelTask(model, loss, augment, TokenLabelConfig(**config)).train()(batch)
+
+    with_truth = result_of(batch, ground_truth=True)["loss"]
+    torch.testing.assert_close(with_truth, tensors["loss_token_label_ground_truth"].reshape(()), atol=1e-5, rtol=0)
+    own = result_of({"image": tensors["x"], "target": targets.class_label})["loss"]
+    torch.testing.assert_close(own, tensors["loss_class_only_targets"].reshape(()), atol=1e-5, rtol=0)
+
+    result = result_of(batch)
+    torch.testing.assert_close(result["class_logits"], tensors["train_class_logits"], atol=1e-5, rtol=0)
+    token_logits = tensors["train_token_logits"].reshape(result["token_logits"].shape)
+    torch.testing.assert_close(result["token_logits"], token_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(result["loss"], tensors["loss_token_label"].reshape(()), atol=1e-5, rtol=0)
+    result["loss"].backward()
     compared = 0
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(

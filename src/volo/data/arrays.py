@@ -15,9 +15,9 @@ from torchvision.transforms.v2 import functional as F
 
 from volo.config import DataConfig
 from volo.data.decode import BadImage, BadImageError, decode_image
+from volo.data.files import cache_folder
 from volo.data.sources import LAYOUTS, VAL_FOLDERS, ArraySource, DataSplits, Names, Progress, raise_bad, split_by_seed
 from volo.data.transforms import height_width
-from volo.files import cache_folder
 
 
 def open_digits(config: DataConfig) -> DataSplits:

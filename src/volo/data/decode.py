@@ -110,7 +110,7 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
 
 def read_file(path: str | Path, name: str) -> bytes:
     """Raises BadImageError for a file that is not there or cannot be read."""
-    with _open_file(path, name) as file:
+    with open_picture_file(path, name) as file:
         return file.read()
 
 
@@ -119,7 +119,7 @@ def check_header(source: Path | bytes, name: str) -> tuple[int, int]:
 
     Raises BadImageError where the first bytes already show that it is no picture.
     """
-    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(source, name) as file:
+    with io.BytesIO(source) if isinstance(source, bytes) else open_picture_file(source, name) as file:
         start = file.read(64)
         file.seek(0)
         with _naming(name, start), Image.open(file) as image:
@@ -127,7 +127,8 @@ def check_header(source: Path | bytes, name: str) -> tuple[int, int]:
             return image.height, image.width
 
 
-def _open_file(path: str | Path, name: str) -> BinaryIO:
+def open_picture_file(path: str | Path, name: str) -> BinaryIO:
+    """Open for reading; a file that is not there or may not be read is a BadImageError."""
     try:
         return open(path, "rb")
     except OSError as error:

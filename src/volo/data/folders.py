@@ -94,7 +94,8 @@ def open_folders(path: Path, config: DataConfig, on_progress: Progress | None = 
             raise ValueError(f"no {what} picture can be decoded")
         if without:
             notes.append(f"{len(without)} classes have no {what} pictures: {', '.join(without)}")
-    return DataSplits(train_source, val_source, classes, skipped, notes)
+    ignored = [_prefix(scan, path) + name for scan in scans for name in scan.ignored]
+    return DataSplits(train_source, val_source, classes, skipped, notes, ignored)
 
 
 def open_folder(
@@ -158,6 +159,11 @@ def _scan(root: Path) -> _Scan:
     return _Scan(root, {name: sorted(files[name]) for name in sorted(files)}, sorted(ignored))
 
 
+def _prefix(scan: _Scan, root: Path) -> str:
+    """What goes before the names of a scan, so that they are relative to `root`."""
+    return "" if scan.root == root else f"{scan.root.name}/"
+
+
 def _require_known(scan: _Scan, classes: Sequence[str]) -> None:
     known = set(classes)
     unknown = [name for name in scan.files if name not in known]
@@ -181,7 +187,7 @@ def _check(
     number = {name: i for i, name in enumerate(classes)}
     names, targets = [], []
     for scan in scans:
-        prefix = "" if scan.root == root else f"{scan.root.name}/"
+        prefix = _prefix(scan, root)
         for class_name, files in scan.files.items():
             names += [prefix + file for file in files]
             targets += [number[class_name]] * len(files)

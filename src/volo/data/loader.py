@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,18 @@ from torch.utils.data import DataLoader
 
 from volo.config import AugmentConfig, DataConfig
 from volo.data import keyed
-from volo.data.decode import BadImageError
+from volo.data.decode import BadImage, BadImageError
 from volo.data.sources import ArraySource, ImageSource, available_cores
+from volo.data.token_labels import MIRRORED, LabelMapReader, PictureFrame, compose, stack_frames
 from volo.data.transforms import check_augment, eval_transform, fit_transform, height_width, train_transform
 
 Batch = dict[str, Tensor]
-"""image uint8 [b, 3, H, W], target int64 [b], index int64 [b] (the picture's number in its source)."""
+"""image uint8 [b, 3, H, W], target int64 [b], index int64 [b] (the picture's number in its source); with label maps
+also frame, map_scores, map_classes and map_box (see `resample_label_maps`)."""
+
+Pictures = Callable[[int, np.ndarray], Batch]
+"""(epoch, indices int64 [b]) -> the part of a batch that is made from the pictures: image; if asked for also frame, and
+size, int64 [b, 2], the height and width of the originals."""
 
 # The parts of a key that keep the streams of random numbers apart.
 _ORDER, _SAMPLE, _CROP = 1, 2, 3
@@ -55,8 +61,11 @@ class TrainLoader:
         world_size: int = 1,
         num_workers: int | None = None,
         pin_memory: bool = False,
+        label_maps: LabelMapReader | None = None,
+        crop_order: str = "corrected",
     ) -> None:
-        """`num_workers` None: `data.num_workers`. Raises ValueError where batches cannot be formed."""
+        """`num_workers` None: `data.num_workers`. With `label_maps` batches carry those of their pictures, and frames in
+        `crop_order` (see `PictureFrame`). Raises ValueError where batches cannot be formed."""
         slices = accumulation * world_size
         if batch_size < 1 or batch_size % slices:
             raise ValueError(
@@ -76,11 +85,15 @@ class TrainLoader:
         self.steps_per_epoch = len(source) // batch_size
         plain = augment.crop in ("pad", "none") and not augment.rand_augment and not augment.color_jitter
         self.is_vectorised = plain and isinstance(source, ArraySource)
-        self.pictures: Callable[[int, np.ndarray], Tensor]
+        frames = crop_order if label_maps is not None else ""
+        self.pictures: Pictures
         if self.is_vectorised:
-            self.pictures = ShiftAndFlip(source.images, data, augment, seed)  # type: ignore[attr-defined]
+            self.pictures = ShiftAndFlip(source.images, data, augment, seed, frames)  # type: ignore[attr-defined]
         else:
-            self.pictures = OneByOne(source, height_width(data.img_size), train_transform(data, augment), seed)
+            size = height_width(data.img_size)
+            self.pictures = OneByOne(source, size, train_transform(data, augment), seed, frames)
+        if label_maps is not None:
+            self.pictures = WithLabelMaps(self.pictures, source.names, label_maps)
         workers = data.num_workers if num_workers is None else num_workers
         self.num_workers = workers if workers >= 0 else 0 if self.is_vectorised else default_workers()
 
@@ -128,7 +141,7 @@ class EvalLoader:
             pin_memory,
         )
         transform = eval_transform(data)
-        self.pictures: Callable[[int, np.ndarray], Tensor]
+        self.pictures: Pictures
         if isinstance(source, ArraySource):
             self.pictures = Whole(source.images, transform)
         else:
@@ -154,29 +167,72 @@ class EvalLoader:
                 yield 0, np.arange(start + low, start + high)
 
 
-class OneByOne:
-    """Pictures loaded and transformed one by one, each with its own seed (None: the transform draws nothing)."""
+class ListedLoader:
+    """Pictures in given batches, for drawing label maps: those that cannot be decoded are left out and handed over.
+
+    Yields (batch, bad) for each of `requests` (int64 arrays of numbers in the source): a `Batch` without the bad
+    pictures, which may be empty, with their `fingerprint` (int64 [b]); and the bad ones.
+    """
 
     def __init__(
-        self, source: ImageSource, size: tuple[int, int], transform: Callable[[Tensor], Tensor], seed: int | None
+        self,
+        source: ImageSource,
+        transform: Callable[[Tensor], Tensor],
+        requests: Iterable[np.ndarray],
+        *,
+        num_workers: int = -1,
+        pin_memory: bool = False,
     ) -> None:
-        self.source, self.size, self.transform, self.seed = source, size, transform, seed
+        self.dataset, self.requests, self.pin_memory = _Listed(source, transform), requests, pin_memory
+        self.num_workers = (
+            num_workers if num_workers >= 0 else 0 if isinstance(source, ArraySource) else default_workers()
+        )
 
-    def __call__(self, epoch: int, indices: np.ndarray) -> Tensor:
+    def __iter__(self) -> Iterator[tuple[Batch, list[BadImage]]]:
+        return _answers(self.dataset, self.requests, self.num_workers, self.pin_memory)
+
+
+class OneByOne:
+    """Pictures loaded and transformed one by one, each with its own seed (None: the transform draws nothing).
+
+    `frames`: the crop order of the frames that move along; empty for none.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        size: tuple[int, int],
+        transform: Callable[..., Any],
+        seed: int | None,
+        frames: str = "",
+    ) -> None:
+        self.source, self.size, self.transform, self.seed, self.frames = source, size, transform, seed, frames
+
+    def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
         images = torch.empty(len(indices), 3, *self.size, dtype=torch.uint8)
+        frames: list[PictureFrame] = []
+        sizes: list[tuple[int, int]] = []
         seeds = keyed.key(_SAMPLE, self.seed, epoch, indices).tolist() if self.seed is not None else []
         with keyed.own_random_state():
             for i, index in enumerate(indices.tolist()):
                 if seeds:
                     keyed.seed_random_state(seeds[i])
                 try:
-                    images[i] = self.transform(self.source.load(index))
+                    image = self.source.load(index)
+                    if self.frames:
+                        sizes.append((image.shape[1], image.shape[2]))
+                        images[i], frame = self.transform(image, PictureFrame.whole(*sizes[-1], self.frames))
+                        frames.append(frame)
+                    else:
+                        images[i] = self.transform(image)
                 except BadImageError:
                     raise
                 except Exception as error:
                     error.add_note(f"while preparing picture {self.source.names[index]}")
                     raise
-        return images
+        if not self.frames:
+            return {"image": images}
+        return {"image": images, "frame": stack_frames(frames), "size": torch.tensor(sizes)}
 
 
 class Whole:
@@ -185,8 +241,8 @@ class Whole:
     def __init__(self, images: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
         self.images, self.transform = images, transform
 
-    def __call__(self, epoch: int, indices: np.ndarray) -> Tensor:
-        return self.transform(self.images[torch.from_numpy(indices)]).contiguous()
+    def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
+        return {"image": self.transform(self.images[torch.from_numpy(indices)]).contiguous()}
 
 
 class ShiftAndFlip:
@@ -195,14 +251,15 @@ class ShiftAndFlip:
     Does what `train_transform` does for "pad" and "none" crops, some hundred times faster for small pictures.
     """
 
-    def __init__(self, images: Tensor, data: DataConfig, augment: AugmentConfig, seed: int) -> None:
-        self.images, self.seed, self.hflip = images, seed, augment.hflip
+    def __init__(self, images: Tensor, data: DataConfig, augment: AugmentConfig, seed: int, frames: str = "") -> None:
+        self.images, self.seed, self.hflip, self.frames = images, seed, augment.hflip, frames
         self.pad = augment.pad if augment.crop == "pad" else 0
         self.fit = fit_transform(data)
 
-    def __call__(self, epoch: int, indices: np.ndarray) -> Tensor:
+    def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
         images = self.fit(self.images[torch.from_numpy(indices)]).numpy()
         chance = keyed.uniform(keyed.key(_CROP, self.seed, epoch, indices, 0))
+        down = right = np.full(len(indices), self.pad)
         if self.pad:
             down, right = (
                 keyed.below(keyed.key(_CROP, self.seed, epoch, indices, i), 2 * self.pad + 1) for i in (1, 2)
@@ -210,7 +267,36 @@ class ShiftAndFlip:
             images = shift(images, self.pad, down, right)
         flipped = np.flatnonzero(chance < self.hflip)
         images[flipped] = images[flipped, :, :, ::-1]
-        return torch.from_numpy(images)
+        batch = {"image": torch.from_numpy(images)}
+        if self.frames:
+            batch["frame"] = self._frames(down - self.pad, right - self.pad, flipped)
+            batch["size"] = torch.tensor(self.images.shape[2:]).expand(len(indices), 2)
+        return batch
+
+    def _frames(self, down: np.ndarray, right: np.ndarray, flipped: np.ndarray) -> Tensor:
+        """The frames of pictures that were shifted by so many pixels (int [B]), some of them flipped."""
+        fitted = self.fit(PictureFrame.whole(self.images.shape[2], self.images.shape[3], self.frames))  # type: ignore[arg-type]
+        H, W = fitted.canvas_size  # type: ignore[attr-defined]
+        x, y = right / W, down / H
+        if self.frames == "original":
+            x, y = y, x
+        steps = torch.eye(3, dtype=torch.float64)[:2].repeat(len(down), 1, 1)
+        steps[:, 0, 2], steps[:, 1, 2] = torch.from_numpy(x), torch.from_numpy(y)
+        steps[flipped] = compose(steps[flipped], MIRRORED)
+        return compose(fitted.as_subclass(Tensor)[None], steps[:, None]).float()
+
+
+class WithLabelMaps:
+    """`pictures` (with frames) and the label maps that belong to them."""
+
+    def __init__(self, pictures: Pictures, names: Sequence[str], maps: LabelMapReader) -> None:
+        self.pictures, self.names, self.maps = pictures, names, maps
+
+    def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
+        batch = self.pictures(epoch, indices)
+        boxes = [self.maps.box(height, width) for height, width in batch.pop("size").tolist()]
+        scores, classes = self.maps.read_batch([self.names[i] for i in indices.tolist()])
+        return {**batch, "map_scores": scores, "map_classes": classes, "map_box": torch.tensor(boxes)}
 
 
 def shift(images: np.ndarray, pad: int, down: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -239,32 +325,73 @@ class _Dataset:
     """For DataLoader: a request (epoch, indices) is one batch."""
 
     targets: Tensor
-    pictures: Callable[[int, np.ndarray], Tensor]
+    pictures: Pictures
 
     def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch | BadImageError:
         epoch, indices = request
         index = torch.from_numpy(indices)
         try:
-            return {"image": self.pictures(epoch, indices), "target": self.targets[index], "index": index.clone()}
+            return {**self.pictures(epoch, indices), "target": self.targets[index], "index": index.clone()}
         except BadImageError as error:
             # Handed over as a value: raised in a worker it would arrive as a long traceback.
             return error
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """For DataLoader: a request is the numbers of a batch."""
+
+    source: ImageSource
+    transform: Callable[[Tensor], Tensor]
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[Batch, list[BadImage]]:
+        images: list[Tensor] = []
+        kept: list[int] = []
+        fingerprints: list[int] = []
+        bad: list[BadImage] = []
+        for index in indices.tolist():
+            try:
+                fingerprint = self.source.fingerprint(index)
+                if not isinstance(self.source, ArraySource):
+                    images.append(self.transform(self.source.load(index)))
+            except BadImageError as error:
+                bad.append(BadImage(error.name, error.reason))
+                continue
+            kept.append(index)
+            fingerprints.append(fingerprint)
+        index = torch.tensor(kept, dtype=torch.int64)
+        if isinstance(self.source, ArraySource):
+            image = self.transform(self.source.images[index]).contiguous()
+        else:
+            image = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        batch = {"image": image, "target": self.source.targets[index], "index": index}
+        return batch | {"fingerprint": torch.tensor(fingerprints, dtype=torch.int64)}, bad
+
+
 def _run(
     source: ImageSource,
-    pictures: Callable[[int, np.ndarray], Tensor],
+    pictures: Pictures,
     requests: Iterable[tuple[int, np.ndarray]],
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[Batch]:
+    with closing(_answers(_Dataset(source.targets, pictures), requests, num_workers, pin_memory)) as batches:
+        for batch in batches:
+            if isinstance(batch, BadImageError):
+                reason = f"{batch.reason}. At the start it was readable, or only its header was checked"
+                raise BadImageError(batch.name, reason)
+            yield batch
+
+
+def _answers(dataset: Any, requests: Iterable[Any], num_workers: int, pin_memory: bool) -> Generator[Any, None, None]:
+    """`dataset[request]` for every request, in order, from `num_workers` processes (0: this one)."""
     options: dict[str, Any] = {}
     if num_workers:
         # Forked workers share the pictures in memory; elsewhere torch moves tensors into shared memory.
         context = "fork" if sys.platform == "linux" else None
         options = {"worker_init_fn": _WorkerStart(os.getpid()), "multiprocessing_context": context}
-    loader: DataLoader[Batch | BadImageError] = DataLoader(
-        _Dataset(source.targets, pictures),  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
         batch_size=None,
         sampler=requests,
         num_workers=num_workers,
@@ -275,17 +402,13 @@ def _run(
         **options,
     )
     with _signals_held_back():
-        batches = iter(loader)
+        answers = iter(loader)
     try:
-        for batch in batches:
-            if isinstance(batch, BadImageError):
-                reason = f"{batch.reason}. At the start it was readable, or only its header was checked"
-                raise BadImageError(batch.name, reason)
-            yield batch
+        yield from answers
     finally:
         # Without this the workers live on as long as the traceback of an error that one of them had.
-        if num_workers and hasattr(batches, "_shutdown_workers"):
-            batches._shutdown_workers()
+        if num_workers and hasattr(answers, "_shutdown_workers"):
+            answers._shutdown_workers()
 
 
 def _as_it_is(batch: Any) -> Any:

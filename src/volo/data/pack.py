@@ -21,11 +21,11 @@ from torchvision.transforms.v2 import functional as F
 
 from volo.config import DataConfig
 from volo.data.decode import BadImage, decode_image
+from volo.data.files import write_atomically
 from volo.data.folders import IMAGE_ENDINGS
 from volo.data.images import open_data
 from volo.data.shards import TarSource, build_index, index_paths, save_index
 from volo.data.sources import FolderSource, ImageSource, Progress, in_parallel
-from volo.files import write_atomically
 
 FORMAT = 1
 

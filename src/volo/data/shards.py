@@ -29,6 +29,7 @@ from torch import Tensor
 
 from volo.config import DataConfig, nearest
 from volo.data.decode import BadImage, BadImageError, check_header, decode_image
+from volo.data.files import cache_folder, write_atomically
 from volo.data.folders import IMAGE_ENDINGS, MAX_DECODED_CHECKS
 from volo.data.sources import (
     LAYOUTS,
@@ -43,7 +44,6 @@ from volo.data.sources import (
     raise_bad,
     split_by_seed,
 )
-from volo.files import cache_folder, write_atomically
 
 INDEX_FORMAT = 1
 INDEX_ENDING = ".volo-index"
@@ -99,6 +99,9 @@ class TarSource:
         return self.files.read(
             int(self.shard[index]), int(self.offsets[index]), int(self.sizes[index]), self.names[index]
         )
+
+    def fingerprint(self, index: int) -> int:
+        return zlib.crc32(self.read(index))
 
     def select(self, indices: Sequence[int]) -> TarSource:
         chosen = np.asarray(indices, np.int64)

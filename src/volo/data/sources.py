@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -55,6 +56,10 @@ class ImageSource(Protocol):
     def load(self, index: int) -> Tensor:
         """uint8 [3, H, W] RGB, not to be written to. Raises BadImageError."""
 
+    def fingerprint(self, index: int) -> int:
+        """CRC-32 by which a picture that has changed can be told: of its file, or of its pixels where it has none.
+        Raises BadImageError."""
+
 
 class Names(Sequence[str]):
     """Many short strings in one array: a list of a million would be copied into every worker, page by page."""
@@ -89,6 +94,9 @@ class ArraySource:
 
     def load(self, index: int) -> Tensor:
         return self.images[index]
+
+    def fingerprint(self, index: int) -> int:
+        return zlib.crc32(self.images[index].contiguous().numpy())
 
     def select(self, indices: Sequence[int]) -> ArraySource:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
@@ -147,6 +155,9 @@ class FolderSource:
         name = self.names[index]
         return read_file(self.root / name, name)
 
+    def fingerprint(self, index: int) -> int:
+        return zlib.crc32(self.read(index))
+
     def select(self, indices: Sequence[int]) -> FolderSource:
         cache = self.cache and self.cache.select(indices)
         names = Names(self.names[i] for i in indices)
@@ -166,6 +177,8 @@ class DataSplits:
     """Files left out because they cannot be decoded (only with data.on_bad_image "skip")."""
     notes: list[str] = field(default_factory=list)
     """What a person should know: ignored files, classes without held-out pictures, checks that were shortened."""
+    ignored: list[str] = field(default_factory=list)
+    """Files in the folders that are no pictures by their ending, or lie in no class folder; relative paths."""
 
 
 def held_out(names: Sequence[str], targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -75,6 +75,12 @@ def eval_transform(data: DataConfig) -> Callable[[Tensor], Tensor]:
     return ResizeAndCenterCrop(data.img_size, data.crop_pct, data.interpolation)
 
 
+def squash_transform(data: DataConfig) -> Callable[[Tensor], Tensor]:
+    """uint8 [..., 3, h, w] -> uint8 [..., 3, H, W] of `data.img_size`: the whole picture, whatever its shape."""
+    mode = _MODES["bilinear" if data.interpolation == "bilinear" else "bicubic"]
+    return v2.Resize(list(height_width(data.img_size)), mode, antialias=True)
+
+
 def fit_transform(data: DataConfig) -> Callable[[Tensor], Tensor]:
     """uint8 [..., 3, h, w] -> uint8 [..., 3, H, W]: what a "pad" or "none" crop starts from."""
     return ResizeAndCenterCrop(data.img_size, 1.0, data.interpolation)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from volo.config import Recipe, recipe_from_dict
-from volo.files import write_atomically
+from volo.data.files import write_atomically
 from volo.models.volo import VOLO, VOLOConfig
 
 FORMAT = 1

@@ -12,7 +12,8 @@ from torch import nn
 from volo.config import Recipe
 from volo.data.images import data_kind, open_data
 from volo.data.loader import EvalLoader, TrainLoader
-from volo.data.sources import Progress
+from volo.data.sources import DataSplits, Progress
+from volo.data.token_labels import LabelMapReader
 from volo.data.transforms import PixelPipeline
 from volo.engine.checkpoint import model_config_dict
 from volo.engine.distributed import World, main_first
@@ -48,6 +49,8 @@ class Classification:
             rank=world.rank,
             world_size=world.size,
             pin_memory=world.device.type == "cuda",
+            label_maps=self.open_label_maps(splits),
+            crop_order=recipe.token_label.crop_order,
         )
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.val_loader = EvalLoader(
@@ -59,6 +62,10 @@ class Classification:
             pin_memory=world.device.type == "cuda",
         )
         self.pixels = PixelPipeline(recipe.data, recipe.augment).to(world.device)
+
+    def open_label_maps(self, splits: DataSplits) -> LabelMapReader | None:
+        """Label maps that go along with the training pictures; None: there are none."""
+        return None
 
     def create_model(self) -> VOLO:
         return build_model(self.recipe, len(self.classes))

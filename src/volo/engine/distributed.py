@@ -34,11 +34,12 @@ class World:
 
 
 @contextmanager
-def join_world(device: str = "auto") -> Iterator[World]:
+def join_world(device: str = "auto", *, patience: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     """Join the other processes where torchrun (or the caller) started some, and leave them at the end.
 
     device: "auto" (cuda where there is one, else cpu), or any name torch knows. Each process takes the GPU of its
-    LOCAL_RANK. Raises ValueError for a device that is not there.
+    LOCAL_RANK. `patience` is how long one waits for the others before it gives up. Raises ValueError for a device that is
+    not there.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -61,7 +62,7 @@ def join_world(device: str = "auto") -> Iterator[World]:
     if mine:
         # gloo beside nccl: decisions are taken between the host programs, without waiting for the GPUs.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=patience)
     try:
         joined = dist.is_initialized()
         yield World(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, chosen)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -35,6 +36,7 @@ from torch.distributed.tensor import DTensor
 
 from volo import __version__
 from volo.config import Recipe, TrainConfig, recipe_from_dict, recipe_to_toml
+from volo.data.files import write_atomically
 from volo.data.keyed import key
 from volo.engine.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from volo.engine.classification import Classification
@@ -56,16 +58,16 @@ from volo.engine.distributed import (
 from volo.engine.evaluate import AMP_DTYPES
 from volo.engine.optim import LearningRate, WeightAverage, create_optimizer, set_learning_rate
 from volo.engine.report import NullReporter, Reporter, RunInfo, RunLog, StepReport, TrainResult
+from volo.engine.token_labeling import TokenLabeling, prepare_annotator
 from volo.engine.workload import OpenWorkload, Workload
-from volo.files import write_atomically
 
-WORKLOADS: dict[str, OpenWorkload] = {"classify": Classification}
+WORKLOADS: dict[str, OpenWorkload] = {"classify": Classification, "token_label": TokenLabeling}
 """Who opens the workload of a recipe, by its `task`."""
 
 # A run may be continued with other values of these: they change speed, place or reports, not what is computed (rounding
 # aside). The data is checked by its classes and its number of pictures, so it may have moved.
 CHANGEABLE = frozenset(
-    {"data.path", "data.kind", "data.num_workers", "data.cache"}
+    {"data.path", "data.kind", "data.num_workers", "data.cache", "token_label.maps", "annotator.model"}
     | {
         "train.device",
         "train.threads",
@@ -97,7 +99,7 @@ def train(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> TrainResult:
-    """Run `recipe` and leave its results in the folder `out`.
+    """Run `recipe` and leave its results in the folder `out`; what its [annotator] has to do comes first.
 
     The first Ctrl-C or SIGTERM ends the run after the current step with a checkpoint and status "interrupted"; the
     second ends it at once. Under torchrun every process calls this; the first one writes and reports.
@@ -120,14 +122,51 @@ def train(
         checkpoint = _look_into(out, recipe, resume, overwrite)
         if world.size > 1:
             dist.barrier()  # nobody writes before all have looked
-        workload = WORKLOADS[recipe.task](
-            recipe, world, lambda done, total: reporter.on_progress("checking pictures", done, total)
-        )
-        for note in workload.notes:
-            reporter.on_message(note)
-        run = _Run(recipe, out, workload, world, reporter, checkpoint)
+        recipe, stopped = prepare_annotator(recipe, out, world, reporter, train)
+        if stopped is not None:
+            return stopped
+        run = _Run(recipe, out, _open_workload(recipe, world, reporter), world, reporter, checkpoint)
         del checkpoint
         return run.run(fresh=not resume)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few steps of a recipe cost on this machine, of which nothing is left."""
+
+    workload: Workload
+    world_size: int
+    device: torch.device
+    num_parameters: int
+    total_steps: int
+    step_seconds: list[float]
+    """Of the steps after the first, data included."""
+    state_bytes: dict[str, int]
+    """On the device all the time: weights, gradients, optimizer, average."""
+    activation_bytes: int
+    """Kept from the forward to the backward pass of a micro batch, on the device."""
+    peak_bytes: int | None
+    """Most that torch has allocated on a GPU; None on a CPU."""
+
+
+def probe(recipe: Recipe, *, steps: int = 3, reporter: Reporter | None = None) -> Probe:
+    """Open the data of `recipe` and take a few of its steps; nothing is written. Compilation is left out, for it may take
+    longer than all the rest. Raises ValueError as `train` does."""
+    reporter = reporter or NullReporter()
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile=False))
+    with join_world(recipe.train.device) as world, _torch_settings(recipe.train, world.device):
+        reporter = reporter if world.is_main else NullReporter()
+        workload = _open_workload(recipe, world, reporter)
+        return _Run(recipe, Path(), workload, world, reporter, None).probe(steps)
+
+
+def _open_workload(recipe: Recipe, world: World, reporter: Reporter) -> Workload:
+    workload = WORKLOADS[recipe.task](
+        recipe, world, lambda done, total: reporter.on_progress("checking pictures", done, total)
+    )
+    for note in workload.notes:
+        reporter.on_message(note)
+    return workload
 
 
 class _Run:
@@ -231,6 +270,54 @@ class _Run:
                 self.log.close()
         self.reporter.on_end(result)
         return result
+
+    def probe(self, steps: int) -> Probe:
+        """Take `steps` steps after a first one, which warms up; nothing is logged or saved."""
+        device = self.world.device
+        own = {p.untyped_storage().data_ptr() for p in self.task.parameters()}
+        kept: dict[int, int] = {}
+        micro_batches = 0
+
+        def count(module: nn.Module, arguments: Any) -> None:
+            nonlocal micro_batches
+            micro_batches += 1
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if micro_batches == 1 and storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        self.started, self.mark = time.monotonic(), _Mark(device)
+        counting = self.task.register_forward_pre_hook(count)
+        with contextlib.closing(self.workload.batches(0, steps + 1)) as batches:  # type: ignore[type-var]
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                self._train_step(batches)
+            counting.remove()
+            for _ in range(steps):
+                self._train_step(batches)
+        seconds = []
+        for done in list(self.pending)[1:]:
+            done.end.wait()
+            seconds.append(done.end.seconds_since(done.start))
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        weights = _num_bytes([*self.task.parameters(), *self.task.buffers()])
+        return Probe(
+            workload=self.workload,
+            world_size=self.world.size,
+            device=device,
+            num_parameters=self.num_parameters,
+            total_steps=self.rate.total_steps,
+            step_seconds=seconds,
+            state_bytes={
+                "weights": weights,
+                "gradients": _num_bytes([p for p in self.task.parameters() if p.requires_grad]),
+                "optimizer": _num_bytes(states),
+                "average": weights if self.ema is not None else 0,
+            },
+            activation_bytes=sum(kept.values()),
+            peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        )
 
     def _loop(self) -> int:
         """Steps, evaluations and saves until the end (returns 0) or a signal (returns its number)."""
@@ -594,6 +681,12 @@ class _PendingStep:
     start: _Mark
     end: _Mark
     at_seconds: float
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    """On this process: of a sharded tensor its own part."""
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum(t.numel() * t.element_size() for t in local)
 
 
 def _to_host(values: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from volo.config import nearest
-from volo.files import cache_folder
+from volo.data.files import cache_folder
 from volo.models.volo import VARIANTS, VOLO, VOLOConfig, resample_pos_embed
 
 try:

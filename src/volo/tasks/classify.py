@@ -7,15 +7,8 @@ from torch import Tensor, nn
 
 from volo.config import AugmentConfig, LossConfig
 from volo.models.volo import VOLO
-from volo.tasks.mixing import (
-    draw_box,
-    draw_share,
-    enlarge_mask,
-    mix_inside,
-    mix_targets,
-    smooth_one_hot,
-    soft_cross_entropy,
-)
+from volo.tasks.mixing import draw_box, draw_share, mix_targets, mix_token, smooth_one_hot, soft_cross_entropy
+from volo.tasks.token_label import TokenLabelTargets, token_label_loss
 
 
 class ClassifyTask(nn.Module):
@@ -27,7 +20,8 @@ class ClassifyTask(nn.Module):
 
     In training mode pictures are mixed by mixup and CutMix (on pixels) or by MixToken (on fine tokens), as `augment`
     says. With `loss.token_weight` the aux head learns the picture's own label at every token, and the class head is
-    trained by itself, as in token labeling; without it the cross-entropy is that of the joined logits.
+    trained by itself, as in token labeling (`TokenLabelTask`, whose loss it is); without it the cross-entropy is that of
+    the joined logits.
     """
 
     def __init__(self, model: VOLO, loss: LossConfig | None = None, augment: AugmentConfig | None = None) -> None:
@@ -50,31 +44,19 @@ class ClassifyTask(nn.Module):
         if "target" not in batch:
             return {"output": model(images)}
         smoothing = self.loss.label_smoothing if self.training else 0.0
-        target = class_target = smooth_one_hot(batch["target"], model.num_classes, smoothing)
-
-        mixed_pixels = self.training and (self.augment.mixup > 0 or self.augment.cutmix > 0)
-        if mixed_pixels:
-            images, class_target = self._mix_pixels(images, target)
-            target = class_target
-        fine = model.forward_embed(images)
-        mask = None
-        if self.training and self.augment.mix_token > 0:
-            h, w = fine.shape[1] // 2, fine.shape[2] // 2
-            mask = draw_box(h, w, self.augment.mix_token, fine.device)
-            fine = mix_inside(fine, enlarge_mask(mask, 2))
-            class_target = mix_targets(target, 1.0 - mask.float().mean())
-        class_logits, token_logits = model.class_and_token_logits(model.forward_tokens(fine))
-        output = model.combine_logits(class_logits, token_logits)
+        target = smooth_one_hot(batch["target"], model.num_classes, smoothing)
+        if self.training and (self.augment.mixup > 0 or self.augment.cutmix > 0):
+            images, target = self._mix_pixels(images, target)
+        mixed = mix_token(model, images, self.augment.mix_token if self.training else 0.0)
 
         if self.training and self.loss.token_weight > 0:
-            if mask is not None:
-                token_logits = restore_tokens(token_logits, mask)
-            token_target = target[:, None, :].expand_as(token_logits)
-            loss = soft_cross_entropy(class_logits, class_target)
-            loss = loss + self.loss.token_weight * soft_cross_entropy(token_logits, token_target)
+            targets = TokenLabelTargets.from_label(target, mixed.token_logits.shape[1])
+            loss = token_label_loss(
+                mixed.class_logits, mixed.token_logits, targets, lam=mixed.lam, dense_weight=self.loss.token_weight
+            )
         else:
-            loss = soft_cross_entropy(output, class_target)
-        return {"loss": loss, "output": output}
+            loss = soft_cross_entropy(mixed.output, mix_targets(target, mixed.lam))
+        return {"loss": loss, "output": mixed.output}
 
     def _mix_pixels(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup or CutMix (either with equal chance where both are on) with probability `mix_prob`."""
@@ -86,9 +68,3 @@ class ClassifyTask(nn.Module):
             return torch.where(mask, images.flip(0), images), mix_targets(target, 1.0 - mask.float().mean())
         lam = draw_share(mixup, images.device)
         return lam.to(images.dtype) * images + (1.0 - lam).to(images.dtype) * images.flip(0), mix_targets(target, lam)
-
-
-def restore_tokens(token_logits: Tensor, mask: Tensor) -> Tensor:
-    """Token logits [B, h*w, K] of a batch mixed with `mask` [h, w], put back to the pictures they came from."""
-    grid = token_logits.unflatten(1, tuple(mask.shape))
-    return mix_inside(grid, mask).flatten(1, 2)

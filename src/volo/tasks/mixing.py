@@ -7,9 +7,13 @@ All draws come from torch's global generator, which the engine seeds anew in eve
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from volo.models.volo import VOLO
 
 
 def draw_share(alpha: float, device: torch.device | None = None) -> Tensor:
@@ -46,6 +50,40 @@ def mix_inside(x: Tensor, mask: Tensor) -> Tensor:
 def enlarge_mask(mask: Tensor, factor: int) -> Tensor:
     """[h, w] -> [h * factor, w * factor], every place repeated."""
     return mask.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+
+
+def restore_tokens(token_logits: Tensor, mask: Tensor) -> Tensor:
+    """Token logits [B, h*w, K] of a batch mixed with `mask` [h, w], put back to the pictures they came from."""
+    grid = token_logits.unflatten(1, tuple(mask.shape))
+    return mix_inside(grid, mask).flatten(1, 2)
+
+
+class MixedLogits(NamedTuple):
+    """What a VOLO says of a batch whose fine tokens were mixed."""
+
+    output: Tensor
+    """Joined logits [B, K], of the mixed pictures; `model.forward` where nothing was mixed."""
+    class_logits: Tensor
+    """[B, K], of the mixed pictures."""
+    token_logits: Tensor
+    """[B, N, K], put back to the pictures that the tokens came from."""
+    lam: Tensor | float
+    """Share of each picture's own tokens."""
+
+
+def mix_token(model: VOLO, images: Tensor, alpha: float) -> MixedLogits:
+    """Run `model` with MixToken (arXiv 2104.10858): one box a batch, drawn on the stage-2 grid with Beta(alpha, alpha);
+    inside it the fine tokens come from the batch in reverse order. alpha 0: nothing is mixed and nothing drawn."""
+    fine = model.forward_embed(images)
+    mask = None
+    if alpha > 0:
+        mask = draw_box(fine.shape[1] // 2, fine.shape[2] // 2, alpha, fine.device)
+        fine = mix_inside(fine, enlarge_mask(mask, 2))
+    class_logits, token_logits = model.class_and_token_logits(model.forward_tokens(fine))
+    output = model.combine_logits(class_logits, token_logits)
+    if mask is None:
+        return MixedLogits(output, class_logits, token_logits, 1.0)
+    return MixedLogits(output, class_logits, restore_tokens(token_logits, mask), 1.0 - mask.float().mean())
 
 
 def mix_targets(target: Tensor, lam: Tensor | float) -> Tensor:

@@ -1,6 +1,7 @@
 """Token labeling (arXiv 2104.10858): every token has a soft label of its own, besides the class token's.
 
-The losses live here; drawing label maps and cropping them along with the pictures belongs to `volo.data`.
+Targets, losses and the task live here; drawing label maps and moving them along with the pictures belongs to
+`volo.data`.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from volo.tasks.mixing import mix_targets, soft_cross_entropy
+from volo.config import AugmentConfig, LossConfig, TokenLabelConfig
+from volo.models.volo import VOLO
+from volo.tasks.mixing import mix_targets, mix_token, smooth_one_hot, soft_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,27 @@ class TokenLabelTargets:
     def from_packed(cls, packed: Tensor) -> TokenLabelTargets:
         """From the original's layout [B, K, 2 + N]: column 0 truth, 1 class label, 2 and on token labels."""
         return cls(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2:].transpose(1, 2))
+
+    @classmethod
+    def from_annotation(
+        cls, truth: Tensor, class_logits: Tensor, token_logits: Tensor, smoothing: float
+    ) -> TokenLabelTargets:
+        """From smoothed truth [B, K] and an annotator's logits for the crop [B, K] and each token [B, N, K].
+
+        The original's smoothing, s: softmax * (1 - s + s / K) + s / K. That is its rule for one-hot labels, applied to
+        soft ones, whose mass becomes 1 + s / K.
+        """
+        off = smoothing / truth.shape[-1]
+
+        def smoothed(logits: Tensor) -> Tensor:
+            return logits.float().softmax(dim=-1) * (1.0 - smoothing + off) + off
+
+        return cls(truth, smoothed(class_logits), smoothed(token_logits))
+
+    @classmethod
+    def from_label(cls, label: Tensor, num_tokens: int) -> TokenLabelTargets:
+        """A picture's own label [B, K] for the class token and every other: the original's fallback without maps."""
+        return cls(label, label, label[:, None].expand(-1, num_tokens, -1))
 
 
 def token_label_loss(
@@ -59,3 +83,72 @@ def token_label_loss(
     return cls_weight * soft_cross_entropy(class_logits, class_target) + dense_weight * soft_cross_entropy(
         token_logits, targets.token_labels
     )
+
+
+class TokenLabelTask(nn.Module):
+    """A VOLO and token labeling: `forward(batch) -> {"loss", "output", "class_logits", "token_logits"}`.
+
+    batch: "image" float [B, in_chans, H, W], normalised; "target" int64 [B] or soft targets [B, K]; and what an annotator
+    says of the pictures, "class_annotation" [B, K] and "token_annotation" [B, N, K] (logits; N = H * W / 256 for D1-D5).
+    Without an annotation every token's target is the picture's own label.
+    Returned: "loss", a scalar; "output", the logits [B, K] of `model.forward`, of the mixed pictures in training;
+    "class_logits" [B, K]; "token_logits" [B, N, K], put back to their own pictures. Without "target" in the batch there
+    is "output" alone.
+
+    In training mode tokens are mixed as `augment.mix_token` says. In eval mode the loss is the cross-entropy of the
+    output, as for `ClassifyTask`.
+    """
+
+    def __init__(
+        self,
+        model: VOLO,
+        loss: LossConfig | None = None,
+        augment: AugmentConfig | None = None,
+        token_label: TokenLabelConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss or LossConfig()
+        self.augment = augment or AugmentConfig()
+        self.token_label = token_label or TokenLabelConfig()
+        if self.augment.mixup or self.augment.cutmix:
+            raise ValueError(
+                "token labels belong to tokens, which mixup and cutmix would blend: use augment.mix_token, or train with plain "
+                f"labels (task 'classify'). Given: mixup={self.augment.mixup}, cutmix={self.augment.cutmix}"
+            )
+        if model.num_classes == 0:
+            raise ValueError(
+                "token labeling needs a model with heads; num_classes is 0. Call model.reset_classifier(n)"
+            )
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        model, images, config = self.model, batch["image"], self.token_label
+        if "target" not in batch:
+            return {"output": model(images)}
+        smoothing = self.loss.label_smoothing if self.training else 0.0
+        truth = smooth_one_hot(batch["target"], model.num_classes, smoothing)
+        mixed = mix_token(model, images, self.augment.mix_token if self.training else 0.0)
+        if not self.training:
+            loss = soft_cross_entropy(mixed.output, truth)
+        else:
+            if "token_annotation" in batch:
+                targets = TokenLabelTargets.from_annotation(
+                    truth, batch["class_annotation"], batch["token_annotation"], smoothing
+                )
+            else:
+                targets = TokenLabelTargets.from_label(truth, mixed.token_logits.shape[1])
+            loss = token_label_loss(
+                mixed.class_logits,
+                mixed.token_logits,
+                targets,
+                lam=mixed.lam,
+                cls_weight=config.cls_weight,
+                dense_weight=config.dense_weight,
+                ground_truth=config.ground_truth,
+            )
+        return {
+            "loss": loss,
+            "output": mixed.output,
+            "class_logits": mixed.class_logits,
+            "token_logits": mixed.token_logits,
+        }

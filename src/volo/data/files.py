@@ -1,4 +1,4 @@
-"""Files that are whole at every moment, and where downloads and indexes are kept."""
+"""Files that are at every moment either the old one or the whole new one, and where what can be had again is kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         kept = f"The old {path.name} is unchanged. " if path.exists() else ""
         raise OSError(
             cause.errno,
-            f"{cause.strerror} ({free:.1f} MB free there). {kept}Make room or choose another folder; a training then continues with --resume",
+            f"{cause.strerror} ({free:.1f} MB free there). {kept}Make room or choose another folder; training and "
+            "annotating then continue with --resume",
             str(path),
         ) from error
 

@@ -1,0 +1,216 @@
+"""Any classifier as an annotator: its own head, applied to each position of its last feature map.
+
+Token labeling (arXiv 2104.10858) takes the label of a position from what the head says when it sees that position
+alone. For a network that pools by averaging and ends in a linear layer, the mean of these logits over all positions is
+the network's own answer; elsewhere it is close to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from volo.config import Size, nearest
+from volo.data.transforms import height_width
+from volo.models.weights import read_state_dict
+
+MAX_LOGITS = 1 << 26
+"""No more logits than this are held at once while the best are picked: 256 MiB."""
+
+
+class Annotator(nn.Module):
+    """`forward(images [B, 3, H, W]) -> logits [B, h, w, num_classes]`, from a VOLO or a timm classifier.
+
+    VOLO (ours and timm's) has a head for tokens, `aux_head`. Of any other model a position is shown to `forward_head` as
+    if it were the whole feature map, so that norms, hidden layers and activations of the head take part and pooling
+    changes nothing. Of a transformer's output the class and register tokens are left out, and the position takes the
+    place of all that the head looks at.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        """Raises ValueError for a model without `forward_features` and `forward_head`, or without classes."""
+        super().__init__()
+        self.classifier = classifier
+        self.num_classes: int = getattr(classifier, "num_classes", 0)
+        if not self.num_classes:
+            raise ValueError(f"an annotator needs classes, but this {type(classifier).__name__} has none")
+        if not hasattr(classifier, "forward_features") or not hasattr(classifier, "forward_head"):
+            raise ValueError(
+                f"{type(classifier).__name__} has no forward_features and forward_head, by which its positions could be "
+                "classified; take a VOLO or a model of timm"
+            )
+        self.aux_head = getattr(classifier, "aux_head", None)
+
+    def features(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> what the head sees, [B, h, w, C]. Raises ValueError for a model without a grid."""
+        x = self.classifier.forward_features(images)  # type: ignore[operator]
+        if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+            raise ValueError(
+                f"{type(self.classifier).__name__} has several feature maps, or none; take another annotator"
+            )
+        if x.dim() == 3:
+            num_prefix, h, w = self._token_grid(x.shape[1], *images.shape[-2:])
+            return x[:, num_prefix:].unflatten(1, (h, w))
+        return x if self._is_channels_last(x) else x.permute(0, 2, 3, 1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """features [..., C] -> logits [..., num_classes], each position for itself."""
+        x = features.reshape(-1, features.shape[-1])
+        if self._has_token_head:
+            logits = self.aux_head(x)  # type: ignore[misc]
+        elif self._is_token_model:
+            # As many equal tokens as the head tells apart: class, distillation and register tokens, and one more.
+            count = self._num_prefix + 1
+            logits = self.classifier.forward_head(x[:, None].expand(-1, count, -1))  # type: ignore[operator]
+        elif self._channels_last:
+            logits = self.classifier.forward_head(x[:, None, None])  # type: ignore[operator]
+        else:
+            logits = self.classifier.forward_head(x[:, :, None, None])  # type: ignore[operator]
+        return logits.unflatten(0, features.shape[:-1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(self.features(images))
+
+    @property
+    def _has_token_head(self) -> bool:
+        return isinstance(self.aux_head, nn.Linear)
+
+    _is_token_model = False
+    _channels_last = False
+    _num_prefix = 0
+
+    def _is_channels_last(self, x: Tensor) -> bool:
+        width = getattr(self.classifier, "num_features", None)
+        declared = str(getattr(self.classifier, "output_fmt", ""))
+        self._channels_last = declared.endswith("NHWC") or (x.shape[1] != width and x.shape[3] == width)
+        return self._channels_last
+
+    def _token_grid(self, num_tokens: int, height: int, width: int) -> tuple[int, int, int]:
+        """(tokens that are no position, rows, columns)."""
+        self._is_token_model = True
+        known = 1 if self._has_token_head else getattr(self.classifier, "num_prefix_tokens", None)
+        for num_prefix in (0, 1, 2) if known is None else (known,):
+            for stride in range(1, max(height, width) + 1):
+                for h, w in ((height // stride, width // stride), (-(-height // stride), -(-width // stride))):
+                    if h * w == num_tokens - num_prefix:
+                        self._num_prefix = num_prefix
+                        return num_prefix, h, w
+        raise ValueError(
+            f"the {num_tokens} tokens of {type(self.classifier).__name__} are no grid over a picture of {height} x {width}; "
+            "take another annotator"
+        )
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What an annotator says about a batch."""
+
+    scores: Tensor
+    """The best logits of each position, falling: float32 [B, top, h, w]."""
+    classes: Tensor
+    """Their classes: int64 [B, top, h, w]."""
+    mean_logits: Tensor
+    """Logits of the whole picture, the mean over positions: float32 [B, num_classes]."""
+
+
+@torch.inference_mode()
+def draw_label_maps(annotator: Annotator, images: Tensor, *, top: int = 5, flip: bool = False) -> Drawing:
+    """Label maps of normalised images [B, 3, H, W], on their device.
+
+    Args:
+        top: guesses kept for each position, at most `annotator.num_classes`.
+        flip: average the logits with those of the mirrored picture, mirrored back.
+    """
+    features = annotator.features(images)
+    mirrored = annotator.features(images.flip(-1)).flip(2) if flip else None
+    B, h, w, _ = features.shape
+    group = max(1, MAX_LOGITS // (h * w * annotator.num_classes))
+    scores, classes, means = [], [], []
+    for start in range(0, B, group):
+        logits = annotator.classify(features[start : start + group]).float()  # [b, h, w, K]
+        if mirrored is not None:
+            logits = (logits + annotator.classify(mirrored[start : start + group]).float()) / 2
+        best = logits.topk(top, dim=-1)
+        scores.append(best.values.permute(0, 3, 1, 2))
+        classes.append(best.indices.permute(0, 3, 1, 2))
+        means.append(logits.mean(dim=(1, 2)))
+    return Drawing(torch.cat(scores), torch.cat(classes), torch.cat(means))
+
+
+@dataclass(frozen=True)
+class TimmClassifier:
+    """A classifier of timm and how it wants its pictures."""
+
+    model: nn.Module
+    img_size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+
+def load_timm_classifier(
+    name: str, weights: str | Path | None = None, *, img_size: Size | None = None, num_classes: int | None = None
+) -> TimmClassifier:
+    """A classifier of timm in eval mode, on the CPU.
+
+    Args:
+        name: as in `timm.list_models()`, with or without a tag ("resnet50.a1_in1k").
+        weights: a file, read as `read_state_dict` does; its head tells the number of classes. None: timm's own
+            weights, which are downloaded once.
+        img_size: another size than the one its weights are tested at; models that are built for one size are built
+            for this one.
+        num_classes: with random weights only (`weights=""`), for tests and measurements.
+
+    Raises ValueError for a name timm does not know and for weights of another model.
+    """
+    import timm
+
+    known = timm.list_models(pretrained=False)
+    if not timm.is_model(name):
+        raise ValueError(
+            f"no annotator {name!r}{nearest(name.partition('.')[0], known)} (give a run folder or a checkpoint of volo train, a "
+            f"pretrained tag such as volo_d1.224, or one of the {len(known)} models of timm.list_models())"
+        )
+    config = timm.get_pretrained_cfg(name) or timm.get_pretrained_cfg(name.partition(".")[0])
+    native = height_width(tuple(config.input_size[1:]))  # type: ignore[arg-type]
+    tested = config.test_input_size or config.input_size
+    size = height_width(img_size) if img_size is not None else native if config.fixed_input_size else tuple(tested[1:])
+    options: dict[str, Any] = {"img_size": size} if config.fixed_input_size and size != native else {}
+    state_dict = read_state_dict(weights) if weights else None
+    if state_dict is not None:
+        heads = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
+        found = [state_dict[key] for head in heads if (key := f"{head}.weight") in state_dict]
+        if not found:
+            raise ValueError(f"{weights} has no classifier {' or '.join(heads)} as {name} has: it holds another model")
+        num_classes = len(found[0])
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    try:
+        model = timm.create_model(name, pretrained=weights is None, **options)
+    except TypeError as error:
+        raise ValueError(f"timm cannot build {name} for pictures of {size[0]} x {size[1]}: {error}") from error
+    if state_dict is not None:
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        own = {key: tensor.shape for key, tensor in model.state_dict().items()}
+        if convert is not None and own != {key: tensor.shape for key, tensor in state_dict.items()}:
+            state_dict = convert(state_dict, model)  # position embeddings of another size, names of the first release
+        try:
+            model.load_state_dict(state_dict)
+        except RuntimeError as error:
+            raise ValueError(f"{weights} does not fit {name}: {error}") from error
+    return TimmClassifier(model.eval(), size, config.mean, config.std, config.interpolation)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hexadecimal digits that any change of a parameter or buffer changes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

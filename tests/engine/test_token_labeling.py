@@ -1,0 +1,216 @@
+"""Training with token labels: the annotator first, maps that stay with their pictures, a live annotator, no annotator."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from volo.cli import main
+from volo.config import load_recipe, recipe_to_toml
+from volo.data.label_maps import LabelMaps
+from volo.engine.checkpoint import load_checkpoint
+from volo.engine.distributed import World
+from volo.engine.plan import plan_training
+from volo.engine.report import NullReporter
+from volo.engine.token_labeling import TokenLabeling
+from volo.engine.train import train
+
+SHORT = {"schedule.epochs": 0.5, "schedule.warmup_epochs": 0.0, "schedule.cooldown_epochs": 0.0}
+HERE = World(0, 1, torch.device("cpu"))
+
+
+class Messages(NullReporter):
+    """What was said, and a signal to this process after so many steps of a run into `folder`."""
+
+    def __init__(self, stop_after: int = 0, folder: str = "") -> None:
+        self.said: list[str] = []
+        self.stop_after, self.folder = stop_after, folder
+        self.out = ""
+
+    def on_message(self, text: str) -> None:
+        self.said.append(text)
+
+    def on_start(self, run) -> None:
+        self.out = run.out.name
+
+    def on_step(self, report) -> None:
+        if report.step == self.stop_after and self.out == self.folder:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def annotated(tiny, tmp_path_factory):
+    """(recipe, run folder, reporter) of a run that trained its annotator, drew maps and trained with them."""
+    folder = tmp_path_factory.mktemp("annotated")
+    its = tiny(SHORT | {"loss.token_weight": 0.5})
+    (folder / "its.toml").write_text(recipe_to_toml(its))
+    recipe = tiny(SHORT | {"annotator.recipe": str(folder / "its.toml")})
+    recipe = dataclasses.replace(recipe, task="token_label")
+    reporter = Messages()
+    result = train(recipe, folder / "run", reporter=reporter)
+    assert result.status == "completed"
+    return recipe, folder / "run", reporter
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(out / "last.pt")["model"]
+
+
+def test_one_run_trains_the_annotator_draws_the_maps_and_trains(annotated) -> None:
+    _, out, reporter = annotated
+    assert json.loads((out / "annotator" / "summary.json").read_text())["status"] == "completed"
+    maps = LabelMaps.open(out / "label_maps")
+    assert len(maps) == json.loads((out / "summary.json").read_text())["num_train"]
+    assert maps.grid == (2, 2)
+    assert [text.split()[0] for text in reporter.said if text.startswith(("first", "then"))] == ["first", "then"]
+    stored = load_recipe(out / "recipe.toml")
+    assert (stored.task, stored.token_label.maps) == ("token_label", str(out / "label_maps"))
+
+
+def test_what_is_there_is_not_done_again(annotated, tmp_path) -> None:
+    recipe, out, _ = annotated
+    before = (out / "annotator" / "last.pt").stat().st_mtime_ns
+    reporter = Messages()
+    assert train(recipe, out, resume=True, reporter=reporter).status == "completed"
+    assert (out / "annotator" / "last.pt").stat().st_mtime_ns == before
+    assert not any(text.startswith(("first", "then")) for text in reporter.said)
+    labels = dataclasses.replace(recipe.token_label, maps=str(out / "label_maps"))
+    assert train(dataclasses.replace(recipe, token_label=labels), tmp_path / "other").status == "completed"
+    assert not (tmp_path / "other" / "annotator").exists()
+    a, b = weights_of(out), weights_of(tmp_path / "other")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("folder", ["annotator", "run"])
+def test_cut_off_anywhere_it_goes_on_and_ends_bit_for_bit_the_same(annotated, tmp_path, folder) -> None:
+    recipe, whole, _ = annotated
+    out = tmp_path / "run"
+    stopped = train(recipe, out, reporter=Messages(stop_after=2, folder=folder))
+    assert stopped.status == "interrupted"
+    assert stopped.out.name == folder
+    stored = load_recipe(out / "recipe.toml")
+    assert train(stored, out, resume=True).status == "completed"
+    a, b = weights_of(whole), weights_of(out)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_maps_matter(annotated, tmp_path) -> None:
+    recipe, out, _ = annotated
+    own = dataclasses.replace(recipe, token_label=dataclasses.replace(recipe.token_label, source="own"))
+    train(own, tmp_path / "own")
+    assert not (tmp_path / "own" / "annotator").exists(), "nobody is needed"
+    assert not torch.equal(weights_of(out)["aux_head.weight"], weights_of(tmp_path / "own")["aux_head.weight"])
+
+
+def test_without_annotator_it_is_plain_training_with_token_weight(tiny, tmp_path) -> None:
+    plain = tiny(SHORT | {"loss.token_weight": 0.5})
+    own = tiny(SHORT | {"token_label.source": "own"})
+    train(plain, tmp_path / "plain")
+    train(dataclasses.replace(own, task="token_label"), tmp_path / "own")
+    a, b = weights_of(tmp_path / "plain"), weights_of(tmp_path / "own")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_live_annotator_looks_on_and_is_not_saved(annotated, tmp_path) -> None:
+    recipe, out, _ = annotated
+    live = dataclasses.replace(
+        recipe,
+        token_label=dataclasses.replace(recipe.token_label, source="live"),
+        annotator=dataclasses.replace(recipe.annotator, model=str(out / "annotator"), flip=True),
+    )
+    before = (out / "annotator" / "best.pt").read_bytes()
+    assert train(live, tmp_path / "live").status == "completed"
+    checkpoint = load_checkpoint(tmp_path / "live" / "last.pt")
+    for part in ("model", "ema"):
+        assert checkpoint[part].keys() == load_checkpoint(out / "last.pt")[part].keys()
+    assert not (tmp_path / "live" / "label_maps").exists()
+    assert (out / "annotator" / "best.pt").read_bytes() == before
+    nobody = dataclasses.replace(live, annotator=dataclasses.replace(live.annotator, model="", recipe=""))
+    with pytest.raises(ValueError, match=r"--annotator\.model"):
+        train(nobody, tmp_path / "nobody")
+
+
+def test_a_live_annotator_says_what_its_maps_say(annotated, tiny, tmp_path) -> None:
+    """Where nothing is cropped, and all classes are kept, both ways lead to the same logits."""
+    recipe, out, _ = annotated
+    still = dataclasses.replace(recipe.augment, crop="none", hflip=0.0, erase_prob=0.5)
+    recipe = dataclasses.replace(
+        recipe,
+        augment=still,
+        annotator=dataclasses.replace(recipe.annotator, model=str(out / "annotator"), recipe="", top=10),
+        token_label=dataclasses.replace(recipe.token_label, maps=str(tmp_path / "maps")),
+    )
+    train(recipe, tmp_path / "run")  # draws the maps
+    live = dataclasses.replace(recipe, token_label=dataclasses.replace(recipe.token_label, source="live"))
+    answers = []
+    for each in (recipe, live):
+        workload = TokenLabeling(each, HERE)
+        workload.create_task(workload.create_model())
+        batch = next(iter(workload.batches(0, 1)))
+        answers.append(workload.prepare(batch))
+    by_maps, by_looking = answers
+    for name in ("class_annotation", "token_annotation"):
+        assert by_maps[name].std() > 1e-3
+        torch.testing.assert_close(by_maps[name], by_looking[name], atol=2e-3, rtol=2e-3)
+
+
+def test_maps_that_do_not_fit_are_refused(annotated, tiny, tmp_path) -> None:
+    recipe, out, _ = annotated
+    no_annotator = dataclasses.replace(recipe, annotator=type(recipe.annotator)())
+    with pytest.raises(ValueError, match=r"volo annotate.*--token_label\.maps"):
+        train(no_annotator, tmp_path / "a")
+    with_maps = dataclasses.replace(recipe.token_label, maps=str(out / "label_maps"))
+    no_annotator = dataclasses.replace(no_annotator, token_label=with_maps)
+    other_split = dataclasses.replace(no_annotator.data, split_seed=1)
+    with pytest.raises(ValueError, match=r"training pictures have no label map in .*digits/\d+.*split_seed"):
+        train(dataclasses.replace(no_annotator, data=other_split), tmp_path / "b")
+    images = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "p.npz", images=images, labels=np.arange(300) % 3, classes=np.array(["cat", "dog", "hen"]))
+    others = dataclasses.replace(no_annotator.data, kind="npz", path=str(tmp_path / "p.npz"))
+    with pytest.raises(ValueError, match="are of other classes"):
+        train(dataclasses.replace(no_annotator, data=others), tmp_path / "c")
+    odd = dataclasses.replace(no_annotator.data, img_size=(16, 20))
+    padded = dataclasses.replace(no_annotator.model, options={**no_annotator.model.options, "pad_input": True})
+    with pytest.raises(ValueError, match="multiples of 8"):
+        train(dataclasses.replace(no_annotator, data=odd, model=padded), tmp_path / "d")
+
+
+def test_a_plan_says_what_comes_and_writes_nothing(annotated, tmp_path) -> None:
+    recipe, out, _ = annotated
+    plan = plan_training(recipe, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    done = json.loads((out / "summary.json").read_text())
+    assert plan["steps"] == done["total_steps"]
+    assert plan["num_parameters"] == done["num_parameters"]
+    assert plan["pictures"] == plan["steps"] * recipe.train.batch_size
+    assert len(plan["step_seconds"]) == 3
+    assert plan["seconds"]["all"] > plan["seconds"]["training"] > 0
+    memory = plan["memory_bytes"]
+    assert memory["gradients"] == 4 * plan["num_parameters"] == memory["optimizer"] // 2 - memory["optimizer"] // 2 % 4
+    assert memory["activations"] > memory["weights"] >= memory["gradients"]
+    assert plan["annotator"]["task"] == "classify"
+    drawn = plan_training(recipe, out)
+    assert "annotator" not in drawn
+    assert drawn["label_maps"]["is_there"]
+    assert 0.5 < plan["label_maps"]["bytes"] / drawn["label_maps"]["bytes"] < 2
+    assert plan["label_maps"]["grid"] == drawn["label_maps"]["grid"] == [2, 2]
+
+
+def test_plan_on_the_command_line(annotated, tmp_path, capsys, monkeypatch) -> None:
+    recipe, _, _ = annotated
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.toml").write_text(recipe_to_toml(recipe))
+    assert main(["train", "r.toml", "--plan", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["label_maps"]["is_there"] is False
+    assert main(["train", "r.toml", "--plan", "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("first, the annotator", "learning rate", "memory", "label maps", "in all"):
+        assert word in shown
+    assert not (tmp_path / "runs").exists()
