@@ -764,9 +764,10 @@ def pack(options: PackOptions) -> int:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "kernels"]]
+    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "data", "kernels"]]
     """op: outlook attention, each engine against the reference; model: inference against timm's VOLO with the same
-    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; kernels: the GPU kernels against the copy bandwidth of the
+    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; data: what a
+    core does of reading, decoding and augmenting pictures; kernels: the GPU kernels against the copy bandwidth of the
     GPU, or without one what the compiler makes of them (registers, spills)."""
     model: str = ""
     """Name of a model; volo_d1, for loop volo_nano, if left out."""
@@ -780,6 +781,8 @@ class BenchOptions:
     """Of train: autocast of both sides."""
     compiled: bool = False
     """Of model and train: torch.compile both sides too; takes minutes."""
+    images_per_second: float = 1000.0
+    """Of data: what a GPU takes; the cores that this needs are reported."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
     threads: int = 0
@@ -801,6 +804,7 @@ def bench(options: BenchOptions) -> int:
       volo bench model --model volo_d1 --batch-size 8
       volo bench train --amp bf16 --device cuda --batch-size 128 --compiled
       volo bench loop
+      volo bench data --images-per-second 2500
       volo bench kernels --compiled --out benchmarks/results/gpu_op.json
     """
     from volo.console import show_benchmark
@@ -811,7 +815,7 @@ def bench(options: BenchOptions) -> int:
     name = options.model or ("volo_nano" if is_loop else "volo_d1")
     batch_size = options.batch_size or (256 if is_loop else 8)
     img_size = options.img_size or (32 if is_loop else 224)
-    rounds = options.rounds or {"op": 41, "model": 7, "train": 5, "loop": 5, "kernels": 15}[options.what]
+    rounds = options.rounds or {"op": 41, "model": 7, "train": 5, "loop": 5, "data": 7, "kernels": 15}[options.what]
     result: dict[str, Any]
     if options.what == "op":
         from volo.bench.op import bench_op
@@ -840,6 +844,10 @@ def bench(options: BenchOptions) -> int:
             device=str(device),
             rounds=rounds,
         )
+    elif options.what == "data":
+        from volo.bench.data import bench_data
+
+        result = bench_data(img_size=img_size, images_per_second=options.images_per_second, rounds=rounds)
     elif options.what == "kernels":
         from volo.bench.kernels import bench_kernels, compile_report
 

@@ -6,6 +6,7 @@ one that nobody disturbed, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -44,11 +45,8 @@ class Host:
         """What one types on each host, run there."""
         run = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
         run += ["--rdzv-id", "test", "--rdzv-endpoint", f"{meeting_point.name}:{PORT}"]
-        # The name of the host is its own too: torchrun and gloo look their address up by it.
-        shell = 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"'
         self.child = subprocess.Popen(
-            ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", shell, self.name]
-            + [sys.executable, *run, str(RUN_SCRIPT), json.dumps(recipe.to_dict()), "run", *flags],
+            [*self.shell(), sys.executable, *run, str(RUN_SCRIPT), json.dumps(recipe.to_dict()), "run", *flags],
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -58,6 +56,14 @@ class Host:
             start_new_session=True,
         )
 
+    def shell(self) -> list[str]:
+        """What goes before a command that is to run on this host.
+
+        The name of the host is its own too: torchrun and gloo look their address up by it.
+        """
+        rename = "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execvp(sys.argv[2], sys.argv[2:])"
+        return ["ip", "netns", "exec", self.name, "unshare", "--uts", sys.executable, "-c", rename, self.name]
+
     def processes(self) -> list[int]:
         return [int(pid) for pid in ip("netns", "pids", self.name).split()]
 
@@ -65,10 +71,8 @@ class Host:
         """As if the plug were pulled: every process of the host, again until none has slipped through."""
         while pids := self.processes():
             for pid in pids:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             time.sleep(0.05)
 
     def finish(self) -> tuple[int, str]:
@@ -106,6 +110,9 @@ def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
                 # `ip netns exec` lays this over /etc/hosts.
                 host.names.parent.mkdir(parents=True)
                 host.names.write_text("127.0.0.1 localhost\n" + "".join(f"{h.address} {h.name}\n" for h in pair))
+                called = subprocess.run([*host.shell(), "uname", "-n"], capture_output=True, text=True)
+                if called.stdout.strip() != host.name:
+                    raise OSError(called.stderr.strip() or "a name of its own is refused")
         except OSError as error:
             pytest.skip(f"network namespaces are not permitted here ({error})")
         yield pair
