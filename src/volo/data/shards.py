@@ -294,7 +294,7 @@ def _open(
     """A source for each group of shards, with classes that hold for all of them; what is left out; notes."""
     paths = [path for group in groups for path in group]
     indexes = _indexes(paths, on_progress)
-    count = sum(len(index) for index in indexes)
+    count = sum(len(index) + sum(bool(b.name) for b in index.bad) for index in indexes)
     level = _HEADERS if count > MAX_DECODED_CHECKS and config.cache != "ram" else _DECODED
     indexes = _tried(paths, indexes, level, on_progress)
     notes = [note for path, index in zip(paths, indexes) for note in index.notes(path)]
@@ -313,7 +313,7 @@ def _open(
         doubles += _doubles(np.flatnonzero(group_of == group), names, shard, paths, usable)
     bad += strangers + doubles
     if config.on_bad_image == "error":
-        raise_bad(bad, count + sum(len(index.bad) for index in indexes), folder)
+        raise_bad(bad, count, folder)
     offsets, sizes, pixels = (
         np.concatenate([getattr(index, name) for index in indexes]) if indexes else np.empty(0, np.int64)
         for name in ("offsets", "sizes", "pixels")
