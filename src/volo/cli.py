@@ -1,4 +1,4 @@
-"""`volo train | evaluate | predict | annotate | info | bench`: the one place where names on a command line become objects.
+"""`volo train | evaluate | predict | annotate | info | pack | bench`: where names on a command line become objects.
 
 Everything beyond the standard library is imported where it is used, so that help and spelling mistakes are answered at
 once. A command is a function of one frozen dataclass: the docstring is its help, the fields are its options.
@@ -45,7 +45,8 @@ HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook 
   volo predict MODEL ... name what is in pictures
   volo annotate MODEL    draw label maps for token labeling, with any classifier of ours or timm's; check them
   volo info              versions, devices, engines of the operator; --models lists models, weights and recipes
-  volo bench WHAT        measure: the operator, a model, a training step, the training loop
+  volo pack DATA         turn pictures into tar shards, for large sets and slow disks
+  volo bench WHAT        measure: the operator, a model, a training step, the training loop, the input pipeline
 
 MODEL is a run folder, a checkpoint in it, or published weights such as volo_d1.224.
 
@@ -203,9 +204,9 @@ def evaluate(options: EvaluateOptions) -> int:
       volo evaluate volo_d4.448 --data imagenetv2 --crop original
     """
     from volo.console import Bar, show_evaluation
+    from volo.data.files import write_atomically
     from volo.data.loader import EvalLoader
     from volo.data.transforms import PixelPipeline
-    from volo.engine.checkpoint import write_atomically
     from volo.engine.evaluate import evaluate as run_evaluation
     from volo.engine.evaluate import open_labelled, read_real_labels
 
@@ -296,7 +297,7 @@ def predict(options: PredictOptions) -> int:
       volo predict volo_d1.224 pictures/ --sheet sheet.png
     """
     from volo.console import Bar, prediction_line
-    from volo.engine.checkpoint import write_atomically
+    from volo.data.files import write_atomically
     from volo.engine.predict import find_pictures, to_csv, to_json
     from volo.engine.predict import predict as run_prediction
 
@@ -605,8 +606,9 @@ def _facts(with_models: bool) -> dict[str, Any]:
 
     import torch
 
+    from volo.data.files import cache_folder
     from volo.models.volo import VARIANTS, create_model
-    from volo.models.weights import PRETRAINED, cache_folder, cached_path
+    from volo.models.weights import PRETRAINED, cached_path
     from volo.ops.outlook_attention import list_backends
 
     versions: dict[str, str | None] = {"volo": __version__, "python": platform.python_version()}
@@ -681,11 +683,94 @@ def _title(recipe: Path) -> str:
 
 
 @dataclass(frozen=True)
+class PackOptions:
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
+    """Anything that data.path of a recipe can be: class folders, train/ and val/, npz files, other shards."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Where the shards go."""
+    shard_size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "256MB"
+    """A shard is no larger than this."""
+    shorter_side: Annotated[int, tyro.conf.arg(metavar="PIXELS")] = 0
+    """Scale pictures down whose shorter side is longer than this, and save them as JPEG; 0: leave them as they are."""
+    quality: Annotated[int, tyro.conf.arg(metavar="1..100")] = 0
+    """Save every picture as JPEG of this quality; 0: only those that are scaled down, with 95."""
+    kind: Annotated[str, tyro.conf.arg(metavar="KIND")] = "auto"
+    """How DATA is read, as data.kind of a recipe."""
+    val_fraction: float = 0.1
+    """Share of each class that goes to val where the data has no split of its own."""
+    split_seed: int = 0
+    """Seed of that split; with the same seed a recipe holds out the same pictures."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Pictures that cannot be decoded: stop and name them all, or leave them out."""
+    overwrite: bool = False
+    """Replace the shards in FOLDER."""
+    json: bool = False
+    """Print a summary as one JSON object; everything else goes to standard error."""
+
+
+def pack(options: PackOptions) -> int:
+    """Turn pictures into tar shards (train-000000.tar, ..., val-000000.tar, ..., classes.txt), which WebDataset reads too.
+
+    Pictures keep order, bytes and names, so that a training on the shards is the training on the data. The same command
+    continues after an interruption.
+
+    Examples:
+      volo pack imagenet --out shards/imagenet
+      volo pack photos --out shards/photos --shorter-side 512 --quality 90       smaller, and quicker to decode
+      volo train imagenet_volo_d1_224 --data shards/imagenet
+      volo train imagenet_volo_d1_224 --data "shards/imagenet/train-{000000..000511}.tar"
+    """
+    from volo.config import recipe_from_dict
+    from volo.console import Bar, show_packed
+    from volo.data.pack import pack as run_packing
+    from volo.data.pack import parse_size
+
+    console = _console(stderr=options.json)
+    names = ("kind", "val_fraction", "split_seed", "on_bad_image")
+    data = recipe_from_dict({"data": {"path": options.data, **{name: getattr(options, name) for name in names}}}).data
+    command = shlex.join(["volo", "pack", *sys.argv[2:]]) if sys.argv[1:2] == ["pack"] else "the same command"
+    try:
+        with Bar(console) as bar:
+            packed = run_packing(
+                data,
+                options.out,
+                shard_bytes=parse_size(options.shard_size),
+                shorter_side=options.shorter_side,
+                quality=options.quality,
+                overwrite=options.overwrite,
+                on_checked=lambda done, total: bar.show("checking pictures", done, total),
+                on_packed=lambda done, total: bar.show("packing", done, total),
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(command) from None
+    for line in [f"left out: {bad}" for bad in packed.skipped] + packed.notes:
+        _console(stderr=True).print(line, style="yellow", soft_wrap=True, markup=False, highlight=False)
+    if options.json:
+        summary = {
+            "out": str(packed.out),
+            "num_classes": len(packed.classes),
+            "num_train": packed.num_train,
+            "num_val": packed.num_val,
+            "shards": [path.name for path in packed.shards],
+            "bytes": packed.num_bytes,
+            "shards_done_before": packed.num_done_before,
+            "skipped": [str(bad) for bad in packed.skipped],
+            "notes": packed.notes,
+            "seconds": round(packed.seconds, 3),
+        }
+        print(json.dumps(summary))
+    else:
+        show_packed(console, packed)
+    return 0
+
+
+@dataclass(frozen=True)
 class BenchOptions:
-    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "labels", "kernels"]]
+    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "data", "labels", "kernels"]]
     """op: outlook attention, each engine against the reference; model: inference against timm's VOLO with the same
-    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; labels: label maps,
-    their size, reading, writing, and drawing them against the annotator's bare forward pass; kernels: the GPU kernels against the copy bandwidth of the
+    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; data: what a
+    core does of reading, decoding and augmenting pictures; labels: label maps, their size, reading, writing, and drawing
+    them against the annotator's bare forward pass; kernels: the GPU kernels against the copy bandwidth of the
     GPU, or without one what the compiler makes of them (registers, spills)."""
     model: str = ""
     """Name of a model; volo_d1, for loop volo_nano, if left out. For labels an annotator, as volo annotate takes it."""
@@ -705,6 +790,8 @@ class BenchOptions:
     """Of train and labels: autocast of both sides."""
     compiled: bool = False
     """Of model and train: torch.compile both sides too; takes minutes."""
+    images_per_second: float = 1000.0
+    """Of data: what a GPU takes; the cores that this needs are reported."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
     threads: int = 0
@@ -727,17 +814,21 @@ def bench(options: BenchOptions) -> int:
       volo bench train --amp bf16 --device cuda --batch-size 128 --compiled
       volo bench loop
       volo bench labels --model runs/cifar10 --data cifar10
+      volo bench data --images-per-second 2500
       volo bench kernels --compiled --out benchmarks/results/gpu_op.json
     """
     from volo.console import show_benchmark
-    from volo.engine.checkpoint import write_atomically
+    from volo.data.files import write_atomically
 
     device = _device(ModelOptions(device=options.device, threads=options.threads))
     is_loop = options.what == "loop"
     name = options.model or ("volo_nano" if is_loop else "volo_d1")
     batch_size = options.batch_size or (256 if is_loop else 8)
     img_size = options.img_size or (32 if is_loop else 224)
-    rounds = options.rounds or {"op": 41, "model": 7, "train": 5, "loop": 5, "labels": 5, "kernels": 15}[options.what]
+    rounds = (
+        options.rounds
+        or {"op": 41, "model": 7, "train": 5, "loop": 5, "data": 7, "labels": 5, "kernels": 15}[options.what]
+    )
     result: dict[str, Any]
     if options.what == "op":
         from volo.bench.op import bench_op
@@ -782,6 +873,10 @@ def bench(options: BenchOptions) -> int:
             amp=options.amp,
             device=str(device),
         )
+    elif options.what == "data":
+        from volo.bench.data import bench_data
+
+        result = bench_data(img_size=img_size, images_per_second=options.images_per_second, rounds=rounds)
     elif options.what == "kernels":
         from volo.bench.kernels import bench_kernels, compile_report
 
@@ -813,6 +908,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], int], type]] = {
     "predict": (predict, PredictOptions),
     "annotate": (annotate, AnnotateOptions),
     "info": (info, InfoOptions),
+    "pack": (pack, PackOptions),
     "bench": (bench, BenchOptions),
 }
 
