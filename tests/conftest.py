@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,3 +24,42 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("the folder with real pictures and golden cases is not here")
     return path
+
+
+def draw_scene(seed: int, height: int = 48, width: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """A picture uint8 [H, W, 3] of sky above ground with a red box in between, and its mask uint8 [H, W]: 0, 1, 2; one
+    corner is void (255)."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((height, width), np.uint8)
+    horizon = int(rng.integers(height // 3, 2 * height // 3))
+    mask[horizon:] = 1
+    top, left = int(rng.integers(4, height - 20)), int(rng.integers(4, width - 20))
+    mask[top : top + 14, left : left + 14] = 2
+    colours = np.array([[90, 140, 220], [70, 130, 60], [200, 40, 40]], np.int64)
+    image = np.clip(colours[mask] + rng.integers(-25, 26, (height, width, 3)), 0, 255).astype(np.uint8)
+    mask[-6:, -6:] = 255
+    return image, mask
+
+
+@pytest.fixture(scope="session")
+def make_scenes() -> Callable[..., Path]:
+    """make_scenes(folder, train=8, val=4) -> folder, with images/SPLIT/*.png, annotations/SPLIT/*.png and classes.csv."""
+
+    def make(folder: Path, size: tuple[int, int] = (48, 64), **counts: int) -> Path:
+        for split, count in (counts or {"train": 8, "val": 4}).items():
+            for kind in ("images", "annotations"):
+                (folder / kind / split).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                image, mask = draw_scene(sum(map(ord, split)) + i, *size)
+                Image.fromarray(image).save(folder / "images" / split / f"{i:02}.png")
+                Image.fromarray(mask).save(folder / "annotations" / split / f"{i:02}.png")
+        (folder / "classes.csv").write_text("index,name,r,g,b\n0,sky,70,130,180\n1,ground,90,60,30\n2,box,220,20,60\n")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def scenes(make_scenes: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten training and five held-out pictures of 48 x 64 pixels with masks of three classes; not to be changed."""
+    return make_scenes(tmp_path_factory.mktemp("scenes"), train=10, val=5, test=3)

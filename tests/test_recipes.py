@@ -11,7 +11,9 @@ import torch
 
 from volo.config import find_recipe, list_recipes, load_recipe, recipe_from_dict, recipe_to_toml
 from volo.engine.classification import build_model
+from volo.engine.segmentation import build_segmenter, check_recipe
 from volo.models.volo import DROP_PATH_RATES, VARIANTS
+from volo.models.weights import PRETRAINED
 
 RECIPES = {path.stem: path for path in list_recipes()}
 HEAD_FIELDS = ("paper", "command", "expected", "hardware", "reproduced")
@@ -55,10 +57,11 @@ def test_model_builds_and_runs_at_the_size_of_the_recipe(name: str) -> None:
     size = recipe.data.img_size
     without_weights = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, weights=""))
     height, width = (size, size) if isinstance(size, int) else size
+    is_segmentation = recipe.task == "segment"
     with torch.device("meta"):
-        model = build_model(without_weights, num_classes=7)
+        model = (build_segmenter if is_segmentation else build_model)(without_weights, num_classes=7)
         logits = model(torch.empty(2, 3, height, width))
-    assert logits.shape == (2, 7)
+    assert logits.shape == ((2, 7, height, width) if is_segmentation else (2, 7))
 
 
 @every_recipe
@@ -94,6 +97,26 @@ def test_fine_tuning_starts_from_the_224_weights(name: str) -> None:
     assert name.endswith(f"_{recipe.data.img_size}")
     assert (recipe.peak_lr, recipe.schedule.min_lr, recipe.optim.weight_decay) == (8e-6, 4e-6, 1e-8)
     assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs) == (30, 5)
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if load_recipe(RECIPES[n]).task == "segment"])
+def test_segmentation_recipes_say_nothing_without_effect(name: str) -> None:
+    recipe = load_recipe(RECIPES[name])
+    check_recipe(recipe)
+    assert recipe.train.batch_size // recipe.train.accumulation >= 2, "UPerNet's pooling needs two pictures"
+
+
+@pytest.mark.parametrize("data", ["ade20k", "cityscapes"])
+@pytest.mark.parametrize("variant", ["d1", "d2", "d3", "d4", "d5"])
+def test_segmentation_follows_the_nearest_known_recipe(data: str, variant: str) -> None:
+    recipe = load_recipe(RECIPES[f"{data}_volo_{variant}"])
+    assert recipe.model.name == f"upernet_volo_{variant}"
+    assert recipe.model.weights in PRETRAINED and recipe.model.weights.startswith(f"volo_{variant}.")
+    assert recipe.model.drop_path_rate == DROP_PATH_RATES[f"volo_{variant}"]
+    assert (recipe.optim.name, recipe.peak_lr, recipe.optim.weight_decay) == ("adamw", 6e-5, 0.01)
+    assert (recipe.schedule.steps, recipe.schedule.warmup_steps, recipe.schedule.decay) == (160_000, 1500, "linear")
+    assert (recipe.segment.aux_weight, recipe.segment.test, recipe.train.batch_norm) == (0.4, "slide", "sync")
+    assert recipe.segment.reduce_zero_label == (data == "ade20k")
 
 
 TOKEN_LABELS = [name for name, path in RECIPES.items() if load_recipe(path).task == "token_label"]

@@ -5,17 +5,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from volo.models.fuse import fuse
+    from volo.models.segmenter import Segmenter, SegmenterConfig, create_segmenter, list_segmenters
     from volo.models.volo import VOLO, VOLOConfig, create_model, list_models
     from volo.ops.outlook_attention import outlook_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["VOLO", "VOLOConfig", "create_model", "fuse", "list_models", "outlook_attention"]
+__all__ = [
+    "Segmenter",
+    "SegmenterConfig",
+    "VOLO",
+    "VOLOConfig",
+    "create_model",
+    "create_segmenter",
+    "fuse",
+    "list_models",
+    "list_segmenters",
+    "outlook_attention",
+]
 
-_HOMES = dict.fromkeys(["VOLO", "VOLOConfig", "create_model", "list_models"], "volo.models.volo") | {
-    "fuse": "volo.models.fuse",
-    "outlook_attention": "volo.ops.outlook_attention",
-}
+_HOMES = (
+    dict.fromkeys(["VOLO", "VOLOConfig", "create_model", "list_models"], "volo.models.volo")
+    | dict.fromkeys(["Segmenter", "SegmenterConfig", "create_segmenter", "list_segmenters"], "volo.models.segmenter")
+    | {"fuse": "volo.models.fuse", "outlook_attention": "volo.ops.outlook_attention"}
+)
 
 
 def __getattr__(name: str) -> Any:

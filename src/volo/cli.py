@@ -1,4 +1,4 @@
-"""`volo train | evaluate | predict | annotate | info | pack | bench`: where names on a command line become objects.
+"""`volo train | evaluate | predict | segment | annotate | info | pack | bench`: where names become objects.
 
 Everything beyond the standard library is imported where it is used, so that help and spelling mistakes are answered at
 once. A command is a function of one frozen dataclass: the docstring is its help, the fields are its options.
@@ -40,9 +40,10 @@ Amp = Literal["off", "bf16", "fp16"]
 
 HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook attention (arXiv 2106.13112)
 
-  volo train RECIPE      train a classifier on a folder of pictures, CIFAR, or the digits that come along
-  volo evaluate MODEL    how good a model is: top-1, top-5, every class, calibration, confusion
+  volo train RECIPE      train on a folder of pictures, CIFAR, the digits that come along, or pictures with masks
+  volo evaluate MODEL    how good a model is: top-1, top-5, every class, calibration, confusion; mIoU, boundaries
   volo predict MODEL ... name what is in pictures
+  volo segment MODEL ... name every pixel of pictures: masks, overlays, areas
   volo annotate MODEL    draw label maps for token labeling, with any classifier of ours or timm's; check them
   volo info              versions, devices, engines of the operator; --models lists models, weights and recipes
   volo pack DATA         turn pictures into tar shards, for large sets and slow disks
@@ -80,7 +81,7 @@ class TrainOptions:
 
 
 def train(options: TrainOptions) -> int:
-    """Train a classifier: RECIPE is a .toml file, the name of one that ships with volo, or a run folder (to repeat it).
+    """Train a classifier, or a segmentation model: RECIPE is a .toml file, the name of one that ships with volo, or a run folder (to repeat it).
 
     Every key of the recipe can be changed: --section.key VALUE. Arguments of the model that have no key of their own
     go by --model.options.NAME VALUE, in TOML: --model.options.depths [2,2,3,1]
@@ -88,6 +89,7 @@ def train(options: TrainOptions) -> int:
     Examples:
       volo train digits
       volo train photos_cpu --data photos --out runs/photos --schedule.epochs 60
+      volo train camvid_cpu --data camvid --out runs/camvid
       volo train runs/photos --resume                      after Ctrl-C or a power cut: the same weights, bit for bit
       volo train imagenet_volo_d1_384 --data imagenet --train.batch_size 64 --train.accumulation 8
       volo train photos_cpu --data photos --model.name volo_d1 --model.weights volo_d1.224 --data.img_size 224
@@ -132,12 +134,46 @@ def train(options: TrainOptions) -> int:
     training_curves(out / "metrics.jsonl", pictures[0])
     if result.confusion:
         pictures.append(out / "confusion.png")
-        confusion_matrix(result.confusion, result.classes, pictures[1])
+        unit = "pixels" if recipe.task == "segment" else "pictures"
+        confusion_matrix(result.confusion, result.classes, pictures[1], unit)
+    if recipe.task == "segment" and result.best:
+        pictures += _draw_segmentation(out, result.best)
     if options.json:
         print((out / "summary.json").read_text(encoding="utf-8"))
     else:
         show_result(console, result, pictures)
     return 0
+
+
+MAX_OVERLAYS = 6
+
+
+def _draw_segmentation(out: Path, best: dict[str, Any]) -> list[Path]:
+    """iou.png and overlays.png of a run: bars for the classes, and some held-out pictures as the best weights see them."""
+    from volo.data.segmentation import BadImageError, find_pairs, load_pair, open_classes
+    from volo.engine.segment import HowToTest, load_pixel_classifier, segment
+    from volo.explain.plots import OverlayItem, class_bars, overlay_sheet
+
+    classifier = load_pixel_classifier(out)
+    bars, sheet = out / "iou.png", out / "overlays.png"
+    class_bars(
+        best["per_class_iou"], classifier.classes, classifier.colours, bars, best.get("per_class_boundary_iou", ())
+    )
+    root, classes = open_classes(classifier.data, classifier.segment)
+    pairs = find_pairs(root, classifier.segment, classifier.segment.val_split)
+    count = len(pairs.names)
+    items = []
+    for i in sorted({(2 * k + 1) * count // (2 * MAX_OVERLAYS) for k in range(MAX_OVERLAYS)}):
+        name = pairs.names[i]
+        try:
+            image, truth = load_pair(root, name, pairs.masks[i], classes)
+        except BadImageError:  # left out of the training, too
+            continue
+        how = HowToTest.from_config(classifier.segment, classifier.data.img_size)
+        answer = next(segment(classifier, [root / name], how=how))
+        items.append(OverlayItem(image, answer.classes, truth[0].numpy(), Path(name).name))
+    overlay_sheet(items, classifier.classes, classifier.colours, sheet)
+    return [bars, sheet]
 
 
 def _show_plan(recipe: Recipe, out: Path, options: TrainOptions) -> int:
@@ -165,13 +201,28 @@ class ModelOptions:
     original code and timm's (which is the default); other models use what they were trained with."""
     img_size: tuple[int, ...] | None = None
     """Another size in pixels, or height and width; the position embedding is resampled."""
-    batch_size: int = 32
+    batch_size: int = 0
+    """Pictures at once, or windows of a segmentation model; 0: 32, and 1 for segmentation."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
     amp: Amp = "off"
     """Autocast to bfloat16 or float16."""
     threads: int = 0
     """CPU threads; 0: torch's choice."""
+
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """What a segmentation model sees of a picture."""
+
+    window: tuple[int, ...] | None = None
+    """Overlapping windows of so many pixels (side, or height and width); 0: the whole picture at once."""
+    stride: tuple[int, ...] | None = None
+    """From window to window; two thirds of the window if left out."""
+    scales: tuple[float, ...] = ()
+    """Average the answers at these scales, for example 0.5 0.75 1 1.25 1.5 1.75."""
+    flip: bool = False
+    """Average with the answers to the mirror images."""
 
 
 @dataclass(frozen=True)
@@ -188,11 +239,16 @@ class EvaluateOptions:
     """Print one JSON object instead of tables; the rest goes to standard error."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Write evaluation.json and confusion.png there."""
+    split: str = ""
+    """Of a segmentation model: which pictures of the data, for example test; those held out from the training if left out."""
+    seen: Annotated[WindowOptions, tyro.conf.arg(name="")] = field(default_factory=WindowOptions)
     how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
 
 def evaluate(options: EvaluateOptions) -> int:
     """Score a model on labelled pictures: top-1, top-5, mean class accuracy, calibration, every class, confusion.
+
+    Segmentation models on pictures with masks: mean IoU, IoU and accuracy of every class, boundary IoU, confusion.
 
     ImageNet for published weights: a folder of WordNet-id folders (all 1000 or some), or of the folders 0 to 999 of
     ImageNet-V2.
@@ -202,7 +258,15 @@ def evaluate(options: EvaluateOptions) -> int:
       volo evaluate runs/photos --data other_photos --out report         report/confusion.png, report/evaluation.json
       volo evaluate volo_d1.224 --data imagenet/val --real real.json --amp bf16
       volo evaluate volo_d4.448 --data imagenetv2 --crop original
+      volo evaluate runs/camvid_cpu --split test --out report
+      volo evaluate runs/cityscapes_volo_d1 --window 512 1024 --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --amp bf16
     """
+    if _is_segmentation(options.model):
+        return _evaluate_segmentation(options)
+    if options.seen != WindowOptions() or options.split:
+        raise ValueError(
+            f"--split, --window, --stride, --scales and --flip are for segmentation models, which {options.model} is not"
+        )
     from volo.console import Bar, show_evaluation
     from volo.data.files import write_atomically
     from volo.data.loader import EvalLoader
@@ -233,7 +297,7 @@ def evaluate(options: EvaluateOptions) -> int:
             label_sets = read_real_labels(options.real, source.names, len(classifier.classes))
         result = run_evaluation(
             classifier.model,
-            EvalLoader(source, data, batch_size=options.how.batch_size),
+            EvalLoader(source, data, batch_size=options.how.batch_size or 32),
             PixelPipeline(data).to(device),
             num_classes=len(classifier.classes),
             device=device,
@@ -264,6 +328,224 @@ def evaluate(options: EvaluateOptions) -> int:
             f"{options.out / 'evaluation.json'}, {options.out / 'confusion.png'}", style="cyan", soft_wrap=True
         )
     return 0
+
+
+def _is_segmentation(model: str) -> bool:
+    from volo.engine.checkpoint import find_checkpoint, is_segmentation, load_checkpoint
+
+    path = Path(model)
+    if not path.exists():
+        return False
+    return is_segmentation(load_checkpoint(find_checkpoint(path)))
+
+
+def _evaluate_segmentation(options: EvaluateOptions) -> int:
+    from volo.console import Bar, show_segmentation
+    from volo.data.segment_loader import SegmentEvalLoader
+    from volo.data.segmentation import open_split
+    from volo.data.transforms import PixelPipeline
+    from volo.engine.checkpoint import write_atomically
+    from volo.engine.evaluate import match_classes
+    from volo.engine.segment import load_pixel_classifier
+    from volo.engine.segment_evaluate import HowToTest, evaluate_segmentation
+
+    if options.real is not None or options.how.crop is not None or options.how.img_size is not None:
+        raise ValueError(
+            "--real, --crop and --img-size are for classifiers; segmentation models take --window and --scales"
+        )
+    console = _console(stderr=options.json)
+    device = _device(options.how)
+    classifier = load_pixel_classifier(options.model, device=device)
+    segment, split = classifier.segment, options.split or classifier.segment.val_split
+    data = dataclasses.replace(
+        classifier.data, path=options.data or classifier.data.path, on_bad_image=options.on_bad_image
+    )
+    test = _how_to_test(HowToTest.from_config(segment, data.img_size), options.seen)
+    assert test is not None
+    with Bar(console) as bar:
+        pictures, skipped = open_split(
+            data, segment, split, on_progress=lambda done, total: bar.show("checking pictures", done, total)
+        )
+        bar.clear()
+        for bad in skipped:
+            _console(stderr=True).print(
+                f"left out: {bad}", style="yellow", soft_wrap=True, markup=False, highlight=False
+            )
+        names = pictures.classes.names
+        result = evaluate_segmentation(
+            classifier.model,
+            SegmentEvalLoader(pictures, data, segment, batch_size=1),
+            PixelPipeline(data).to(device),
+            num_classes=len(classifier.classes),
+            device=device,
+            how=test,
+            amp=options.how.amp,
+            batch_size=options.how.batch_size or 1,
+            class_map=None if names == classifier.classes else match_classes(names, classifier.classes),
+            on_batch=lambda done: bar.show("evaluating", done, len(pictures)),
+        )
+    what = f"{split} of {data.path}"
+    described = {"model": classifier.origin, "data": what, "test": str(test), "classes": classifier.classes}
+    report = json.dumps({**described, **result}, ensure_ascii=False)
+    if options.out is not None:
+        from volo.explain.plots import class_bars, confusion_matrix
+
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out / "evaluation.json", lambda file: file.write(report.encode()))
+        confusion_matrix(result["confusion"], classifier.classes, options.out / "confusion.png", "pixels")
+        class_bars(
+            result["per_class_iou"],
+            classifier.classes,
+            classifier.colours,
+            options.out / "iou.png",
+            result["per_class_boundary_iou"],
+        )
+    if options.json:
+        print(report)
+        return 0
+    show_segmentation(console, result, classifier.classes, f"{what}, {test}, by {classifier.origin}")
+    if options.out is not None:
+        files = ", ".join(str(options.out / name) for name in ("evaluation.json", "iou.png", "confusion.png"))
+        console.print(files, style="cyan", soft_wrap=True)
+    return 0
+
+
+def _how_to_test(default: Any, seen: WindowOptions) -> Any:
+    from volo.engine.segment import how_to_test
+
+    def size(name: str, given: tuple[int, ...] | None) -> Any:
+        if given is None:
+            return None
+        if len(given) not in (1, 2) or min(given) < 0:
+            raise ValueError(
+                f"--{name} is one number of pixels, or height and width; given: {' '.join(map(str, given))}"
+            )
+        return given[0] if len(given) == 1 else given
+
+    return how_to_test(
+        default,
+        window=size("window", seen.window),
+        stride=size("stride", seen.stride),
+        scales=seen.scales,
+        flip=seen.flip,
+    )
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A run folder (its best.pt) or a checkpoint of a recipe of task "segment"."""
+    pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]]
+    """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("segmented")
+    """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there."""
+    overlays: bool = True
+    """Write overlays: the picture under the colours of its classes, with a legend."""
+    cityscapes: bool = False
+    """Masks hold Cityscapes' label ids and are named as its benchmark wants them."""
+    json: bool = False
+    """Print areas.json instead of a table; the rest goes to standard error."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Pictures that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
+    batch_size: int = 1
+    """Windows at once."""
+    seen: Annotated[WindowOptions, tyro.conf.arg(name="")] = field(default_factory=WindowOptions)
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
+    amp: Amp = "off"
+    """Autocast to bfloat16 or float16."""
+    threads: int = 0
+    """CPU threads; 0: torch's choice."""
+
+
+def segment(options: SegmentOptions) -> int:
+    """Name every pixel of pictures: masks, coloured overlays with a legend, areas as JSON.
+
+    Pictures of more than a megapixel are seen by overlapping windows, blended smoothly, in bounded memory.
+
+    Examples:
+      volo segment runs/camvid_cpu street.jpg
+      volo segment runs/camvid_cpu "drive/**/*.png" --out masks --no-overlays
+      volo segment runs/ade20k_volo_d1 huge.tif --window 1024 --batch-size 4 --amp bf16
+      volo segment runs/cityscapes_volo_d1 leftImg8bit/test --cityscapes --scales 0.75 1 1.25 --flip --out submission
+    """
+    from volo.console import Bar, area_line
+    from volo.data.segmentation import CITYSCAPES
+    from volo.engine.predict import find_pictures
+    from volo.engine.segment import (
+        areas_json,
+        cityscapes_name,
+        load_pixel_classifier,
+        output_names,
+        write_areas,
+        write_cityscapes,
+        write_mask,
+        write_overlay,
+    )
+    from volo.engine.segment import segment as run_segmentation
+
+    pictures = find_pictures(options.pictures, sys.stdin if "-" in options.pictures else ())
+    device = _device(ModelOptions(device=options.device, threads=options.threads))
+    classifier = load_pixel_classifier(options.model, device=device)
+    names, colours = classifier.classes, classifier.colours
+    if options.cityscapes and names != tuple(name for name, _, _ in CITYSCAPES):
+        raise ValueError(
+            f"--cityscapes needs a model of Cityscapes' 19 classes; {options.model} knows {len(names)} others"
+        )
+    how = _how_to_test(None, options.seen)
+    stems = [cityscapes_name(path) for path in pictures] if options.cityscapes else output_names(pictures)
+    console, errors = _console(stderr=options.json), _console(stderr=True)
+    width = min(60, max(len(str(path)) for path in pictures))
+    options.out.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    failed = 0
+    with Bar(console) as bar:
+
+        def on_window(done: int, total: int) -> None:
+            if total > 1:
+                bar.show(f"picture {len(entries) + 1} of {len(pictures)}, windows", done, total)
+
+        results = run_segmentation(
+            classifier,
+            pictures,
+            how=how,
+            batch_size=options.batch_size,
+            device=device,
+            amp=options.amp,
+            on_window=on_window,
+        )
+        for stem, result in zip(stems, results):
+            files: dict[str, str] = {}
+            if result.error:
+                failed += 1
+                errors.print(result.error, style="red", soft_wrap=True, markup=False, highlight=False)
+            else:
+                if options.cityscapes:
+                    files["mask"] = stem
+                    write_cityscapes(options.out / stem, result.classes)
+                else:
+                    files["mask"] = f"{stem}.png"
+                    write_mask(options.out / files["mask"], result.classes, colours)
+                if options.overlays:
+                    files["overlay"] = f"{Path(stem).stem if options.cityscapes else stem}_overlay.png"
+                    write_overlay(options.out / files["overlay"], result.image, result.classes, names, colours)
+            entries.append(areas_json(result, names, files))
+            if not result.error and not options.json:
+                shares = [(area["class"], area["share"]) for area in entries[-1]["areas"]]
+                console.print(area_line(result.name, shares, width), no_wrap=True, overflow="ellipsis", crop=True)
+            bar.show("segmenting", len(entries), len(pictures))
+    areas = options.out / "areas.json"
+    write_areas(areas, entries, classifier, str(how) if how else "whole pictures, windows above a megapixel")
+    if options.json:
+        print(areas.read_text(encoding="utf-8"))
+    else:
+        console.print(
+            f"{options.out}: masks, {'overlays, ' if options.overlays else ''}areas.json", style="cyan", soft_wrap=True
+        )
+    if failed:
+        message = f"{failed} of {len(pictures)} pictures could not be read"
+        errors.print(message, style="yellow" if options.on_bad_image == "skip" else "red", highlight=False)
+    return 1 if failed and options.on_bad_image == "error" else 0
 
 
 @dataclass(frozen=True)
@@ -314,7 +596,12 @@ def predict(options: PredictOptions) -> int:
     def watched() -> Iterator[Prediction]:
         nonlocal failed
         answers = run_prediction(
-            classifier, pictures, top=options.top, batch_size=options.how.batch_size, device=device, amp=options.how.amp
+            classifier,
+            pictures,
+            top=options.top,
+            batch_size=options.how.batch_size or 32,
+            device=device,
+            amp=options.how.amp,
         )
         for done, prediction in enumerate(answers, start=1):
             if prediction.error:
@@ -607,6 +894,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
     import torch
 
     from volo.data.files import cache_folder
+    from volo.models.segmenter import list_segmenters
     from volo.models.volo import VARIANTS, create_model
     from volo.models.weights import PRETRAINED, cached_path
     from volo.ops.outlook_attention import list_backends
@@ -672,6 +960,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
             }
             for tag, w in PRETRAINED.items()
         }
+        facts["segmentation"] = list_segmenters()
         facts["recipes"] = {path.stem: _title(path) for path in list_recipes()}
     return facts
 
@@ -906,6 +1195,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], int], type]] = {
     "train": (train, TrainOptions),
     "evaluate": (evaluate, EvaluateOptions),
     "predict": (predict, PredictOptions),
+    "segment": (segment, SegmentOptions),
     "annotate": (annotate, AnnotateOptions),
     "info": (info, InfoOptions),
     "pack": (pack, PackOptions),

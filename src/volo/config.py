@@ -26,13 +26,13 @@ class ModelConfig:
     """Which network, and where its first weights come from."""
 
     name: str = "volo_d1"
-    """Name of `volo.list_models()`."""
+    """Name of `volo.list_models()`; for task "segment" of `volo.list_segmenters()`."""
     weights: str = ""
     """Start from these: a pretrained tag ("volo_d1.224"), a checkpoint of ours, or a file; empty: from scratch."""
     drop_path_rate: float | None = None
     """Stochastic depth at the last block, rising linearly from 0; None: the variant's own (paper, Table 2)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Any other argument of `volo.create_model`, e.g. depths, embed_dims, patch_size, outlook_kernel."""
+    """Any other argument of `volo.create_model` or `volo.create_segmenter`, e.g. depths, embed_dims, patch_size, channels."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,47 @@ class LossConfig:
     token_weight: float = 0.0
     """Weight of the loss of the aux head on every token, with the picture's own (mixed) label as the token's target;
     0: the token logits are trained only through the maximum that joins the class logits."""
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """Semantic segmentation (task "segment"): a class for every pixel. Crops are of data.img_size."""
+
+    layout: Literal["auto", "folders", "cityscapes"] = "auto"
+    """"folders": images/ and annotations/ (ADE20K, CamVid, your own); "cityscapes": leftImg8bit/ and gtFine/."""
+    train_split: str = "train"
+    """Pictures to learn from: a folder in images/, or the names in SPLIT.txt. "train" is also found as "training"."""
+    val_split: str = "val"
+    """Pictures to score on during the training; "val" is also found as "validation"."""
+    num_classes: int = 0
+    """0: those of classes.csv, classes.txt or objectInfo150.txt beside the pictures, or Cityscapes' 19."""
+    reduce_zero_label: bool = False
+    """0 in a mask is background or void and is left out; class k is stored as k + 1 (ADE20K)."""
+    ignore_label: int = 255
+    """Value in masks that means void, besides 255: left out of loss and score (CamVid as given here: 11)."""
+    short_side: int = 0
+    """Pictures are first scaled to this shorter side, in training and testing (ADE20K: 512); 0: as they are."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Training pictures are scaled by a random factor in this range, before the crop."""
+    cat_max_ratio: float = 0.75
+    """A crop in which one class has a larger share is drawn anew, up to ten times; 1: off."""
+    photometric: float = 1.0
+    """Strength of random brightness, contrast, saturation and hue; 1: as in mmsegmentation and SSD, 0: off."""
+    aux_weight: float = 0.4
+    """Weight of the auxiliary head's loss."""
+    class_weights: Literal["none", "median", "log"] = "none"
+    """Weights of classes in the loss, from their share of the training pixels: "median": median share / share (Eigen and
+    Fergus, arXiv 1411.4734), "log": 1 / ln(1.02 + share) (ENet, arXiv 1606.02147), scaled to mean 1."""
+    ohem: float = 0.0
+    """Online hard example mining: only pixels whose true class has a probability below this count (usual: 0.7); 0: off."""
+    ohem_min_kept: int = 100_000
+    """But at least so many pixels a micro batch, the hardest."""
+    test: Literal["whole", "slide"] = "whole"
+    """Score pictures in one piece, or by overlapping windows."""
+    window: Size = 0
+    """Window of "slide": side in pixels, or height and width; 0: data.img_size."""
+    stride: Size = 0
+    """From window to window; 0: two thirds of the window."""
 
 
 @dataclass(frozen=True)
@@ -234,11 +275,12 @@ class TrainConfig:
 class Recipe:
     """One run, complete: `volo train recipes/NAME.toml --optim.lr 1e-3`."""
 
-    task: Literal["classify", "token_label"] = "classify"
+    task: Literal["classify", "token_label", "segment"] = "classify"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
     token_label: TokenLabelConfig = field(default_factory=TokenLabelConfig)
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

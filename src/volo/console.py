@@ -29,6 +29,7 @@ FIGURES = {
     "miou": "mIoU",
     "pixel_accuracy": "pixels",
     "mean_class_accuracy": "classes",
+    "boundary_iou": "boundary",
     "ece": "ECE",
 }
 """What the figures of an evaluation are called in a table, in this order; all are shares in 0..1."""
@@ -125,7 +126,7 @@ class TrainReporter(NullReporter):
         run = self.run
         left = (time.monotonic() - self._started) / (report.step - self._first) * (run.total_steps - report.step)
         self.bar.show(
-            f"epoch {report.epoch:.1f}/{run.total_steps / run.steps_per_epoch:g}",
+            f"epoch {report.epoch:.1f}/{round(run.total_steps / run.steps_per_epoch, 1):g}",
             report.step,
             run.total_steps,
             f"loss {sum(self._losses) / len(self._losses):.3f}  lr {report.lr:.1e}  "
@@ -229,7 +230,7 @@ def show_result(console: Console, result: TrainResult, pictures: Sequence[Path])
     console.print(
         Text.assemble(
             "next: ",
-            (f"volo predict {result.out} PICTURES...", "bold"),
+            (f"volo {'segment' if result.score == 'miou' else 'predict'} {result.out} PICTURES...", "bold"),
             "   or   ",
             (f"volo evaluate {result.out}", "bold"),
         ),
@@ -285,6 +286,52 @@ def show_evaluation(
             Text("━" * round(20 * share), style="cyan"),
         )
     console.print(table, highlight=False)
+
+
+def show_segmentation(console: Console, result: dict[str, Any], classes: Sequence[str], what: str) -> None:
+    """Figures of an evaluation of pixels as tables."""
+    console.print(Text(f"{result['count']:,} pictures, {what}", style="bold"), soft_wrap=True)
+    figures = Table(show_header=False, box=None)
+    figures.add_column()
+    figures.add_column(justify="right")
+    for key, label in (
+        ("miou", "mean IoU"),
+        ("pixel_accuracy", "pixels right"),
+        ("mean_class_accuracy", "mean of classes"),
+        ("boundary_iou", "boundary IoU"),
+    ):
+        if key in result:
+            figures.add_row(label, f"{100 * result[key]:.2f} %")
+    figures.add_row("loss", f"{result['loss']:.4f}")
+    console.print(figures, highlight=False)
+
+    total = sum(map(sum, result["confusion"]))
+    console.print(Text("\nby class", style="bold"))
+    table = Table(header_style="dim", box=None, padding=(0, 1))
+    table.add_column("class", max_width=40, no_wrap=True, overflow="ellipsis")
+    for name in ("IoU", "right", "boundary", "of pixels"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    boundaries = result.get("per_class_boundary_iou", [None] * len(classes))
+    for i, iou in enumerate(result["per_class_iou"]):
+        if iou is None:
+            continue
+        shares = [iou, result["per_class_accuracy"][i], boundaries[i], sum(result["confusion"][i]) / total]
+        cells = ("" if share is None else f"{100 * share:.1f} %" for share in shares)
+        table.add_row(Text(classes[i]), *cells, Text("━" * round(20 * iou), style="cyan"))
+    console.print(table, highlight=False)
+
+
+def area_line(name: str, areas: Sequence[tuple[str, float]], name_width: int, most: int = 5) -> Text:
+    """One picture of a table of areas: the classes with the largest shares, in the order given."""
+    name = name if len(name) <= name_width else "…" + name[1 - name_width :]
+    line = Text(f"{name:<{name_width}}  ")
+    for rank, (label, share) in enumerate(areas[:most]):
+        line.append(f"{label} {100 * share:.1f} %  ", style="bold" if rank == 0 else "dim")
+    if len(areas) > most:
+        line.append(f"and {len(areas) - most} more", style="dim")
+    line.rstrip()
+    return line
 
 
 def show_annotation(console: Console, report: dict[str, Any]) -> None:
@@ -370,6 +417,8 @@ def show_info(console: Console, facts: dict[str, Any]) -> None:
             figures = (f"{w[key]:.2f}" for key in ("top1", "real", "v2", "crop_original", "crop_timm"))
             made.add_row(tag, *figures, "yes" if w["cached"] else "")
         show(made)
+        console.print(Text("segmentation models", style="bold"))
+        console.print(", ".join(facts["segmentation"]) + "\n", highlight=False)
         made = table("recipes", "", "what")
         for name, what in facts["recipes"].items():
             made.add_row(name, what)

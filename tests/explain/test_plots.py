@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from volo.explain.plots import SheetItem, confusion_matrix, prediction_sheet, training_curves
+from volo.explain.plots import (
+    OverlayItem,
+    SheetItem,
+    class_bars,
+    confusion_matrix,
+    overlay_sheet,
+    prediction_sheet,
+    training_curves,
+)
 
 
 def colours_of(path: Path) -> int:
@@ -89,3 +97,37 @@ def test_sheet(tmp_path: Path, count: int) -> None:
 def test_an_empty_sheet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one picture"):
         prediction_sheet([], tmp_path / "sheet.png")
+
+
+COLOURS = np.random.default_rng(5).integers(0, 256, (150, 3)).tolist()
+
+
+@pytest.mark.parametrize("num_classes", [1, 11, 150])
+def test_bars_of_classes(tmp_path: Path, num_classes: int) -> None:
+    rng = np.random.default_rng(0)
+    iou = rng.random(num_classes).tolist()
+    boundary = [value / 2 for value in iou]
+    if num_classes > 1:
+        iou[1] = boundary[1] = None  # does not occur
+    names = [f"$ class {i} {'long ' * (i % 6)}$" for i in range(num_classes)]
+    class_bars(iou, names, COLOURS, tmp_path / "iou.png", boundary)
+    assert colours_of(tmp_path / "iou.png") > 10
+    class_bars(iou, names, COLOURS, tmp_path / "plain.png")
+    with pytest.raises(ValueError, match="no class occurs"):
+        class_bars([None, None], ["a", "b"], COLOURS, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(("count", "with_truth"), [(1, True), (3, False), (4, True)])
+def test_overlays(tmp_path: Path, count: int, with_truth: bool) -> None:
+    rng = np.random.default_rng(0)
+    items = []
+    for i in range(count):
+        labels = rng.integers(0, 40, (30 + i, 50), dtype=np.uint8)
+        truth = np.where(rng.random(labels.shape) < 0.1, 255, labels).astype(np.uint8) if with_truth else None
+        image = rng.integers(0, 256, (3, 30 + i, 50), dtype=np.uint8)
+        items.append(OverlayItem(image, labels, truth, f"a/$very$/long/name_{i}.png"))
+    overlay_sheet(items, [f"class {i}" for i in range(40)], COLOURS, tmp_path / "overlays.png")
+    assert colours_of(tmp_path / "overlays.png") > 1000
+    with pytest.raises(ValueError, match="at least one picture"):
+        overlay_sheet([], ["a"], COLOURS, tmp_path / "x.png")

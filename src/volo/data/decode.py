@@ -95,7 +95,7 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
     else:
         name = name or str(source)
         data = read_file(source, name)
-    with _naming(name, data), Image.open(io.BytesIO(data)) as image:
+    with naming(name, data), Image.open(io.BytesIO(data)) as image:
         _check_size(image, name)
         image.load()
         pixels = _rgb(image, name)
@@ -122,7 +122,7 @@ def check_header(source: Path | bytes, name: str) -> tuple[int, int]:
     with io.BytesIO(source) if isinstance(source, bytes) else open_picture_file(source, name) as file:
         start = file.read(64)
         file.seek(0)
-        with _naming(name, start), Image.open(file) as image:
+        with naming(name, start), Image.open(file) as image:
             _check_size(image, name)
             return image.height, image.width
 
@@ -139,7 +139,7 @@ def open_picture_file(path: str | Path, name: str) -> BinaryIO:
 
 
 @contextmanager
-def _naming(name: str, data: bytes) -> Iterator[None]:
+def naming(name: str, data: bytes) -> Iterator[None]:
     """Everything Pillow raises on a bad picture becomes a BadImageError; `data` is the file, or its beginning."""
     if not data:
         raise BadImageError(name, "the file is empty (0 bytes)")

@@ -66,22 +66,10 @@ class TrainLoader:
     ) -> None:
         """`num_workers` None: `data.num_workers`. With `label_maps` batches carry those of their pictures, and frames in
         `crop_order` (see `PictureFrame`). Raises ValueError where batches cannot be formed."""
-        slices = accumulation * world_size
-        if batch_size < 1 or batch_size % slices:
-            raise ValueError(
-                f"train.batch_size is {batch_size}, which does not divide by {accumulation} accumulated micro batches "
-                f"x {world_size} processes; the next one that does is {max(1, -(-batch_size // slices)) * slices}"
-            )
-        if len(source) < batch_size:
-            largest = len(source) // slices * slices
-            raise ValueError(
-                f"train.batch_size is {batch_size}, but there are only {len(source)} training pictures; "
-                + (f"it can be {largest} at most" if largest else f"{slices} are needed at the least")
-            )
+        self.micro_batch_size = micro_batch_size(len(source), batch_size, accumulation, world_size)
         check_augment(data, augment)
         self.source, self.batch_size, self.accumulation, self.seed = source, batch_size, accumulation, seed
         self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
-        self.micro_batch_size = batch_size // slices
         self.steps_per_epoch = len(source) // batch_size
         plain = augment.crop in ("pad", "none") and not augment.rand_augment and not augment.color_jitter
         self.is_vectorised = plain and isinstance(source, ArraySource)
@@ -104,14 +92,47 @@ class TrainLoader:
         )
 
     def _requests(self, start_step: int, stop_step: int) -> Iterator[tuple[int, np.ndarray]]:
-        order, order_epoch = np.empty(0, np.int64), -1
-        for step in range(start_step, stop_step):
-            epoch, position = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = keyed.permutation(len(self.source), _ORDER, self.seed, epoch), epoch
-            for micro in range(self.accumulation):
-                start = position * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
-                yield epoch, order[start : start + self.micro_batch_size]
+        return training_requests(
+            range(start_step, stop_step),
+            len(self.source),
+            self.batch_size,
+            accumulation=self.accumulation,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+
+def micro_batch_size(count: int, batch_size: int, accumulation: int, world_size: int) -> int:
+    """Pictures in one process's micro batch. Raises ValueError where `count` pictures do not make such batches."""
+    slices = accumulation * world_size
+    if batch_size < 1 or batch_size % slices:
+        raise ValueError(
+            f"train.batch_size is {batch_size}, which does not divide by {accumulation} accumulated micro batches "
+            f"x {world_size} processes; the next one that does is {max(1, -(-batch_size // slices)) * slices}"
+        )
+    if count < batch_size:
+        largest = count // slices * slices
+        raise ValueError(
+            f"train.batch_size is {batch_size}, but there are only {count} training pictures; "
+            + (f"it can be {largest} at most" if largest else f"{slices} are needed at the least")
+        )
+    return batch_size // slices
+
+
+def training_requests(
+    steps: range, count: int, batch_size: int, *, accumulation: int, seed: int, rank: int, world_size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, indices of the pictures) of every micro batch that a process takes in `steps`; see `TrainLoader`."""
+    size, steps_per_epoch = batch_size // (accumulation * world_size), count // batch_size
+    order, order_epoch = np.empty(0, np.int64), -1
+    for step in steps:
+        epoch, position = divmod(step, steps_per_epoch)
+        if epoch != order_epoch:
+            order, order_epoch = keyed.permutation(count, _ORDER, seed, epoch), epoch
+        for micro in range(accumulation):
+            start = position * batch_size + (micro * world_size + rank) * size
+            yield epoch, order[start : start + size]
 
 
 class EvalLoader:
@@ -377,7 +398,14 @@ def _run(
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[Batch]:
-    with closing(_answers(_Dataset(source.targets, pictures), requests, num_workers, pin_memory)) as batches:
+    return run_requests(_Dataset(source.targets, pictures), requests, num_workers, pin_memory)
+
+
+def run_requests(
+    dataset: Any, requests: Iterable[tuple[int, np.ndarray]], num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """The batch of each request, in order: `dataset[request]`. Raises BadImageError where that is one."""
+    with closing(_answers(dataset, requests, num_workers, pin_memory)) as batches:
         for batch in batches:
             if isinstance(batch, BadImageError):
                 reason = f"{batch.reason}. At the start it was readable, or only its header was checked"

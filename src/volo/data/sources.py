@@ -106,27 +106,27 @@ class ArraySource:
 
 
 class PixelCache:
-    """Decoded pictures of different sizes in one flat tensor, which worker processes share without copies."""
+    """Decoded pictures (or masks) of different sizes in one flat tensor, which worker processes share without copies."""
 
     def __init__(self, pixels: Tensor, shapes: np.ndarray, starts: np.ndarray) -> None:
         self.pixels, self.shapes, self.starts = pixels, shapes, starts
 
     @classmethod
     def of(cls, pictures: list[Tensor]) -> PixelCache:
-        """From uint8 [3, H, W] pictures, which it takes out of the list so that memory is not needed twice."""
-        shapes = np.array([p.shape[1:] for p in pictures], np.int64).reshape(-1, 2)
-        ends = np.cumsum(shapes.prod(axis=1) * 3)
-        cache = cls(
-            torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.uint8), shapes, ends - shapes.prod(axis=1) * 3
-        )
+        """From uint8 [C, H, W] pictures, which it takes out of the list so that memory is not needed twice."""
+        shapes = np.array([p.shape for p in pictures], np.int64).reshape(-1, 3)
+        sizes = shapes.prod(axis=1)
+        ends = np.cumsum(sizes)
+        cache = cls(torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.uint8), shapes, ends - sizes)
         for i in reversed(range(len(pictures))):
             cache[i].copy_(pictures.pop())
         return cache
 
     def __getitem__(self, index: int) -> Tensor:
-        height, width = self.shapes[index].tolist()
+        channels, height, width = self.shapes[index].tolist()
         start = int(self.starts[index])
-        return self.pixels[start : start + 3 * height * width].view(height, width, 3).permute(2, 0, 1)
+        flat = self.pixels[start : start + channels * height * width]
+        return flat.view(height, width, channels).permute(2, 0, 1)
 
     def select(self, indices: Sequence[int]) -> PixelCache:
         return PixelCache(self.pixels, self.shapes[indices], self.starts[indices])

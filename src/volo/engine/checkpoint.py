@@ -5,24 +5,29 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from volo.config import Recipe, recipe_from_dict
 from volo.data.files import write_atomically
+from volo.models.segmenter import Segmenter, segmenter_from_dict
 from volo.models.volo import VOLO, VOLOConfig
 
 FORMAT = 1
 
 
+Model = TypeVar("Model", VOLO, Segmenter)
+
+
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(Generic[Model]):
     """A trained model with what is needed to use it."""
 
-    model: VOLO
+    model: Model
     """In eval mode."""
     classes: tuple[str, ...]
     recipe: Recipe
@@ -30,6 +35,8 @@ class LoadedModel:
     metrics: dict[str, Any]
     """Of the last evaluation before the checkpoint."""
     step: int
+    extras: dict[str, Any]
+    """`Workload.extras` of its training."""
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -70,14 +77,57 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_model(path: str | Path, *, use_ema: bool = True, device: torch.device | str = "cpu") -> LoadedModel:
-    """The model of a checkpoint, ready to predict; its averaged weights where there are some and `use_ema` is set.
+def load_model(path: str | Path, *, use_ema: bool = True, device: torch.device | str = "cpu") -> LoadedModel[VOLO]:
+    """The classifier of a checkpoint, ready to predict; its averaged weights where there are some and `use_ema` is set.
 
-    Raises FileNotFoundError, ValueError.
+    Raises FileNotFoundError, ValueError (a segmentation model is one of the reasons).
     """
     checkpoint = load_checkpoint(path)
+    if is_segmentation(checkpoint):
+        raise ValueError(
+            f"{path} is a segmentation model, which names pixels: use `volo segment`, `volo evaluate`, or load_segmenter"
+        )
+    return _load(path, checkpoint, lambda config: VOLO(VOLOConfig(**config)), use_ema, device)
+
+
+def load_segmenter(
+    path: str | Path, *, use_ema: bool = True, device: torch.device | str = "cpu"
+) -> LoadedModel[Segmenter]:
+    """As `load_model`, for a segmentation model; `extras["colours"]` are those of its classes."""
+    checkpoint = load_checkpoint(path)
+    if not is_segmentation(checkpoint):
+        raise ValueError(f"{path} is a classifier, which names whole pictures: use `volo predict`, or load_model")
+    return _load(path, checkpoint, segmenter_from_dict, use_ema, device)
+
+
+def is_segmentation(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint holds a `Segmenter`."""
+    return "backbone" in checkpoint["model_config"]
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The checkpoint that a user means: a file, or a run folder's best.pt, else its last.pt.
+
+    Raises FileNotFoundError for a folder without; a path that is no folder comes back as it is.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    found = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"no best.pt or last.pt in {path}; give a run folder of `volo train`, or a checkpoint")
+    return found[0]
+
+
+def _load(
+    path: str | Path,
+    checkpoint: dict[str, Any],
+    build: Callable[[dict[str, Any]], Model],
+    use_ema: bool,
+    device: torch.device | str,
+) -> LoadedModel[Model]:
     with torch.device("meta"):  # the weights follow; drawing random ones would only take time
-        model = VOLO(VOLOConfig(**checkpoint["model_config"]))
+        model = build(checkpoint["model_config"])
     weights = checkpoint["ema"] if use_ema and checkpoint["ema"] is not None else checkpoint["model"]
     try:
         model.load_state_dict(weights, assign=True)
@@ -89,9 +139,11 @@ def load_model(path: str | Path, *, use_ema: bool = True, device: torch.device |
         recipe=recipe_from_dict(checkpoint["recipe"]),
         metrics=checkpoint["metrics"],
         step=checkpoint["step"],
+        extras=checkpoint.get("extras", {}),
     )
 
 
-def model_config_dict(model: VOLO) -> dict[str, Any]:
-    """The model's configuration as dicts, lists and numbers: `VOLO(VOLOConfig(**d))` rebuilds it."""
+def model_config_dict(model: VOLO | Segmenter) -> dict[str, Any]:
+    """The model's configuration as dicts, lists and numbers: `VOLO(VOLOConfig(**d))`, or `segmenter_from_dict(d)`,
+    rebuilds it."""
     return json.loads(json.dumps(asdict(model.config)))

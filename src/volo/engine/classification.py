@@ -37,6 +37,7 @@ class Classification:
         ):
             splits = open_data(recipe.data, on_progress=on_progress)
         self.classes = splits.classes
+        self.extras: dict[str, Any] = {}
         self.num_train, self.num_val = len(splits.train), len(splits.val)
         self.notes = [f"left out: {bad}" for bad in splits.skipped] + splits.notes
         self.loader = TrainLoader(

@@ -34,7 +34,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.
         )
     options: dict = {}
     if "muon" in config.name:
-        options |= {"fallback_list": ("head.*", "aux_head.*"), "fallback_no_weight_decay": True}
+        options |= {"fallback_list": ("head.*", "aux_head.*", "*.conv_seg.*"), "fallback_no_weight_decay": True}
     elif info.opt_class in (torch.optim.AdamW, torch.optim.Adam):
         # One kernel instead of a dozen for every parameter, felt with small models and most of all on a CPU.
         options["fused"] = True

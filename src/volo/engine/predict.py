@@ -24,7 +24,7 @@ from volo.config import DataConfig, Size, nearest
 from volo.data.decode import BadImageError, decode_image
 from volo.data.folders import is_image_name
 from volo.data.transforms import PixelPipeline, eval_transform
-from volo.engine.checkpoint import load_model
+from volo.engine.checkpoint import find_checkpoint, load_model
 from volo.engine.evaluate import AMP_DTYPES
 from volo.models.volo import VOLO, create_model
 from volo.models.weights import PRETRAINED
@@ -70,14 +70,7 @@ def load_classifier(
     Raises FileNotFoundError where nothing is there, ValueError for what is not a checkpoint and for presets of
     checkpoints that have none.
     """
-    path = Path(source)
-    if path.is_dir():
-        found = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
-        if not found:
-            raise FileNotFoundError(
-                f"no best.pt or last.pt in {path}; give a run folder of `volo train`, or a checkpoint"
-            )
-        path = found[0]
+    path = find_checkpoint(source)
     tag = str(source) if str(source) in PRETRAINED else f"{source}.224"
     if path.is_file():
         loaded = load_model(path, device=device)

@@ -58,10 +58,15 @@ from volo.engine.distributed import (
 from volo.engine.evaluate import AMP_DTYPES
 from volo.engine.optim import LearningRate, WeightAverage, create_optimizer, set_learning_rate
 from volo.engine.report import NullReporter, Reporter, RunInfo, RunLog, StepReport, TrainResult
+from volo.engine.segmentation import Segmentation
 from volo.engine.token_labeling import TokenLabeling, prepare_annotator
 from volo.engine.workload import OpenWorkload, Workload
 
-WORKLOADS: dict[str, OpenWorkload] = {"classify": Classification, "token_label": TokenLabeling}
+WORKLOADS: dict[str, OpenWorkload] = {
+    "classify": Classification,
+    "token_label": TokenLabeling,
+    "segment": Segmentation,
+}
 """Who opens the workload of a recipe, by its `task`."""
 
 # A run may be continued with other values of these: they change speed, place or reports, not what is computed (rounding
@@ -79,7 +84,17 @@ CHANGEABLE = frozenset(
     | {"train.eval_every", "train.eval_steps", "train.eval_batch_size", "train.checkpoint_minutes", "train.tensorboard"}
 )
 
-RUN_FILES = ("recipe.toml", "last.pt", "best.pt", "metrics.jsonl", "summary.json", "curves.png", "confusion.png")
+RUN_FILES = (
+    "recipe.toml",
+    "last.pt",
+    "best.pt",
+    "metrics.jsonl",
+    "summary.json",
+    "curves.png",
+    "confusion.png",
+    "iou.png",
+    "overlays.png",
+)
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -478,6 +493,7 @@ class _Run:
             "recipe": self.recipe.to_dict(),
             "model_config": self.model_config,
             "classes": list(self.workload.classes),
+            "extras": self.workload.extras,
             "metrics": self.metrics,
             "confusion": self.confusion,
             "history": {

@@ -37,6 +37,8 @@ class Workload(Protocol):
     notes: list[str]
     """What a person should know about the data before the run starts."""
     steps_per_epoch: int
+    extras: dict[str, Any]
+    """What users of the weights need besides names of classes, kept in checkpoints: plain containers and numbers."""
 
     def create_model(self) -> nn.Module:
         """The model with the recipe's first weights, on the CPU. It may download them."""

@@ -128,10 +128,13 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
             axes.grid(visible=True)
 
 
-def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str], out: str | Path) -> None:
-    """Draw a confusion matrix (rows: truth, columns: prediction, counts of pictures) as a PNG.
+def confusion_matrix(
+    confusion: Sequence[Sequence[int]], classes: Sequence[str], out: str | Path, unit: str = "pictures"
+) -> None:
+    """Draw a confusion matrix (rows: truth, columns: prediction, counts of `unit`) as a PNG.
 
-    Colours are shares of each row. Above 60 classes the names give way to a list of the most frequent confusions.
+    Colours are shares of each row; so are the figures in the cells, in percent, where what was counted is not pictures.
+    Above 60 classes the names give way to a list of the most frequent confusions.
     """
     counts = np.asarray(confusion, dtype=np.int64)
     K = len(classes)
@@ -141,7 +144,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str],
     shares = counts / np.maximum(totals, 1)
     share_right = counts.trace() / max(counts.sum(), 1)
     labels = [_short(name, 24) for name in classes]
-    title = f"{100 * share_right:.2f} % of {counts.sum():,} pictures right"
+    title = f"{100 * share_right:.2f} % of {counts.sum():,} {unit} right"
     if K > MAX_NAMES:
         with _figure(out, 14, 7) as figure:
             matrix, bars = figure.subplots(1, 2, width_ratios=[1.15, 1])
@@ -158,7 +161,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str],
             matrix.set_xlabel("predicted class (number)")
             matrix.set_ylabel("true class (number)")
             matrix.set_title(title)
-            _draw_confusions(bars, counts, labels)
+            _draw_confusions(bars, counts, labels, unit)
         return
     longest = max(map(len, labels))
     side = max(3.2, 0.42 * K if K <= MAX_FIGURES else 0.22 * K)
@@ -191,7 +194,7 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str],
                 axes.text(
                     column,
                     row,
-                    f"{counts[row, column]}",
+                    f"{counts[row, column]}" if unit == "pictures" else _in_percent(shares[row, column]),
                     ha="center",
                     va="center",
                     fontsize=9 if counts.max() < 1000 else 7,
@@ -243,6 +246,113 @@ def _draw_picture(axes: Axes, item: SheetItem) -> None:
         ).set_parse_math(False)
 
 
+def class_bars(
+    iou: Sequence[float | None],
+    classes: Sequence[str],
+    colours: Sequence[Sequence[int]],
+    out: str | Path,
+    boundary: Sequence[float | None] = (),
+) -> None:
+    """Draw the IoU of every class as bars in the classes' colours, best first, and boundary IoU as ticks, as a PNG.
+
+    None stands for a class that does not occur: it is left out. Raises ValueError where nothing occurs.
+    """
+    known = [i for i, value in enumerate(iou) if value is not None]
+    if not known:
+        raise ValueError("no class occurs, so there are no bars to draw")
+    order = sorted(known, key=lambda i: -(iou[i] or 0.0))
+    mean = sum(iou[i] or 0.0 for i in known) / len(known)
+    rows = min(len(order), 40)
+    columns = -(-len(order) // rows)
+    longest = max(len(_short(classes[i], 24)) for i in order)
+    with _figure(out, columns * (5.2 + 0.075 * longest), 0.27 * rows + 1.3) as figure:
+        grid = figure.subplots(1, columns, squeeze=False)[0]
+        for column, axes in enumerate(grid):
+            part = order[column * rows : (column + 1) * rows]
+            for row, i in enumerate(part):
+                value = 100 * (iou[i] or 0.0)
+                axes.barh(row, value, height=0.74, color=[c / 255 for c in colours[i]], edgecolor=INK, linewidth=0.5)
+                axes.text(value + 1.2, row, f"{value:.1f}", va="center", fontsize=8.5)
+                if len(boundary) and boundary[i] is not None:
+                    axes.plot([100 * (boundary[i] or 0.0)] * 2, [row - 0.37, row + 0.37], color=INK, linewidth=2.4)
+                    axes.plot([100 * (boundary[i] or 0.0)] * 2, [row - 0.37, row + 0.37], color="white", linewidth=1.2)
+            axes.axvline(100 * mean, color=GREY, linewidth=0.9, linestyle=":")
+            axes.set_yticks(range(len(part)), [_short(classes[i], 24) for i in part], fontsize=9, parse_math=False)
+            axes.set_ylim(rows - 0.4, -0.6)
+            axes.set_xlim(0, 108)
+            axes.set_xticks(range(0, 101, 20))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+            axes.tick_params(axis="y", length=0)
+            axes.grid(axis="x")
+        grid[0].set_title(f"IoU of each class, mean {100 * mean:.2f} % (dotted)")
+        if len(boundary):
+            grid[0].set_xlabel("white ticks: IoU of the band along boundaries")
+
+
+@dataclass(frozen=True)
+class OverlayItem:
+    """One picture of an overlay sheet."""
+
+    image: Tensor | np.ndarray
+    """uint8 [3, H, W]."""
+    predicted: np.ndarray
+    """uint8 [H, W], the class of each pixel."""
+    truth: np.ndarray | None = None
+    """The same by hand, 255 for void, which is shown black."""
+    name: str = ""
+
+
+def overlay_sheet(
+    items: Sequence[OverlayItem], classes: Sequence[str], colours: Sequence[Sequence[int]], out: str | Path
+) -> None:
+    """Draw pictures, the truth where it is known, and what a model saw, side by side with a legend, as a PNG.
+
+    Raises ValueError for an empty sheet.
+    """
+    if not items:
+        raise ValueError("an overlay sheet needs at least one picture that could be read")
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(colours)] = np.asarray(colours, np.uint8)
+    columns = 3 if any(item.truth is not None for item in items) else 2
+    seen = np.zeros(256, np.int64)
+    for item in items:
+        for labels in (item.predicted, item.truth):
+            seen += np.bincount(labels.ravel(), minlength=256) if labels is not None else 0
+    shown = sorted((i for i in range(len(classes)) if seen[i]), key=lambda i: -seen[i])[:28]
+    aspect = max(item.predicted.shape[0] / item.predicted.shape[1] for item in items)
+    width = 3.9
+    legend_rows = -(-(len(shown) + (columns == 3)) // (2 * columns))
+    with _figure(
+        out, width * columns, len(items) * (0.97 * width * aspect + 0.17) + 0.28 * legend_rows + 0.3
+    ) as figure:
+        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, hspace=0.01, wspace=0.01)
+        grid = figure.subplots(len(items), columns, squeeze=False)
+        for axes in grid.flat:
+            axes.axis("off")
+        for row, item in zip(grid, items):
+            image = np.asarray(item.image).transpose(1, 2, 0)
+            layers = [None, *([item.truth] if columns == 3 else []), item.predicted]
+            for axes, labels, what in zip(row, layers, ["", *(["truth"] if columns == 3 else []), "prediction"]):
+                axes.imshow(image)
+                if labels is not None:
+                    axes.imshow(table[labels], alpha=0.68, interpolation="nearest")
+                title = axes.set_title(
+                    what or _short(item.name, 48, keep_end=True), fontsize=8, fontweight="normal", color=GREY, pad=2
+                )
+                title.set_parse_math(False)
+        patches = [
+            Rectangle((0, 0), 1, 1, facecolor=[c / 255 for c in colours[i]], edgecolor=INK, linewidth=0.5)
+            for i in shown
+        ]
+        names = [_short(classes[i], 22) for i in shown]
+        if columns == 3:
+            patches.append(Rectangle((0, 0), 1, 1, facecolor="black"))
+            names.append("void")
+        legend = figure.legend(patches, names, loc="outside lower center", ncols=2 * columns, fontsize=8.5)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+
+
 def _draw_bars(axes: Axes, item: SheetItem, num_bars: int, lines: int) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(lines - 0.3, -0.6)
@@ -265,7 +375,11 @@ def _draw_bars(axes: Axes, item: SheetItem, num_bars: int, lines: int) -> None:
         )
 
 
-def _draw_confusions(axes: Axes, counts: np.ndarray, labels: Sequence[str], most: int = 24) -> None:
+def _in_percent(share: float) -> str:
+    return f"{100 * share:.0f}" if share >= 0.005 else ""
+
+
+def _draw_confusions(axes: Axes, counts: np.ndarray, labels: Sequence[str], unit: str, most: int = 24) -> None:
     """Horizontal bars of the largest entries off the diagonal."""
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
@@ -280,7 +394,7 @@ def _draw_confusions(axes: Axes, counts: np.ndarray, labels: Sequence[str], most
     axes.set_yticks(range(len(pairs)), [f"{labels[t]} → {labels[p]}" for t, p in pairs], fontsize=8, parse_math=False)
     axes.set_ylim(most - 0.5, -0.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("pictures")
+    axes.set_xlabel(unit)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -233,7 +233,8 @@ class VOLO(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, *config.grid_size, dim2))
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
 
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim2))
+        cls_token = nn.Parameter(torch.zeros(1, 1, dim2))
+        self.cls_token: nn.Parameter | None = cls_token
         self.post_network = nn.ModuleList(
             ClassBlock(
                 dim2,
@@ -246,13 +247,13 @@ class VOLO(nn.Module):
             )
             for _ in range(config.num_class_blocks)
         )
-        self.norm = nn.LayerNorm(dim2, eps=config.norm_eps)
+        self.norm: nn.Module = nn.LayerNorm(dim2, eps=config.norm_eps)
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head: nn.Module
         self.aux_head: nn.Module
         self._make_heads(config.num_classes)
 
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {
                 "num_chs": dim1 if level == 0 else dim2,
                 "reduction": config.patch_size if level == 0 else config.size_multiple,
@@ -262,7 +263,7 @@ class VOLO(nn.Module):
         ]
         self._pos_embed_cache: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(cls_token, std=0.02)
         self.apply(_init_weights)
 
     def _make_heads(self, num_classes: int) -> None:
@@ -302,6 +303,11 @@ class VOLO(nn.Module):
 
     def _attend_class(self, tokens: Tensor) -> Tensor:
         """Last feature map [B, h, w, C2] -> normalised [B, 1 + h*w, C2], class token first."""
+        if self.cls_token is None:
+            raise ValueError(
+                "this VOLO is a backbone whose class attention was removed: it has feature maps alone. "
+                "Call forward_intermediates(images, intermediates_only=True)"
+            )
         B, h, w, C = tokens.shape
         x = torch.cat([self.cls_token.expand(B, -1, -1), tokens.reshape(B, h * w, C)], dim=1)
         for block in self.post_network:
@@ -368,14 +374,27 @@ class VOLO(nn.Module):
 
     # What users of timm know
 
+    @overload
     def forward_intermediates(
-        self, images: Tensor, indices: int | Sequence[int] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        intermediates_only: Literal[False] = False,
+    ) -> tuple[Tensor, list[Tensor]]: ...
+    @overload
+    def forward_intermediates(
+        self, images: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: Literal[True]
+    ) -> list[Tensor]: ...
+    def forward_intermediates(
+        self, images: Tensor, indices: int | Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
         """Features and the feature maps of the levels in `feature_info`, as [B, C, H, W].
 
         Args:
             images: [B, in_chans, H, W].
             indices: levels to return; an int n means the last n; None all of them.
+            intermediates_only: return the maps alone; class attention is not computed.
 
         Returns:
             (`forward_features(images)`, list of maps); strides are `feature_info[i]["reduction"]`.
@@ -389,7 +408,8 @@ class VOLO(nn.Module):
                 f"indices are levels 0 to {num_levels - 1}, or how many (1 to {num_levels}); given: {indices}"
             )
         maps = self._run_stages(self.forward_embed(images))
-        return self._attend_class(maps[-1]), [maps[i].permute(0, 3, 1, 2) for i in levels]
+        chosen = [maps[i].permute(0, 3, 1, 2) for i in levels]
+        return chosen if intermediates_only else (self._attend_class(maps[-1]), chosen)
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -405,6 +425,18 @@ class VOLO(nn.Module):
         for head in (self.head, self.aux_head):
             head.apply(_init_weights)
             head.to(device=reference.device, dtype=reference.dtype)
+
+    def remove_class_attention(self) -> None:
+        """Drop class token, class blocks, last norm and heads, which dense tasks have no use for.
+
+        What remains is `forward_intermediates(images, intermediates_only=True)`. Every parameter left takes part in it,
+        as training in several processes demands.
+        """
+        if self.num_classes:
+            self.reset_classifier(0)
+        self.cls_token = None
+        self.post_network = nn.ModuleList()
+        self.norm = nn.Identity()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

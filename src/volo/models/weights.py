@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from torch import Tensor
 from volo.config import nearest
 from volo.data.files import cache_folder
 from volo.models.volo import VARIANTS, VOLO, VOLOConfig, resample_pos_embed
+
+if TYPE_CHECKING:
+    from volo.models.segmenter import Segmenter
 
 try:
     import fcntl
@@ -628,6 +631,52 @@ def create_pretrained(name: str, pretrained: bool | str | Path, overrides: Mappi
     )
     logger.info("%s from %s: %s", name, origin, report)
     return model
+
+
+def is_segmenter_file(pretrained: str | Path) -> bool:
+    """Whether `pretrained` names a file of ours that holds a segmentation model; nothing is downloaded to find out."""
+    if str(pretrained) in PRETRAINED or not Path(pretrained).is_file():
+        return False
+    content = _read(pretrained)
+    config = content.get("model_config") if isinstance(content, Mapping) else None
+    return isinstance(config, Mapping) and "backbone" in config
+
+
+def load_segmenter_weights(model: Segmenter, source: str | Path) -> LoadReport:
+    """Load a segmentation checkpoint of ours into `model`, in place.
+
+    The position embedding is resampled, and classifiers for another number of classes are left as they are in the
+    model. Raises ValueError, with the report, if anything else differs; `model` is then unchanged.
+    """
+    given, wanted = read_state_dict(source), model.state_dict()
+    adapted, kept = [], set()
+    pos_embed = "backbone.pos_embed"
+    if pos_embed in given and given[pos_embed].shape != wanted[pos_embed].shape:
+        old, new = given[pos_embed].shape, wanted[pos_embed].shape
+        if len(old) == 4 and old[-1] == new[-1]:
+            given[pos_embed] = resample_pos_embed(given[pos_embed], (new[1], new[2]))
+            adapted.append(f"{pos_embed} resampled from {_shape(old[1:3])} to {_shape(new[1:3])} tokens")
+    for head in ("decode_head.conv_seg.", "auxiliary_head.conv_seg."):
+        names = [name for name in wanted if name.startswith(head)]
+        theirs = {name: given[name].shape for name in names if name in given}
+        if theirs and any(shape[0] != model.num_classes for shape in theirs.values()):
+            kept |= set(names)
+            given = {name: tensor for name, tensor in given.items() if not name.startswith(head)}
+            num_theirs = next(iter(theirs.values()))[0]
+            adapted.append(
+                f"{head[:-1]} left as initialised ({num_theirs} classes in the file, {model.num_classes} in the model)"
+            )
+    misshaped = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
+    report = LoadReport(
+        missing=tuple(name for name in wanted if name not in given and name not in kept),
+        unexpected=tuple(name for name in given if name not in wanted),
+        misshaped=tuple((name, tuple(given[name].shape), tuple(wanted[name].shape)) for name in misshaped),
+        adapted=tuple(adapted),
+    )
+    if report.missing or report.unexpected or report.misshaped:
+        raise ValueError(f"the weights in {source} do not fit the model, which was left unchanged:\n{report}")
+    model.load_state_dict(given, strict=False)
+    return report
 
 
 def _locate(name: str, pretrained: bool | str | Path, overrides: Mapping[str, Any]) -> tuple[Path, str]:

@@ -1,0 +1,223 @@
+"""Folders of pictures with masks: every layout, and everything that can be wrong, named before a training starts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from volo.config import DataConfig, SegmentConfig
+from volo.data.segmentation import (
+    CITYSCAPES,
+    IGNORE,
+    find_pairs,
+    open_classes,
+    open_segmentation,
+    open_split,
+    palette,
+)
+
+
+def open_there(path: Path, on_bad_image="error", cache="auto", **segment):
+    return open_segmentation(
+        DataConfig(path=str(path), on_bad_image=on_bad_image, cache=cache), SegmentConfig(**segment)
+    )
+
+
+def save_mask(path: Path, values: np.ndarray) -> None:
+    Image.fromarray(values.astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def own(scenes: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return shutil.copytree(scenes, tmp_path / "own")
+
+
+def test_folders(scenes: Path) -> None:
+    seen = []
+    splits = open_segmentation(
+        DataConfig(path=str(scenes)), SegmentConfig(), on_progress=lambda done, total: seen.append((done, total))
+    )
+    assert (len(splits.train), len(splits.val)) == (10, 5)
+    assert splits.classes.names == ("sky", "ground", "box")
+    assert splits.classes.colours[2] == (220, 20, 60)
+    assert seen[-1] == (15, 15)
+    assert seen == sorted(seen)
+    image, mask = splits.val.load(3)
+    assert splits.val.names[3] == "images/val/03.png"
+    assert torch.equal(image, torch.from_numpy(np.array(Image.open(scenes / "images/val/03.png"))).permute(2, 0, 1))
+    assert torch.equal(mask[0], torch.from_numpy(np.array(Image.open(scenes / "annotations/val/03.png"))))
+    masks = [np.array(Image.open(path)) for path in (scenes / "annotations/train").glob("*.png")]
+    assert splits.pixel_counts.tolist() == [int(sum((m == k).sum() for m in masks)) for k in range(3)]
+
+
+def test_cached_or_not_the_pictures_are_the_same(scenes: Path) -> None:
+    cached, plain = (open_there(scenes, cache=kind).train for kind in ("ram", "none"))
+    assert cached.pixel_cache is not None and plain.pixel_cache is None
+    for i in range(len(cached)):
+        assert all(torch.equal(a, b) for a, b in zip(cached.load(i), plain.load(i), strict=True))
+
+
+def test_ade20k_layout_with_zero_as_background(scenes: Path, tmp_path: Path) -> None:
+    for split, name in (("train", "training"), ("val", "validation")):
+        for kind in ("images", "annotations"):
+            shutil.copytree(scenes / kind / split, tmp_path / kind / name)
+    for path in tmp_path.glob("annotations/*/*.png"):
+        mask = np.array(Image.open(path)).astype(int)
+        save_mask(path, np.where(mask == 255, 0, mask + 1))
+    rows = [f"{i + 1}\t0.1\t1\t1\t0\t{name}" for i, name in enumerate(["sky", "ground, earth", "box"])]
+    (tmp_path / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *rows]))
+    reduced, plain = open_there(tmp_path, reduce_zero_label=True), open_there(scenes)
+    assert reduced.classes.names == ("sky", "ground", "box")
+    for i in range(10):
+        assert torch.equal(reduced.train.load(i)[1], plain.train.load(i)[1])
+    with pytest.raises(ValueError, match=r"3 \(\d+ pixels\); allowed are 0 to 2, and 255 for void"):
+        open_there(tmp_path)
+
+
+def test_lists_choose_and_order(own: Path) -> None:
+    (own / "train.txt").write_text("04\n01.png\n\n02 0.5\n")
+    assert [Path(n).stem for n in open_there(own).train.names] == ["04", "01", "02"]
+    (own / "train.txt").write_text("04\n17\n")
+    with pytest.raises(ValueError, match=r"train\.txt names '17', but there is no such picture"):
+        open_there(own)
+    (own / "train.txt").write_text("04\n04\n")
+    with pytest.raises(ValueError, match="twice"):
+        open_there(own)
+
+
+def test_flat_folders_with_lists(scenes: Path, tmp_path: Path) -> None:
+    for kind in ("images", "annotations"):
+        (tmp_path / kind).mkdir()
+        for path in (scenes / kind / "train").iterdir():
+            shutil.copy(path, tmp_path / kind / path.name)
+    with pytest.raises(ValueError, match="has no split 'train'"):
+        open_there(tmp_path, num_classes=3)
+    (tmp_path / "train.txt").write_text("\n".join(f"{i:02}" for i in range(7)))
+    (tmp_path / "val.txt").write_text("07\n08")
+    splits = open_there(tmp_path, num_classes=3)
+    assert (len(splits.train), len(splits.val)) == (7, 2)
+    assert splits.classes.names == ("0", "1", "2")
+
+
+def test_cityscapes_layout(tmp_path: Path) -> None:
+    ids = np.arange(34, dtype=np.uint8).repeat(4).reshape(8, 17)
+    ids[0, 0] = 255
+    for split, city in (("train", "aachen"), ("val", "lindau")):
+        for kind in ("leftImg8bit", "gtFine"):
+            (tmp_path / kind / split / city).mkdir(parents=True)
+        stem = f"{city}_000000_000019"
+        Image.new("RGB", (17, 8)).save(tmp_path / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png")
+        save_mask(tmp_path / "gtFine" / split / city / f"{stem}_gtFine_labelIds.png", ids)
+    splits = open_there(tmp_path)
+    assert splits.classes.names[:2] == ("road", "sidewalk") and len(splits.classes) == 19
+    mask = splits.train.load(0)[1][0].numpy()
+    expected = np.full(256, IGNORE)
+    expected[[label_id for _, label_id, _ in CITYSCAPES]] = np.arange(19)
+    assert (mask == expected[ids]).all()
+    assert (mask == IGNORE).sum() == (34 - 19) * 4  # 255 took the place of one pixel of id 0
+    (tmp_path / "gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png").unlink()
+    with pytest.raises(ValueError, match="lindau_000000_000019_leftImg8bit.png: there is no mask for it"):
+        open_there(tmp_path)
+    with pytest.raises(ValueError, match="no test/"):
+        find_pairs(tmp_path, SegmentConfig(), "test")
+
+
+def test_camvid(shared: Path) -> None:
+    data, segment = DataConfig(path=str(shared / "data/camvid")), SegmentConfig(ignore_label=11)
+    root, classes = open_classes(data, segment)
+    counts = {split: len(find_pairs(root, segment, split).names) for split in ("train", "val", "test")}
+    assert counts == {"train": 367, "val": 101, "test": 233}
+    assert classes.names[0] == "sky" and classes.names[-1] == "bicyclist" and len(classes) == 11
+    assert classes.meaning[11] == classes.meaning[255] == IGNORE
+
+
+def test_everything_that_is_wrong_is_named_at_once(own: Path) -> None:
+    (own / "annotations/train/00.png").unlink()
+    save_mask(own / "annotations/train/01.png", np.zeros((48, 63)))
+    mask = np.array(Image.open(own / "annotations/val/02.png"))
+    mask[:2, :3] = 7
+    save_mask(own / "annotations/val/02.png", mask)
+    Image.open(own / "images/val/03.png").convert("RGB").save(own / "annotations/val/03.png")
+    (own / "images/train/04.png").write_bytes((own / "images/train/04.png").read_bytes()[:200])
+    (own / "annotations/train/05.png").write_bytes(b"")
+    with pytest.raises(ValueError) as error:
+        open_there(own)
+    text = str(error.value)
+    assert text.startswith("6 of 15 pictures")
+    for line in (
+        "images/train/00.png: there is no mask for it",
+        "annotations/train/01.png: the mask has 63 x 48 pixels and its picture 64 x 48",
+        "annotations/val/02.png: values out of range: 7 (6 pixels); allowed are 0 to 2, and 255 for void",
+        "annotations/val/03.png: a mask has one channel of class numbers, this is RGB",
+        "images/train/04.png: damaged",
+        "annotations/train/05.png: the file is empty",
+    ):
+        assert line in text
+    splits = open_there(own, on_bad_image="skip")
+    assert (len(splits.train), len(splits.val), len(splits.skipped)) == (6, 3, 6)
+    assert [Path(n).stem for n in splits.train.names] == ["02", "03", "06", "07", "08", "09"]
+    assert torch.equal(splits.train.load(1)[1], open_there(own, on_bad_image="skip", cache="none").train.load(1)[1])
+
+
+def test_masks_without_pictures_are_noted(own: Path) -> None:
+    (own / "images/train/03.png").unlink()
+    assert any("1 masks" in note and "03" in note for note in open_there(own).notes)
+
+
+def test_a_class_without_training_pixels_is_noted(own: Path) -> None:
+    with (own / "classes.csv").open("a") as file:
+        file.write("3,unicorn,255,255,255\n")
+    assert open_there(own).notes == ["1 of 4 classes have no training pixels: unicorn"]
+
+
+def test_an_ignored_label_and_palette_masks(own: Path) -> None:
+    for path in own.glob("annotations/*/*.png"):
+        mask = np.array(Image.open(path))
+        image = Image.fromarray(np.where(mask == 255, 11, mask).astype(np.uint8))
+        image.putpalette([i for i in range(256) for _ in range(3)])
+        image.save(path)
+    with pytest.raises(ValueError, match=r"11 \(36 pixels\)"):
+        open_there(own)
+    assert int(open_there(own, ignore_label=11).train.load(0)[1].max()) == IGNORE
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda own: shutil.rmtree(own / "annotations"), "no images/ and annotations/"),
+        (lambda own: (own / "classes.csv").unlink(), "says nothing about classes"),
+        (lambda own: (own / "classes.csv").write_text("index,name\n0,a\n2,b\n"), "index must count from 0"),
+        (lambda own: shutil.rmtree(own / "images/val"), "has no split 'val'"),
+        (lambda own: shutil.copy(own / "images/train/00.png", own / "images/train/00.jpg"), "the same name"),
+    ],
+)
+def test_layouts_that_are_not_understood(own: Path, spoil, message: str) -> None:
+    spoil(own)
+    with pytest.raises(ValueError, match=message):
+        open_there(own)
+
+
+def test_contradictions(scenes: Path) -> None:
+    with pytest.raises(ValueError, match=r"num_classes is 4, but .*classes\.csv names 3"):
+        open_there(scenes, num_classes=4)
+    with pytest.raises(ValueError, match="which is no folder"):
+        open_there(scenes / "nowhere")
+    with pytest.raises(ValueError, match="ignore_label"):
+        open_there(scenes, ignore_label=300)
+
+
+def test_one_split_for_an_evaluation(scenes: Path) -> None:
+    pictures, skipped = open_split(DataConfig(path=str(scenes)), SegmentConfig(), "test")
+    assert (len(pictures), skipped) == (3, [])
+    assert pictures.sizes.tolist() == [[48, 64]] * 3
+
+
+def test_palette_never_repeats() -> None:
+    assert len(set(palette(255))) == 255
+    assert palette(2) == [(128, 0, 0), (0, 128, 0)]
