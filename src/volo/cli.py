@@ -456,14 +456,15 @@ def _title(recipe: Path) -> str:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "kernels"]]
+    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "kernels", "gpu"]]
     """op: outlook attention, each engine against the reference; model: inference against timm's VOLO with the same
-    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; kernels: the GPU kernels against the copy bandwidth of the
-    GPU, or without one what the compiler makes of them (registers, spills)."""
+    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; kernels:
+    the GPU kernels against the copy bandwidth of the GPU, or without one what the compiler makes of them (registers,
+    spills); gpu: errors, kernels, inference, training step and memory on a GPU, in bfloat16, against what is asked."""
     model: str = ""
     """Name of a model; volo_d1, for loop volo_nano, if left out."""
     batch_size: int = 0
-    """Pictures at once; 0: 8, for loop 256."""
+    """Pictures at once; 0: 8, for loop 256, for kernels and gpu 128."""
     img_size: int = 0
     """Side of the pictures; 0: 224, for loop 32."""
     rounds: int = 0
@@ -471,7 +472,7 @@ class BenchOptions:
     amp: Literal["off", "bf16"] = "off"
     """Of train: autocast of both sides."""
     compiled: bool = False
-    """Of model and train: torch.compile both sides too; takes minutes."""
+    """Of model, train and kernels: torch.compile too; takes minutes."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
     threads: int = 0
@@ -493,7 +494,7 @@ def bench(options: BenchOptions) -> int:
       volo bench model --model volo_d1 --batch-size 8
       volo bench train --amp bf16 --device cuda --batch-size 128 --compiled
       volo bench loop
-      volo bench kernels --compiled --out benchmarks/results/gpu_op.json
+      volo bench gpu --out benchmarks/results/gpu.json
     """
     from volo.console import show_benchmark
     from volo.engine.checkpoint import write_atomically
@@ -503,7 +504,7 @@ def bench(options: BenchOptions) -> int:
     name = options.model or ("volo_nano" if is_loop else "volo_d1")
     batch_size = options.batch_size or (256 if is_loop else 8)
     img_size = options.img_size or (32 if is_loop else 224)
-    rounds = options.rounds or {"op": 41, "model": 7, "train": 5, "loop": 5, "kernels": 15}[options.what]
+    rounds = options.rounds or {"op": 41, "model": 7, "train": 5, "loop": 5, "kernels": 15, "gpu": 15}[options.what]
     result: dict[str, Any]
     if options.what == "op":
         from volo.bench.op import bench_op
@@ -539,6 +540,12 @@ def bench(options: BenchOptions) -> int:
             result = bench_kernels(options.batch_size or 128, compiled=options.compiled, rounds=rounds)
         else:
             result = compile_report()
+    elif options.what == "gpu":
+        from volo.bench.gpu import bench_gpu
+
+        result = bench_gpu(
+            name, batch_size=options.batch_size or 128, img_size=img_size, device=str(device), rounds=rounds
+        )
     else:
         from volo.bench.loop import bench_loop
 
