@@ -1055,12 +1055,13 @@ def pack(options: PackOptions) -> int:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "data", "labels", "kernels"]]
+    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "data", "labels", "kernels", "gpu"]]
     """op: outlook attention, each engine against the reference; model: inference against timm's VOLO with the same
     weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; data: what a
     core does of reading, decoding and augmenting pictures; labels: label maps, their size, reading, writing, and drawing
-    them against the annotator's bare forward pass; kernels: the GPU kernels against the copy bandwidth of the
-    GPU, or without one what the compiler makes of them (registers, spills)."""
+    them against the annotator's bare forward pass; kernels: the GPU kernels against the copy bandwidth of the GPU, or
+    without one what the compiler makes of them (registers, spills); gpu: errors, kernels, inference, training step and
+    memory on a GPU, in bfloat16, against what is asked."""
     model: str = ""
     """Name of a model; volo_d1, for loop volo_nano, if left out. For labels an annotator, as volo annotate takes it."""
     data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
@@ -1070,7 +1071,7 @@ class BenchOptions:
     pictures: int = 2048
     """Of labels: so many pictures of the training part."""
     batch_size: int = 0
-    """Pictures at once; 0: 8, for loop 256, for labels 64."""
+    """Pictures at once; 0: 8, for loop 256, for labels 64, for kernels and gpu 128."""
     img_size: int = 0
     """Side of the pictures; 0: 224, for loop 32, for labels the annotator's own."""
     rounds: int = 0
@@ -1078,7 +1079,7 @@ class BenchOptions:
     amp: Literal["off", "bf16"] = "off"
     """Of train and labels: autocast of both sides."""
     compiled: bool = False
-    """Of model and train: torch.compile both sides too; takes minutes."""
+    """Of model, train and kernels: torch.compile too; takes minutes."""
     images_per_second: float = 1000.0
     """Of data: what a GPU takes; the cores that this needs are reported."""
     device: str = "auto"
@@ -1104,7 +1105,7 @@ def bench(options: BenchOptions) -> int:
       volo bench loop
       volo bench labels --model runs/cifar10 --data cifar10
       volo bench data --images-per-second 2500
-      volo bench kernels --compiled --out benchmarks/results/gpu_op.json
+      volo bench gpu --out benchmarks/results/gpu.json
     """
     from volo.console import show_benchmark
     from volo.data.files import write_atomically
@@ -1116,7 +1117,7 @@ def bench(options: BenchOptions) -> int:
     img_size = options.img_size or (32 if is_loop else 224)
     rounds = (
         options.rounds
-        or {"op": 41, "model": 7, "train": 5, "loop": 5, "data": 7, "labels": 5, "kernels": 15}[options.what]
+        or {"op": 41, "model": 7, "train": 5, "loop": 5, "data": 7, "labels": 5, "kernels": 15, "gpu": 15}[options.what]
     )
     result: dict[str, Any]
     if options.what == "op":
@@ -1173,6 +1174,12 @@ def bench(options: BenchOptions) -> int:
             result = bench_kernels(options.batch_size or 128, compiled=options.compiled, rounds=rounds)
         else:
             result = compile_report()
+    elif options.what == "gpu":
+        from volo.bench.gpu import bench_gpu
+
+        result = bench_gpu(
+            name, batch_size=options.batch_size or 128, img_size=img_size, device=str(device), rounds=rounds
+        )
     else:
         from volo.bench.loop import bench_loop
 
