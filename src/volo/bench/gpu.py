@@ -31,7 +31,7 @@ def bench_gpu(
     """
     where = torch.device(device)
     if where.type != "cuda":
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"goal": goal, "asked": f"{sign} {bound}", "measured": "not measured", "met": "not measured"}
             for goal, sign, bound in GOALS
         ]

@@ -92,7 +92,7 @@ def agree_on_start(checkpoint: dict[str, Any] | None, world: World) -> dict[str,
         return checkpoint
     mine = checkpoint and (checkpoint["step"], checkpoint["history"]["seconds"], socket.gethostname())
     found: list[tuple[int, float, str] | None] = [None] * world.size
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, mine)  # type: ignore[misc]
     others = sorted({entry[2] for entry in found if entry is not None})
     if found[0] is None and others:
         raise ValueError(

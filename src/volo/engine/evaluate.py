@@ -138,8 +138,8 @@ def open_labelled(
         folder = val or given
         names = {child.name for child in folder.iterdir() if child.is_dir()}
         known = wnids if wnids and names <= set(wnids) else classes
-        source, skipped = open_folder(folder, known, data, on_progress=on_progress)
-        return LabelledData(source, None, skipped, str(folder))
+        found, skipped = open_folder(folder, known, data, on_progress=on_progress)
+        return LabelledData(found, None, skipped, str(folder))
     splits = open_data(data, on_progress=on_progress)
     class_map = None if splits.classes == tuple(classes) else match_classes(splits.classes, classes)
     return LabelledData(splits.val, class_map, splits.skipped, f"held-out part of {data.path or data.kind}")
