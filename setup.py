@@ -35,7 +35,7 @@ INSTRUCTION_SETS = {
 KERNEL = Extension(
     "volo.ops._outlook_attention",
     sources=[f"csrc/{name}" for name in INSTRUCTION_SETS],
-    depends=["csrc/kernel_impl.h", "csrc/outlook_attention.h"],
+    depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
     language="c++",
     extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", "-g0"],
     extra_link_args=["-fopenmp"],

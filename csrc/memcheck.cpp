@@ -11,9 +11,12 @@
 #include <vector>
 
 #include "outlook_attention.h"
+#include "self_attention.h"
 
 extern "C" int volo_outlook_forward(const OutlookCall* call, double scale);
 extern "C" int volo_outlook_backward(const OutlookCall* call, double scale);
+extern "C" int volo_attention_forward(const AttentionCall* call, double scale);
+extern "C" int volo_attention_backward(const AttentionCall* call, double scale);
 extern "C" int64_t volo_best_isa();
 
 namespace {
@@ -104,6 +107,43 @@ bool check(const Geometry& g, int64_t dtype, int64_t threads) {
   return true;
 }
 
+struct Sequence {
+  int64_t batch, tokens, heads, head_dim;
+};
+
+bool check(const Sequence& q, int64_t dtype, int64_t threads) {
+  uint32_t seed = 1;
+  AttentionCall call = {};
+  call.dtype = dtype;
+  call.threads = threads;
+  call.batch = q.batch, call.tokens = q.tokens, call.heads = q.heads, call.head_dim = q.head_dim;
+  const int64_t width = q.heads * q.head_dim, count = q.batch * q.tokens * width;
+  call.qkv_strides[0] = 3 * q.tokens * width, call.qkv_strides[1] = 3 * width;
+  call.grad_out_strides[0] = q.tokens * width, call.grad_out_strides[1] = width;
+  const auto qkv = numbers(3 * count, dtype, seed), grad = numbers(count, dtype, seed);
+  call.qkv = qkv.data();
+  std::vector<char> first[2];
+  for (int64_t isa = 0; isa <= volo_best_isa(); ++isa) {
+    call.isa = isa;
+    std::vector<char> results[2] = {numbers(count, dtype, seed), numbers(3 * count, dtype, seed)};
+    call.result = results[0].data();
+    call.grad_out = nullptr;
+    if (volo_attention_forward(&call, 0.25)) return false;
+    call.result = results[1].data();
+    call.grad_out = grad.data();
+    if (volo_attention_backward(&call, 0.25)) return false;
+    for (int r = 0; r < 2; ++r) {
+      if (isa == 0) first[r] = results[r];
+      if (!(largest_difference(first[r], results[r], dtype) <= (dtype == 1 ? 0.25 : 1e-3))) {
+        std::printf("self-attention, result %d of instruction set %d differs: dtype %d, tokens %d, head_dim %d\n", r,
+                    (int)isa, (int)dtype, (int)q.tokens, (int)q.head_dim);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
@@ -118,6 +158,13 @@ int main() {
     for (int64_t dtype = 0; dtype < 3; ++dtype)
       for (int64_t threads : {1, 3}) {
         if (!check(g, dtype, threads)) return 1;
+        ++checked;
+      }
+  const Sequence sequences[] = {{1, 49, 2, 32}, {2, 7, 1, 20}, {1, 1, 3, 1}, {1, 33, 1, 48}, {1, 70, 1, 7}, {0, 4, 1, 8}};
+  for (const Sequence& q : sequences)
+    for (int64_t dtype = 0; dtype < 2; ++dtype)
+      for (int64_t threads : {1, 5}) {
+        if (!check(q, dtype, threads)) return 1;
         ++checked;
       }
   std::printf("%d cases\n", checked);

@@ -27,7 +27,8 @@ struct OutlookCall {
   int64_t* scratch_bytes;
 };
 
-constexpr int64_t kInterfaceVersion = 2;
+// Of this struct and of AttentionCall in self_attention.h.
+constexpr int64_t kInterfaceVersion = 3;
 
 namespace volo {
 

@@ -2,7 +2,8 @@
 #define VOLO_ISA portable
 #define VOLO_VECTOR_BYTES 16
 #define VOLO_VECTORS_HELD 1
-#include "kernel_impl.h"
+#include "outlook_attention_impl.h"
+#include "self_attention_impl.h"
 
 namespace {
 
@@ -17,9 +18,11 @@ int64_t best_isa() {
   return 0;
 }
 
-using Kernel = int (*)(const OutlookCall&, double);
+template <class Call>
+using Kernel = int (*)(const Call&, double);
 
-int run(const OutlookCall& call, double scale, Kernel portable, Kernel avx2, Kernel avx512) {
+template <class Call>
+int run(const Call& call, double scale, Kernel<Call> portable, Kernel<Call> avx2, Kernel<Call> avx512) {
   static const int64_t best = best_isa();
   const int64_t isa = call.isa < best ? call.isa : best;
   if (isa == 2) return avx512(call, scale);
@@ -47,5 +50,13 @@ __attribute__((visibility("default"))) int volo_outlook_forward(const OutlookCal
 
 __attribute__((visibility("default"))) int volo_outlook_backward(const OutlookCall* call, double scale) {
   return run(*call, scale, VOLO_ALL(outlook_backward));
+}
+
+__attribute__((visibility("default"))) int volo_attention_forward(const AttentionCall* call, double scale) {
+  return run(*call, scale, VOLO_ALL(attention_forward));
+}
+
+__attribute__((visibility("default"))) int volo_attention_backward(const AttentionCall* call, double scale) {
+  return run(*call, scale, VOLO_ALL(attention_backward));
 }
 }

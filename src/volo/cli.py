@@ -1,4 +1,4 @@
-"""`volo train | evaluate | predict | segment | annotate | info | bench`: where names on a command line become objects.
+"""`volo train | evaluate | predict | segment | annotate | info | pack | bench`: where names become objects.
 
 Everything beyond the standard library is imported where it is used, so that help and spelling mistakes are answered at
 once. A command is a function of one frozen dataclass: the docstring is its help, the fields are its options.
@@ -46,7 +46,8 @@ HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook 
   volo segment MODEL ... name every pixel of pictures: masks, overlays, areas
   volo annotate MODEL    draw label maps for token labeling, with any classifier of ours or timm's; check them
   volo info              versions, devices, engines of the operator; --models lists models, weights and recipes
-  volo bench WHAT        measure: the operator, a model, a training step, the training loop
+  volo pack DATA         turn pictures into tar shards, for large sets and slow disks
+  volo bench WHAT        measure: the operator, a model, a training step, the training loop, the input pipeline
 
 MODEL is a run folder, a checkpoint in it, or published weights such as volo_d1.224.
 
@@ -267,9 +268,9 @@ def evaluate(options: EvaluateOptions) -> int:
             f"--split, --window, --stride, --scales and --flip are for segmentation models, which {options.model} is not"
         )
     from volo.console import Bar, show_evaluation
+    from volo.data.files import write_atomically
     from volo.data.loader import EvalLoader
     from volo.data.transforms import PixelPipeline
-    from volo.engine.checkpoint import write_atomically
     from volo.engine.evaluate import evaluate as run_evaluation
     from volo.engine.evaluate import open_labelled, read_real_labels
 
@@ -578,7 +579,7 @@ def predict(options: PredictOptions) -> int:
       volo predict volo_d1.224 pictures/ --sheet sheet.png
     """
     from volo.console import Bar, prediction_line
-    from volo.engine.checkpoint import write_atomically
+    from volo.data.files import write_atomically
     from volo.engine.predict import find_pictures, to_csv, to_json
     from volo.engine.predict import predict as run_prediction
 
@@ -796,6 +797,8 @@ def annotate(options: AnnotateOptions) -> int:
     if not is_main:
         return 0
     errors = _console(stderr=True)
+    for note in report["notes"]:
+        errors.print(note, style="yellow", soft_wrap=True, markup=False, highlight=False)
     for name, reason in report["skipped"].items():
         errors.print(f"left out: {name}: {reason}", style="yellow", soft_wrap=True, markup=False, highlight=False)
     for name in report["ignored"]:
@@ -890,9 +893,10 @@ def _facts(with_models: bool) -> dict[str, Any]:
 
     import torch
 
+    from volo.data.files import cache_folder
     from volo.models.segmenter import list_segmenters
     from volo.models.volo import VARIANTS, create_model
-    from volo.models.weights import PRETRAINED, cache_folder, cached_path
+    from volo.models.weights import PRETRAINED, cached_path
     from volo.ops.outlook_attention import list_backends
 
     versions: dict[str, str | None] = {"volo": __version__, "python": platform.python_version()}
@@ -968,23 +972,116 @@ def _title(recipe: Path) -> str:
 
 
 @dataclass(frozen=True)
+class PackOptions:
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
+    """Anything that data.path of a recipe can be: class folders, train/ and val/, npz files, other shards."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Where the shards go."""
+    shard_size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "256MB"
+    """A shard is no larger than this."""
+    shorter_side: Annotated[int, tyro.conf.arg(metavar="PIXELS")] = 0
+    """Scale pictures down whose shorter side is longer than this, and save them as JPEG; 0: leave them as they are."""
+    quality: Annotated[int, tyro.conf.arg(metavar="1..100")] = 0
+    """Save every picture as JPEG of this quality; 0: only those that are scaled down, with 95."""
+    kind: Annotated[str, tyro.conf.arg(metavar="KIND")] = "auto"
+    """How DATA is read, as data.kind of a recipe."""
+    val_fraction: float = 0.1
+    """Share of each class that goes to val where the data has no split of its own."""
+    split_seed: int = 0
+    """Seed of that split; with the same seed a recipe holds out the same pictures."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Pictures that cannot be decoded: stop and name them all, or leave them out."""
+    overwrite: bool = False
+    """Replace the shards in FOLDER."""
+    json: bool = False
+    """Print a summary as one JSON object; everything else goes to standard error."""
+
+
+def pack(options: PackOptions) -> int:
+    """Turn pictures into tar shards (train-000000.tar, ..., val-000000.tar, ..., classes.txt), which WebDataset reads too.
+
+    Pictures keep order, bytes and names, so that a training on the shards is the training on the data. The same command
+    continues after an interruption.
+
+    Examples:
+      volo pack imagenet --out shards/imagenet
+      volo pack photos --out shards/photos --shorter-side 512 --quality 90       smaller, and quicker to decode
+      volo train imagenet_volo_d1_224 --data shards/imagenet
+      volo train imagenet_volo_d1_224 --data "shards/imagenet/train-{000000..000511}.tar"
+    """
+    from volo.config import recipe_from_dict
+    from volo.console import Bar, show_packed
+    from volo.data.pack import pack as run_packing
+    from volo.data.pack import parse_size
+
+    console = _console(stderr=options.json)
+    names = ("kind", "val_fraction", "split_seed", "on_bad_image")
+    data = recipe_from_dict({"data": {"path": options.data, **{name: getattr(options, name) for name in names}}}).data
+    command = shlex.join(["volo", "pack", *sys.argv[2:]]) if sys.argv[1:2] == ["pack"] else "the same command"
+    try:
+        with Bar(console) as bar:
+            packed = run_packing(
+                data,
+                options.out,
+                shard_bytes=parse_size(options.shard_size),
+                shorter_side=options.shorter_side,
+                quality=options.quality,
+                overwrite=options.overwrite,
+                on_checked=lambda done, total: bar.show("checking pictures", done, total),
+                on_packed=lambda done, total: bar.show("packing", done, total),
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(command) from None
+    for line in [f"left out: {bad}" for bad in packed.skipped] + packed.notes:
+        _console(stderr=True).print(line, style="yellow", soft_wrap=True, markup=False, highlight=False)
+    if options.json:
+        summary = {
+            "out": str(packed.out),
+            "num_classes": len(packed.classes),
+            "num_train": packed.num_train,
+            "num_val": packed.num_val,
+            "shards": [path.name for path in packed.shards],
+            "bytes": packed.num_bytes,
+            "shards_done_before": packed.num_done_before,
+            "skipped": [str(bad) for bad in packed.skipped],
+            "notes": packed.notes,
+            "seconds": round(packed.seconds, 3),
+        }
+        print(json.dumps(summary))
+    else:
+        show_packed(console, packed)
+    return 0
+
+
+@dataclass(frozen=True)
 class BenchOptions:
-    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "kernels"]]
+    what: tyro.conf.Positional[Literal["op", "model", "train", "loop", "data", "labels", "kernels", "gpu"]]
     """op: outlook attention, each engine against the reference; model: inference against timm's VOLO with the same
-    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; kernels: the GPU kernels against the copy bandwidth of the
-    GPU, or without one what the compiler makes of them (registers, spills)."""
+    weights; train: a training step against timm's; loop: volo train against a bare loop over ready tensors; data: what a
+    core does of reading, decoding and augmenting pictures; labels: label maps, their size, reading, writing, and drawing
+    them against the annotator's bare forward pass; kernels: the GPU kernels against the copy bandwidth of the GPU, or
+    without one what the compiler makes of them (registers, spills); gpu: errors, kernels, inference, training step and
+    memory on a GPU, in bfloat16, against what is asked."""
     model: str = ""
-    """Name of a model; volo_d1, for loop volo_nano, if left out."""
+    """Name of a model; volo_d1, for loop volo_nano, if left out. For labels an annotator, as volo annotate takes it."""
+    data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """Of labels: the pictures."""
+    weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Of labels: weights of a timm model, in place of its published ones."""
+    pictures: int = 2048
+    """Of labels: so many pictures of the training part."""
     batch_size: int = 0
-    """Pictures at once; 0: 8, for loop 256."""
+    """Pictures at once; 0: 8, for loop 256, for labels 64, for kernels and gpu 128."""
     img_size: int = 0
-    """Side of the pictures; 0: 224, for loop 32."""
+    """Side of the pictures; 0: 224, for loop 32, for labels the annotator's own."""
     rounds: int = 0
     """Turns of every candidate; 0: enough for a steady median in a minute or two."""
     amp: Literal["off", "bf16"] = "off"
-    """Of train: autocast of both sides."""
+    """Of train and labels: autocast of both sides."""
     compiled: bool = False
-    """Of model and train: torch.compile both sides too; takes minutes."""
+    """Of model, train and kernels: torch.compile too; takes minutes."""
+    images_per_second: float = 1000.0
+    """Of data: what a GPU takes; the cores that this needs are reported."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
     threads: int = 0
@@ -1006,17 +1103,22 @@ def bench(options: BenchOptions) -> int:
       volo bench model --model volo_d1 --batch-size 8
       volo bench train --amp bf16 --device cuda --batch-size 128 --compiled
       volo bench loop
-      volo bench kernels --compiled --out benchmarks/results/gpu_op.json
+      volo bench labels --model runs/cifar10 --data cifar10
+      volo bench data --images-per-second 2500
+      volo bench gpu --out benchmarks/results/gpu.json
     """
     from volo.console import show_benchmark
-    from volo.engine.checkpoint import write_atomically
+    from volo.data.files import write_atomically
 
     device = _device(ModelOptions(device=options.device, threads=options.threads))
     is_loop = options.what == "loop"
     name = options.model or ("volo_nano" if is_loop else "volo_d1")
     batch_size = options.batch_size or (256 if is_loop else 8)
     img_size = options.img_size or (32 if is_loop else 224)
-    rounds = options.rounds or {"op": 41, "model": 7, "train": 5, "loop": 5, "kernels": 15}[options.what]
+    rounds = (
+        options.rounds
+        or {"op": 41, "model": 7, "train": 5, "loop": 5, "data": 7, "labels": 5, "kernels": 15, "gpu": 15}[options.what]
+    )
     result: dict[str, Any]
     if options.what == "op":
         from volo.bench.op import bench_op
@@ -1045,6 +1147,26 @@ def bench(options: BenchOptions) -> int:
             device=str(device),
             rounds=rounds,
         )
+    elif options.what == "labels":
+        from volo.bench.labels import bench_labels
+
+        if not options.model or options.data is None:
+            raise ValueError("volo bench labels needs an annotator and pictures: --model and --data")
+        result = bench_labels(
+            options.model,
+            options.data,
+            weights=options.weights,
+            img_size=options.img_size or None,
+            batch_size=options.batch_size or 64,
+            pictures=options.pictures,
+            rounds=rounds,
+            amp=options.amp,
+            device=str(device),
+        )
+    elif options.what == "data":
+        from volo.bench.data import bench_data
+
+        result = bench_data(img_size=img_size, images_per_second=options.images_per_second, rounds=rounds)
     elif options.what == "kernels":
         from volo.bench.kernels import bench_kernels, compile_report
 
@@ -1052,6 +1174,12 @@ def bench(options: BenchOptions) -> int:
             result = bench_kernels(options.batch_size or 128, compiled=options.compiled, rounds=rounds)
         else:
             result = compile_report()
+    elif options.what == "gpu":
+        from volo.bench.gpu import bench_gpu
+
+        result = bench_gpu(
+            name, batch_size=options.batch_size or 128, img_size=img_size, device=str(device), rounds=rounds
+        )
     else:
         from volo.bench.loop import bench_loop
 
@@ -1077,6 +1205,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], int], type]] = {
     "segment": (segment, SegmentOptions),
     "annotate": (annotate, AnnotateOptions),
     "info": (info, InfoOptions),
+    "pack": (pack, PackOptions),
     "bench": (bench, BenchOptions),
 }
 

@@ -40,8 +40,9 @@ class DataConfig:
     """Which pictures, in which size."""
 
     path: str = ""
-    """Folder (train/ and val/ of one folder a class, or one folder split by `split_seed`) or npz folder; empty for the digits."""
-    kind: Literal["auto", "folder", "cifar10", "cifar100", "npz", "digits"] = "auto"
+    """Folder (train/ and val/ of one folder a class, or one folder split by `split_seed`), tar shards (a folder with
+    train-*.tar and val-*.tar, or train-{000000..000127}.tar), or npz folder; empty for the digits."""
+    kind: Literal["auto", "folder", "tar", "cifar10", "cifar100", "npz", "digits"] = "auto"
     """How `path` is read; "auto" looks at what is there."""
     img_size: Size = 224
     """Side in pixels, or height and width."""

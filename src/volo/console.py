@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from volo.data.pack import Packed
 from volo.engine.predict import Prediction
 from volo.engine.report import NullReporter, RunInfo, StepReport, TrainResult
 
@@ -423,6 +424,18 @@ def show_info(console: Console, facts: dict[str, Any]) -> None:
             made.add_row(name, what)
         show(made)
     console.print(f"downloads are kept in {facts['cache']}", soft_wrap=True, highlight=False)
+
+
+def show_packed(console: Console, packed: Packed) -> None:
+    """What `volo pack` has made, and what to do with it."""
+    before = f", {packed.num_done_before} of them were there before" if packed.num_done_before else ""
+    console.print(
+        f"{packed.num_train:,} training and {packed.num_val:,} held-out pictures of {len(packed.classes)} classes in "
+        f"{len(packed.shards)} shards{before}: {packed.num_bytes / 1e6:,.1f} MB in {duration(packed.seconds)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(Text.assemble("next: ", (f"volo train RECIPE --data {packed.out}", "bold")), soft_wrap=True)
 
 
 def millions(count: int) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from volo.bench.gpu import GOALS, bench_gpu
 from volo.bench.loop import bench_loop
-from volo.bench.model import bench_model, bench_train
-from volo.bench.timing import Timing, alternate, speedup
+from volo.bench.model import _flops, bench_model, bench_train
+from volo.bench.timing import Timing, alternate, peak_memory, speedup
 from volo.cli import main
 
 
@@ -31,6 +32,23 @@ def test_candidates_take_turns_and_ratios_are_within_rounds():
     assert low <= timings["slow"].median <= high
 
 
+def test_peak_memory_counts_what_is_freed_again():
+    def run() -> torch.Tensor:
+        large = torch.ones(1 << 20)
+        small = large[:4].clone()
+        del large
+        return small
+
+    peak = peak_memory(run, torch.device("cpu"))
+    assert 4 << 20 <= peak < 5 << 20
+
+
+def test_without_a_gpu_its_goals_are_not_measured():
+    result = bench_gpu(device="cpu")
+    assert [row["goal"] for row in result["rows"]] == [goal for goal, *_ in GOALS]
+    assert {row["measured"] for row in result["rows"]} == {"not measured"}
+
+
 def test_model_rows_compare_the_same_weights():
     result = bench_model(batch_size=1, img_size=32, rounds=2)
     assert result["largest_logit_difference"] < 1e-5
@@ -43,11 +61,20 @@ def test_model_rows_compare_the_same_weights():
     assert result["rows"][1]["times_timm_eager"] == 1.0
     for row in result["rows"]:
         assert row["quartiles"][0] <= row["images_per_second"] <= row["quartiles"][1]
+        assert row["of_matrix_rate"] > 0 and row["peak_memory_gib"] > 0
+    assert result["rows"][1]["memory_times_timm_eager"] == 1.0
 
 
 def test_train_rows():
     result = bench_train(batch_size=2, img_size=32, rounds=1)
     assert [row["candidate"] for row in result["rows"]] == ["volo", "timm eager"]
+    assert result["rows"][1]["times_timm_eager"] == 1.0
+    # At least the 26 million parameters, their gradients and two moments.
+    assert all(row["peak_memory_gib"] > 4 * 4 * 26e6 / 2**30 for row in result["rows"])
+
+
+def test_operations_of_d1_are_those_of_the_paper():
+    assert _flops("volo_d1", 224) == pytest.approx(2 * 6.9e9, rel=0.02)
 
 
 def test_loop_reports_both_rates():

@@ -17,7 +17,7 @@ from PIL import Image
 from volo.config import DataConfig
 from volo.data import folders
 from volo.data.images import ArraySource, FolderSource, decode_image, open_data, open_folder
-from volo.data.sources import Names, PixelCache, held_out
+from volo.data.sources import Names, PixelCache, cache_budget, held_out
 
 
 def save(path: Path, color: int = 0, size: tuple[int, int] = (12, 8)) -> Path:
@@ -100,11 +100,11 @@ def test_cache_gives_up_where_pictures_do_not_fit(pictures: Path, monkeypatch: p
     assert len(splits.train) == 12
 
 
-def test_thecache_budget_is_sane_and_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = folders.cache_budget()
+def test_the_cache_budget_is_sane_and_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = cache_budget()
     assert 0 < alone <= 2 << 30
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert 0 < folders.cache_budget() < alone
+    assert 0 < cache_budget() < alone
 
 
 def test_pixel_cache_takes_pictures_of_any_size() -> None:

@@ -146,10 +146,11 @@ def test_names_are_unique(tmp_path: Path):
         write_store(tmp_path / "s", ["a.jpg", "b.jpg", "a.jpg"], draw(3))
 
 
-def test_names_with_one_hash_are_told_apart(store: LabelMaps, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_names_with_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("volo.data.label_maps._key", lambda name: np.uint64(len(name) % 2))
     maps = write_store(tmp_path / "colliding", NAMES, draw(len(NAMES)))
-    assert all(torch.equal(maps[name][1], store[name][1]) for name in NAMES)
+    for name, (_, classes) in zip(NAMES, draw(len(NAMES))):
+        np.testing.assert_array_equal(maps[name][1].numpy(), classes)
     assert "other.jpg" not in maps
 
 
@@ -161,21 +162,13 @@ def test_a_store_can_be_moved_and_pickled(store: LabelMaps, tmp_path: Path):
     assert all(torch.equal(again[name][0], store[name][0]) for name in NAMES)
 
 
-def _read_all(maps: LabelMaps, names: list[str], answers: Any) -> None:
-    answers.put([int(maps[name][1].sum()) for name in names])
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_several_processes_read_at_once(store: LabelMaps, method: str):
-    context = multiprocessing.get_context(method)
-    answers = context.Queue()
-    readers = [context.Process(target=_read_all, args=(store, NAMES, answers)) for _ in range(2)]
-    for reader in readers:
-        reader.start()
-    expected = [int(classes.sum()) for _, classes in draw(len(NAMES))]
-    assert [answers.get(timeout=200) for _ in readers] == [expected, expected]
-    for reader in readers:
-        reader.join()
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        read = pool.map(store.__getitem__, NAMES * 5, chunksize=3)
+    assert len(read) == 40
+    for name, (scores, classes) in zip(NAMES * 5, read):
+        assert torch.equal(scores, store[name][0]) and torch.equal(classes, store[name][1])
 
 
 def test_reading_keeps_no_file_open(store: LabelMaps):
@@ -195,7 +188,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path):
     maps = write_store(tmp_path / "s", names, draw(2, (2, 2, 2)), shard=2)
     expected = {name: maps[name] for name in names}
     for path, whole in ((maps.path / INDEX, LabelMaps.open), (shard_path(maps.path, 0), lambda p: read_shard(p, 0))):
-        content = path.read_bytes()
+        content, found = path.read_bytes(), 0
         for i in range(len(content)):
             damaged = bytearray(content)
             damaged[i] ^= 1 << (i % 8)
@@ -209,10 +202,12 @@ def test_every_flipped_byte_is_found(tmp_path: Path):
                 for name in names:
                     try:
                         read = again[name]
-                    except ValueError as error:
-                        assert "maps-00000.bin" in str(error)
+                    except ValueError:
+                        found += 1
                     else:
                         assert all(torch.equal(a, b) for a, b in zip(read, expected[name]))
+        if path.name != INDEX:
+            assert found >= int(maps._lengths.sum())  # each byte of a record spoils one map
         path.unlink()
         path.write_bytes(content)
         for size in (0, 1, 8, 30, len(content) // 2, len(content) - 1):

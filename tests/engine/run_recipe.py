@@ -1,4 +1,7 @@
-"""Train the recipe given as JSON, as a process of its own that tests can kill: run_recipe.py JSON OUT [--resume]."""
+"""Train the recipe given as JSON, as a process of its own that tests can kill: run_recipe.py JSON OUT [--resume].
+
+OUT_OF_RANK_1=FOLDER gives that process another folder, as on a machine that does not see the first one's.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +43,14 @@ def die_at_step(step: int) -> None:
     ClassifyTask.forward = dying
 
 
-PAUSES = {"--slow": (3, 60.0), "--wait": (5, 2.0)}
+PAUSES = {"--slow": (3, 60.0), "--wait": (5, 2.0), "--wait-late": (15, 5.0)}
 
 if __name__ == "__main__":
     if os.environ.get("RANK_TO_KILL") == os.environ.get("RANK", "none"):
         die_at_step(20)
     result = train(
         recipe_from_dict(json.loads(sys.argv[1])),
-        sys.argv[2],
+        os.environ.get(f"OUT_OF_RANK_{os.environ.get('RANK', 0)}", sys.argv[2]),
         resume="--resume" in sys.argv,
         reporter=next((SlowReporter(*pause) for flag, pause in PAUSES.items() if flag in sys.argv), None),
     )

@@ -13,6 +13,7 @@ import torch
 
 from volo.config import Recipe
 from volo.engine.checkpoint import load_checkpoint
+from volo.engine.report import NullReporter, StepReport
 from volo.engine.train import train
 
 
@@ -112,3 +113,29 @@ def test_sharded_run_continues(recipe_for, tmp_path, alone, start_run) -> None:
     _, errors = child.communicate(timeout=120)
     assert child.returncode == 0, errors
     assert_same_up_to_rounding(out, alone)
+
+
+class GivesUp(NullReporter):
+    def on_step(self, report: StepReport) -> None:
+        if report.step == 15:
+            raise ConnectionError("the line is dead")
+
+
+def test_only_the_first_process_needs_to_see_the_run_folder(recipe_for, tmp_path, alone, start_run) -> None:
+    """As on machines without a common disk: the others are sent the checkpoint, and never start anew beside it."""
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with pytest.raises(ConnectionError):
+        train(recipe_for(), out, reporter=GivesUp())
+    assert load_checkpoint(out / "last.pt")["step"] == 12
+
+    child = start_run(recipe_for(), out, "--resume", processes=2, OUT_OF_RANK_0=elsewhere)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode != 0
+    assert "has the checkpoint of this run (last.pt), but the first process" in errors
+    assert load_checkpoint(out / "last.pt")["step"] == 12
+
+    child = start_run(recipe_for(), out, "--resume", processes=2, OUT_OF_RANK_1=elsewhere)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert_same_up_to_rounding(out, alone)
+    assert not elsewhere.exists()

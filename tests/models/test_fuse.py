@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import volo
 from volo.layers import OutlookAttention
+from volo.models.fuse import PackedLinear
 
 
 class OriginalOutlookAttention(nn.Module):
@@ -117,3 +118,8 @@ def test_fuse_for_inference_keeps_the_logits():
         torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert all(m.bias is not None for m in model.patch_embed.conv if isinstance(m, nn.Conv2d))
+    assert all(isinstance(m, PackedLinear) for m in model.modules() if isinstance(m, nn.Linear))
+    with torch.no_grad():  # copies of a fused model, and exported ones, answer the same
+        torch.testing.assert_close(copy.deepcopy(model)(images), expected, atol=1e-5, rtol=1e-5)
+        exported = torch.export.export(model, (images,)).module()
+        torch.testing.assert_close(exported(images), expected, atol=1e-5, rtol=1e-5)

@@ -229,10 +229,17 @@ def test_scratch_is_under_a_percent_of_the_unfolded_values():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        for B, side, heads in ((1, 28, 6), (8, 28, 6), (1, 56, 12)):
-            value, logits, _ = make(B, side, side, heads, 32, 3, 2, 1)
-            unfolded = B * (side // 2) ** 2 * 9 * heads * 32 * 4
-            assert cpu_kernel.scratch_bytes(value, logits, 3, 2, 1) < 0.01 * unfolded
+        for B, side, heads, dtype in (
+            (1, 28, 6, torch.float32),
+            (8, 28, 6, torch.float32),
+            (1, 56, 12, torch.float32),
+            (8, 28, 6, torch.bfloat16),
+            (1, 56, 12, torch.bfloat16),
+        ):
+            value, logits, _ = make(B, side, side, heads, 32, 3, 2, 1, dtype=dtype)
+            unfolded = B * (side // 2) ** 2 * 9 * heads * 32 * value.element_size()
+            for backward in (False, True):
+                assert cpu_kernel.scratch_bytes(value, logits, 3, 2, 1, backward=backward) < 0.01 * unfolded
     finally:
         torch.set_num_threads(before)
 

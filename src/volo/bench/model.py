@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from volo.bench.timing import alternate, setting, speedup
+from volo.bench.timing import alternate, copy_bandwidth, matrix_rate, peak_memory, setting, speedup
 from volo.models.volo import VOLO, create_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,10 +26,11 @@ def bench_model(
     rounds: int = 7,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Inference: ours (with the stem folded, channels-last) against timm eager, and timm compiled if asked for.
+    """Inference: ours (after `fuse_for_inference`) against timm eager, and both compiled if asked for.
 
-    Returns a dict with a row for every candidate: images per second (median, quartiles) and the speed-up over timm
-    eager float32 and over timm in the same dtype.
+    Returns a dict with a row for every candidate: images per second (median, quartiles), the speed-up over timm eager
+    (float32 if that is measured), over timm in the same dtype, and over timm compiled in the same dtype, the fraction of
+    the measured matrix rate that the model's products make, and the memory that a call takes at its peak.
     """
     where = torch.device(device)
     ours, theirs = _twins(name, img_size, where)
@@ -49,9 +51,8 @@ def bench_model(
             )
             candidates[f"timm compiled {dtype_name}"] = _inference(torch.compile(peer), x)
     difference = _largest_difference(ours, theirs, images)
-    return _report("inference", name, batch_size, img_size, candidates, rounds, where) | {
-        "largest_logit_difference": difference
-    }
+    report = _report("inference", name, batch_size, img_size, candidates, rounds, where, _flops(name, img_size))
+    return report | {"largest_logit_difference": difference}
 
 
 def bench_train(
@@ -64,30 +65,49 @@ def bench_train(
     rounds: int = 5,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """A training step (forward, cross-entropy, backward, AdamW) of ours against timm's; peak memory on a GPU."""
+    """A training step (forward, cross-entropy, backward, AdamW) of ours against timm's, both compiled too if asked for.
+
+    Rows as those of `bench_model`. `peak_memory_gib`: parameters, their AdamW moments, and whatever else the step holds at
+    its peak.
+    """
     where = torch.device(device)
     ours, theirs = _twins(name, img_size, where)
     images = torch.randn(batch_size, 3, img_size, img_size, device=where)
     target = torch.arange(batch_size, device=where) % 1000
     ours = ours.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    candidates = {
-        "volo": _step(ours, images.contiguous(memory_format=torch.channels_last), target, amp),
-        "timm eager": _step(theirs, images, target, amp),
+    dense = images.contiguous(memory_format=torch.channels_last)
+    models: dict[str, tuple[nn.Module, bool, Tensor]] = {
+        "volo": (ours, False, dense),
+        "timm eager": (theirs, False, images),
     }
     if compiled:
-        candidates["timm compiled"] = _step(
-            torch.compile(_copy_of(theirs, name, img_size).to(where)), images, target, amp
-        )
-        fresh = create_model(name, img_size=img_size).to(where)
+        models["timm compiled"] = _copy_of(theirs, name, img_size).to(where), True, images
+        fresh = create_model(name, img_size=img_size)
         fresh.load_state_dict(ours.state_dict())
-        candidates["volo compiled"] = _step(torch.compile(fresh), images, target, amp)
-    report = _report("training step", name, batch_size, img_size, candidates, rounds, where)
-    if where.type == "cuda":
-        for row in report["rows"]:
-            torch.cuda.reset_peak_memory_stats()
-            candidates[row["candidate"]]()
-            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        models["volo compiled"] = fresh.to(where, memory_format=torch.channels_last), True, dense  # type: ignore[call-overload]
+    candidates = {
+        candidate: _step(model, torch.compile(model) if is_compiled else model, x, target, amp)
+        for candidate, (model, is_compiled, x) in models.items()
+    }
+    kept = {
+        # Parameters and two moments of AdamW; gradients come and go within the step.
+        candidate: 3 * sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+        for candidate, (model, *_) in models.items()
+    }
+    flops = 3 * _flops(name, img_size)  # the backward pass has two products for each one of the forward pass
+    dtype = "bfloat16" if amp == "bf16" else "float32"
+    report = _report("training step", name, batch_size, img_size, candidates, rounds, where, flops, dtype, kept)
     return report | {"amp": amp}
+
+
+def _flops(name: str, img_size: int) -> int:
+    """Floating point operations of the matrix products and convolutions of one picture's forward pass."""
+    with torch.device("meta"):
+        model = create_model(name, img_size=img_size).eval()
+        images = torch.empty(1, 3, img_size, img_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    return counter.get_total_flops()
 
 
 def _twins(name: str, img_size: int, device: torch.device) -> tuple[VOLO, nn.Module]:
@@ -123,15 +143,16 @@ def _inference(model: nn.Module | Callable[..., Any], images: Tensor) -> Callabl
     return run
 
 
-def _step(model: nn.Module | Callable[..., Any], images: Tensor, target: Tensor, amp: str) -> Callable[[], object]:
-    assert isinstance(model, nn.Module)
+def _step(
+    model: nn.Module, forward: Callable[..., Any], images: Tensor, target: Tensor, amp: str
+) -> Callable[[], object]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def run() -> None:
         context = torch.autocast(images.device.type, DTYPES["bfloat16"]) if amp == "bf16" else contextlib.nullcontext()
         with context:
-            loss = nn.functional.cross_entropy(model(images), target)
+            loss = nn.functional.cross_entropy(forward(images), target)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -149,25 +170,45 @@ def _report(
     name: str,
     batch_size: int,
     img_size: int,
-    candidates: dict[str, Callable[[], object]],
+    candidates: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
+    flops: int,
+    dtype: str = "",
+    kept: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
+    """Time `candidates`. Where `dtype` is empty, the last word of a candidate's name is its dtype. `kept`: bytes that a
+    candidate holds between its runs.
+    """
     timings = alternate(candidates, rounds=rounds, device=device)
     eager = next(key for key in timings if key.startswith("timm eager"))
+    dtypes = {candidate: dtype or candidate.split()[-1] for candidate in candidates}
+    rates = {used: matrix_rate(device, DTYPES[used]) for used in dict.fromkeys(dtypes.values())}
     rows = []
     for candidate, timing in timings.items():
         fast, slow = timing.quartiles
-        same_dtype = f"timm eager {candidate.split()[-1]}"
-        row = {
+        row: dict[str, Any] = {
             "candidate": candidate,
             "images_per_second": batch_size / timing.median,
             "quartiles": [batch_size / slow, batch_size / fast],
             "times_timm_eager": speedup(timing, timings[eager]),
         }
-        if same_dtype in timings and same_dtype != eager:
-            row["times_timm_same_dtype"] = speedup(timing, timings[same_dtype])
+        peers = {
+            "times_timm_same_dtype": f"timm eager {dtypes[candidate]}",
+            "times_timm_compiled": f"timm compiled {dtypes[candidate]}",
+        }
+        if dtype:
+            peers = {"times_timm_compiled": "timm compiled"}
+        for key, peer in peers.items():
+            if peer in timings and peer != eager:
+                row[key] = speedup(timing, timings[peer])
+        row["of_matrix_rate"] = flops * batch_size / timing.median / rates[dtypes[candidate]]
+        peak = peak_memory(candidates[candidate], device) + (kept[candidate] if kept is not None else 0)
+        row["peak_memory_gib"] = peak / 2**30
         rows.append(row)
+    theirs = next(row["peak_memory_gib"] for row in rows if row["candidate"] == eager)
+    for row in rows:
+        row["memory_times_timm_eager"] = row["peak_memory_gib"] / theirs
     return {
         "what": what,
         "model": name,
@@ -175,5 +216,8 @@ def _report(
         "img_size": img_size,
         "rounds": rounds,
         **setting(device),
+        "gigaflops_per_image": flops / 1e9,
+        "copy_gigabytes_per_second": copy_bandwidth(device) / 1e9,
+        "matrix_gigaflops": {used: rate / 1e9 for used, rate in rates.items()},
         "rows": rows,
     }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from volo.bench.timing import alternate, setting, speedup
+from volo.bench.timing import alternate, copy_bandwidth, matrix_rate, peak_memory, setting, speedup
 from volo.models.volo import create_model
 from volo.ops import cpu_kernel
 from volo.ops.outlook_attention import Backend, list_backends, outlook_attention, window_grid
@@ -29,9 +29,11 @@ def bench_op(
     """The operator of stage 1 of a model, forward and forward + backward, engines in turns in one process.
 
     Returns a dict with a row for every engine, pass and dtype: milliseconds (median, quartiles), the speed-up over the
-    reference in the same dtype and pass, and of the forward pass the fraction of the copy bandwidth that the fewest
-    bytes it must move (values and logits read, output written) make. `scratch_percent`: what the CPU kernel takes
-    beyond inputs and outputs, relative to the unfolded values that the reference stores.
+    reference in the same dtype and pass, of the forward pass the fraction of the copy bandwidth that the fewest bytes it
+    must move (values and logits read, output written) make (the bandwidth of a copy of the values, which on a CPU stay
+    in the cache), the fraction of the measured matrix rate that the products of the windows make, and the peak of the
+    memory that PyTorch takes, results included. `scratch_percent`: what the CPU kernel takes beyond inputs and outputs,
+    relative to the unfolded values that the reference stores.
     """
     where = torch.device(device)
     with torch.device("meta"):
@@ -42,6 +44,7 @@ def bench_op(
     h, w = window_grid(side, side, K, stride, padding)
     geometry = {"kernel_size": K, "stride": stride, "padding": padding}
     rows: list[dict[str, Any]] = []
+    rates: dict[str, float] = {}
     for dtype_name in dtypes:
         dtype = DTYPES[dtype_name]
         generator = torch.Generator().manual_seed(0)
@@ -55,6 +58,8 @@ def bench_op(
         candidates["copy of the values"] = partial(torch.empty_like(value).copy_, value)
         timings = alternate(candidates, rounds=rounds, device=where)
         bytes_per_second = 2 * _bytes(value) / timings.pop("copy of the values").median
+        rate = rates[dtype_name] = matrix_rate(where, dtype)
+        products = 2 * logits.numel() * value.shape[-1]  # a product a query, key and channel; twice as many backwards
         for engine in engines:
             for suffix in ("", " + backward"):
                 timing = timings[engine.name + suffix]
@@ -68,12 +73,12 @@ def bench_op(
                 if not suffix:
                     least = 2 * _bytes(value) + _bytes(logits)
                     row["of_copy_bandwidth"] = least / timing.median / bytes_per_second
+                row["of_matrix_rate"] = products * (3 if suffix else 1) / timing.median / rate
+                row["peak_memory_mib"] = peak_memory(candidates[engine.name + suffix], where) / 2**20
                 if engine.name == "cpu":
                     scratch = cpu_kernel.scratch_bytes(value, logits, K, stride, padding, backward=bool(suffix))
                     unfolded = batch_size * h * w * K * K * config.embed_dims[0] * value.element_size()
                     row["scratch_percent"] = 100 * scratch / unfolded
-                elif where.type == "cuda":
-                    row["peak_extra_mib"] = _peak_extra(candidates[engine.name + suffix]) / 2**20
                 rows.append(row)
     return {
         "what": "outlook attention",
@@ -86,6 +91,8 @@ def bench_op(
         "rounds": rounds,
         "cpu_instructions": cpu_kernel.instruction_set(),
         **setting(where),
+        "copy_gigabytes_per_second": copy_bandwidth(where) / 1e9,
+        "matrix_gigaflops": {name: rate / 1e9 for name, rate in rates.items()},
         "rows": rows,
     }
 
@@ -112,12 +119,3 @@ def _both(
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
-
-
-def _peak_extra(run: Callable[[], object]) -> int:
-    """Bytes of GPU memory at the peak beyond what was there before, results included."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() - before

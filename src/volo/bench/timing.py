@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,17 @@ class Timing:
 
 
 def alternate(
-    candidates: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2, device: torch.device | None = None
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    device: torch.device | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Run every candidate once a round, in turns, so that a busy moment of the machine hits all of them alike."""
+    """Run every candidate once a round, in turns, so that a busy moment of the machine hits all of them alike.
+
+    `clock` gives seconds: of the wall, or of the processor (`time.process_time`) for what runs on one core without waiting.
+    """
 
     def finish() -> None:
         if device is not None and device.type == "cuda":
@@ -47,16 +56,51 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             finish()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
 
 
 def speedup(ours: Timing, peer: Timing) -> float:
     """How many times as fast as `peer` we are: the median over rounds of the ratio within a round."""
     return statistics.median(p / o for o, p in zip(ours.seconds, peer.seconds))
+
+
+def copy_bandwidth(device: torch.device, rounds: int = 7) -> float:
+    """Bytes per second, read plus written, of a copy that is larger than any cache."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    timing = alternate({"copy": lambda: target.copy_(source)}, rounds=rounds, device=device)["copy"]
+    return 2 * source.nbytes / timing.median
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 7) -> float:
+    """Floating point operations per second (a multiply-add is two) of a large square matrix product."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    timing = alternate({"product": lambda: a @ b}, rounds=rounds, device=device)["product"]
+    return 2 * side**3 / timing.median
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that PyTorch holds at the peak of `run` beyond what it held before, results included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    held = peak = 0
+    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def setting(device: torch.device) -> dict[str, Any]:

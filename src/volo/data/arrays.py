@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from volo.config import DataConfig
 from volo.data.decode import BadImage, BadImageError, decode_image
+from volo.data.files import cache_folder
 from volo.data.sources import LAYOUTS, VAL_FOLDERS, ArraySource, DataSplits, Names, Progress, raise_bad, split_by_seed
 from volo.data.transforms import height_width
 
@@ -44,7 +44,7 @@ def open_torchvision_cifar(kind: str, root: Path | None) -> DataSplits:
     from torchvision import datasets
 
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
-    root = root or Path(os.environ.get("VOLO_CACHE") or Path.home() / ".cache" / "volo") / "data"
+    root = root or cache_folder() / "data"
     try:
         root.mkdir(parents=True, exist_ok=True)
         parts = [dataset(str(root), train=is_train, download=True) for is_train in (True, False)]

@@ -94,8 +94,7 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
         data, name = source, name or "picture"
     else:
         name = name or str(source)
-        with open_picture_file(source, name) as file:
-            data = file.read()
+        data = read_file(source, name)
     with naming(name, data), Image.open(io.BytesIO(data)) as image:
         _check_size(image, name)
         image.load()
@@ -109,13 +108,23 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def check_header(path: Path, name: str) -> None:
-    """Raise BadImageError where the first bytes already show that `path` is no picture; pixels are not decoded."""
+def read_file(path: str | Path, name: str) -> bytes:
+    """Raises BadImageError for a file that is not there or cannot be read."""
     with open_picture_file(path, name) as file:
+        return file.read()
+
+
+def check_header(source: Path | bytes, name: str) -> tuple[int, int]:
+    """Height and width as stored, from the first bytes of a file (or the file in memory); pixels are not decoded.
+
+    Raises BadImageError where the first bytes already show that it is no picture.
+    """
+    with io.BytesIO(source) if isinstance(source, bytes) else open_picture_file(source, name) as file:
         start = file.read(64)
         file.seek(0)
         with naming(name, start), Image.open(file) as image:
             _check_size(image, name)
+            return image.height, image.width
 
 
 def open_picture_file(path: str | Path, name: str) -> BinaryIO:

@@ -1,4 +1,4 @@
-"""Files that are at every moment either the old one or the whole new one."""
+"""Files that are at every moment either the old one or the whole new one, and where what can be had again is kept."""
 
 from __future__ import annotations
 
@@ -43,3 +43,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             "annotating then continue with --resume",
             str(path),
         ) from error
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where downloads are kept: `cache_dir`, else $VOLO_CACHE, else ~/.cache/volo."""
+    return Path(cache_dir or os.environ.get("VOLO_CACHE") or "~/.cache/volo").expanduser()

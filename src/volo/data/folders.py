@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -24,8 +22,9 @@ from volo.data.sources import (
     Names,
     PixelCache,
     Progress,
-    available_cores,
+    cache_budget,
     contents_of,
+    in_parallel,
     raise_bad,
     split_by_seed,
 )
@@ -209,37 +208,20 @@ def _check(
             return BadImage(error.name, error.reason)
         return picture if pictures is not None else None
 
-    # Pillow decodes without the interpreter lock. Chunks bound how many pictures wait for a slow one.
-    with ThreadPoolExecutor(max(2, available_cores())) as pool:
-        for start in range(0, len(names), 256):
-            for i, result in enumerate(pool.map(attempt, names[start : start + 256]), start):
-                if isinstance(result, BadImage):
-                    bad.append(result)
-                else:
-                    good.append(i)
-                    if pictures is not None and result is not None:
-                        pictures.append(result)
-                        budget -= result.numel()
-                        if budget < 0:
-                            pictures = None
-                if on_progress:
-                    on_progress(i + 1, len(names))
+    for i, result in enumerate(in_parallel(attempt, names)):
+        if isinstance(result, BadImage):
+            bad.append(result)
+        else:
+            good.append(i)
+            if pictures is not None and result is not None:
+                pictures.append(result)
+                budget -= result.numel()
+                if budget < 0:
+                    pictures = None
+        if on_progress:
+            on_progress(i + 1, len(names))
     if config.on_bad_image == "error":
         raise_bad(bad, len(names), root)
     cache = PixelCache.of(pictures) if pictures is not None else None
     chosen = torch.tensor([targets[i] for i in good], dtype=torch.int64)
     return FolderSource(root, chosen, Names(names[i] for i in good), classes, cache), bad
-
-
-def cache_budget() -> int:
-    """Bytes of decoded pictures that "auto" keeps: 2 GB or a quarter of free memory, shared by the node's processes."""
-    free: list[int] = []
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free.append(1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):
-        # A container's limit ("max", no number, where there is none).
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
-        free.append(int(limit) - int(used))
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, min([2 << 30, *(f // 4 for f in free)]) // local_processes)

@@ -8,6 +8,7 @@ from volo.config import DataConfig
 from volo.data.arrays import open_digits, open_npz, open_torchvision_cifar
 from volo.data.decode import BadImage, BadImageError, decode_image
 from volo.data.folders import is_image_name, open_folder, open_folders
+from volo.data.shards import TarSource, is_shards, open_shards
 from volo.data.sources import LAYOUTS, ArraySource, DataSplits, FolderSource, ImageSource, Progress, contents_of
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "DataSplits",
     "FolderSource",
     "ImageSource",
+    "TarSource",
+    "data_kind",
     "decode_image",
     "is_image_name",
     "open_data",
@@ -34,30 +37,40 @@ def open_data(config: DataConfig, *, on_progress: Progress | None = None) -> Dat
     if not 0 < config.val_fraction < 1:
         raise ValueError(f"data.val_fraction is {config.val_fraction}; it is a share between 0 and 1")
     path = Path(config.path).expanduser()
-    kind = _detect(config, path) if config.kind == "auto" else config.kind
+    kind = data_kind(config)
     if kind == "digits":
         return open_digits(config)
     if kind in ("cifar10", "cifar100") and not (config.path and any(path.glob("data_batch_*.npz"))):
         return open_torchvision_cifar(kind, path if config.path else None)
     if kind == "folder":
         return open_folders(path, config, on_progress)
+    if kind == "tar":
+        return open_shards(config, on_progress)
     return open_npz(path, config, on_progress)
 
 
-def _detect(config: DataConfig, path: Path) -> str:
+def data_kind(config: DataConfig) -> str:
+    """`config.kind`, or what lies at `config.path` where that is "auto". Raises ValueError for what is not understood."""
+    if config.kind != "auto":
+        return config.kind
+    path = Path(config.path).expanduser()
     if not config.path:
         return "digits"
     if path.is_file() and path.suffix.lower() == ".npz":
         return "npz"
+    if not path.is_dir() and is_shards(config.path):
+        return "tar"
     if not path.exists():
         raise ValueError(f"data.path is {config.path}, which does not exist.\n{LAYOUTS}")
     if not path.is_dir():
-        raise ValueError(f"data.path is {config.path}, a file that is not .npz.\n{LAYOUTS}")
+        raise ValueError(f"data.path is {config.path}, a file that is neither .npz nor .tar.\n{LAYOUTS}")
     if any(path.glob("data_batch_*.npz")) or (path / "train.npz").is_file():
         return "npz"
     for kind, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
         if (path / folder).is_dir():
             return kind
+    if is_shards(path):
+        return "tar"
     if any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir()):
         return "folder"
     raise ValueError(f"data.path is {config.path}, which holds {contents_of(path)}.\n{LAYOUTS}")

@@ -381,10 +381,12 @@ class _Listed:
             kept.append(index)
             fingerprints.append(fingerprint)
         index = torch.tensor(kept, dtype=torch.int64)
-        if isinstance(self.source, ArraySource):
+        if not kept:
+            image = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        elif isinstance(self.source, ArraySource):
             image = self.transform(self.source.images[index]).contiguous()
         else:
-            image = torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+            image = torch.stack(images)
         batch = {"image": image, "target": self.source.targets[index], "index": index}
         return batch | {"fingerprint": torch.tensor(fingerprints, dtype=torch.int64)}, bad
 

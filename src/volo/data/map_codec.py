@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 
 Encoding = Literal["exact", "compact"]
-ENCODINGS: tuple[str, ...] = get_args(Encoding)
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 
 COMPACT_STEP = 0.1
 """Distance of the logits that "compact" can tell apart: none is off by more than half of it.
@@ -95,7 +95,7 @@ def decode_map(record: bytes | memoryview, shape: tuple[int, int, int], encoding
             steps.cumsum(out=levels[0])
             np.negative(falls.reshape(top - 1, h * w), out=levels[1:], casting="unsafe", dtype=np.int32)
             np.cumsum(levels, axis=0, out=levels)
-            scores = levels.reshape(shape) * np.float32(COMPACT_STEP)
+            scores = levels.reshape(shape).astype(np.float32) * np.float32(COMPACT_STEP)
         if start != len(record) or len(classes) != size:
             raise ValueError("lengths do not agree")
         return scores, classes.reshape(shape)
@@ -105,7 +105,8 @@ def decode_map(record: bytes | memoryview, shape: tuple[int, int, int], encoding
 
 def _float16_levels(scores: np.ndarray) -> np.ndarray:
     """Whole numbers that rise with the value and differ by 1 between neighbouring float16 numbers."""
-    half = scores.astype(np.float16) + np.float16(0)  # -0 becomes 0
+    with np.errstate(over="ignore"):
+        half = scores.astype(np.float16) + np.float16(0)  # -0 becomes 0
     if not np.isfinite(half).all():
         raise ValueError("logits must be finite and within the range of float16 (65,504)")
     bits = half.view(np.uint16).astype(np.int64)

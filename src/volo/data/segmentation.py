@@ -20,8 +20,8 @@ from torch import Tensor
 
 from volo.config import DataConfig, SegmentConfig
 from volo.data.decode import BadImage, BadImageError, decode_image, naming, open_picture_file
-from volo.data.folders import cache_budget, is_image_name
-from volo.data.sources import Names, PixelCache, Progress, available_cores, contents_of, raise_bad
+from volo.data.folders import is_image_name
+from volo.data.sources import Names, PixelCache, Progress, available_cores, cache_budget, contents_of, raise_bad
 
 IGNORE = 255
 """Void: pixels that count neither in the loss nor in the score."""

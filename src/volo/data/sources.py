@@ -1,21 +1,23 @@
-"""What a source of labelled pictures is, the two kinds there are, and what all readers of data share."""
+"""What a source of labelled pictures is, two kinds of it, and what all readers of data share."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from volo.config import DataConfig
-from volo.data.decode import BadImage, decode_image, open_picture_file
+from volo.data.decode import BadImage, decode_image, read_file
 
 Progress = Callable[[int, int], None]
 """`on_progress(done, total)`, called while pictures are decoded."""
@@ -29,6 +31,8 @@ data.path can be
   a folder with a folder of pictures for every class: data.val_fraction of each class is held out;
   an npz folder: data_batch_*.npz, test_batch.npz (JPEG bytes, offsets, labels), classes.txt;
   train.npz with val.npz or test.npz, or a single .npz: arrays images (uint8 [N, H, W, 3] or [N, H, W]) and labels;
+  a folder of tar shards, train-*.tar and val-*.tar, or tar files to be split by data.val_fraction: one, or a list in
+  braces such as shards/train-{000000..000127}.tar; each holds KEY.jpg (png, webp, ...) and KEY.cls or KEY.json;
   a folder with torchvision's CIFAR files (data.kind "cifar10" or "cifar100" downloads them);
   empty: scikit-learn's handwritten digits."""
 
@@ -92,7 +96,7 @@ class ArraySource:
         return self.images[index]
 
     def fingerprint(self, index: int) -> int:
-        return zlib.crc32(self.images[index].contiguous().numpy())
+        return zlib.crc32(self.images[index].contiguous().numpy().data)
 
     def select(self, indices: Sequence[int]) -> ArraySource:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
@@ -144,13 +148,15 @@ class FolderSource:
     def load(self, index: int) -> Tensor:
         if self.cache is not None:
             return self.cache[index]
+        return decode_image(self.read(index), self.names[index])
+
+    def read(self, index: int) -> bytes:
+        """The picture file as it is. Raises BadImageError."""
         name = self.names[index]
-        return decode_image(self.root / name, name)
+        return read_file(self.root / name, name)
 
     def fingerprint(self, index: int) -> int:
-        name = self.names[index]
-        with open_picture_file(self.root / name, name) as file:
-            return zlib.crc32(file.read())
+        return zlib.crc32(self.read(index))
 
     def select(self, indices: Sequence[int]) -> FolderSource:
         cache = self.cache and self.cache.select(indices)
@@ -192,7 +198,13 @@ def held_out(names: Sequence[str], targets: Sequence[int], fraction: float, seed
     return [i for i in range(len(names)) if i not in val], sorted(val)
 
 
-def split_by_seed(source: ArraySource | FolderSource, config: DataConfig) -> tuple[ImageSource, ImageSource]:
+class Selectable(ImageSource, Protocol):
+    """A source of which a part can be taken."""
+
+    def select(self, indices: Sequence[int]) -> ImageSource: ...
+
+
+def split_by_seed(source: Selectable, config: DataConfig) -> tuple[ImageSource, ImageSource]:
     train, val = held_out(source.names, source.targets.tolist(), config.val_fraction, config.split_seed)
     if not val:
         raise ValueError(f"{len(train)} pictures, one a class: none can be held out. Add pictures, or a val/ folder.")
@@ -213,6 +225,33 @@ def raise_bad(bad: list[BadImage], total: int, where: Path) -> None:
             f"{len(bad)} of {total} pictures in {where} cannot be used:\n{listed}\n"
             'Repair or remove them, or leave them out with data.on_bad_image "skip".'
         )
+
+
+Item = TypeVar("Item")
+
+
+def in_parallel(function: Callable[[Any], Item], items: Sequence[Any], chunk: int = 256) -> Iterator[Item]:
+    """`function` of every item, in order, on all cores: for work without the interpreter lock, as Pillow's.
+
+    No more than `chunk` results wait for a slow one, or for the caller.
+    """
+    with ThreadPoolExecutor(max(2, available_cores())) as pool:
+        for start in range(0, len(items), chunk):
+            yield from pool.map(function, items[start : start + chunk])
+
+
+def cache_budget() -> int:
+    """Bytes of decoded pictures that "auto" keeps: 2 GB or a quarter of free memory, shared by the node's processes."""
+    free: list[int] = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free.append(1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):
+        # A container's limit ("max", no number, where there is none).
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+        free.append(int(limit) - int(used))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min([2 << 30, *(f // 4 for f in free)]) // local_processes)
 
 
 def available_cores() -> int:

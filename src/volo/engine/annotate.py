@@ -7,6 +7,7 @@ the number of processes and however often it was stopped and resumed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -161,9 +162,12 @@ def annotate(
     world: World,
     resume: bool = False,
     overwrite: bool = False,
+    sources: Sequence[ImageSource] | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Draw the maps of every picture into `out`; all processes of `world` call this.
+
+    `sources`: these pictures, and not what lies at `config.data`.
 
     Returns what the first process reports: pictures, skipped and ignored files, agreement with the labels, bytes, speed.
     Raises ValueError for settings that make no sense, for a folder that holds something else, for another annotator or
@@ -172,7 +176,10 @@ def annotate(
     _check_config(annotator, config)
     device = world.device
     say = on_progress or (lambda what, done, total: None)
-    splits, sources = _open(annotator.data, config, say)
+    if sources is None:
+        splits, sources = open_sources(annotator.data, config, say)
+    else:
+        splits = DataSplits(sources[0], sources[-1], tuple(sources[0].classes))
     classes, label_map = _shared_classes(annotator, splits.classes)
     header = {
         "top": config.top,
@@ -230,8 +237,7 @@ class _Pen:
     ) -> None:
         self.annotator, self.config, self.device, self.label_map = annotator, config, device, label_map
         self.pixels = PixelPipeline(annotator.data).to(device).eval()
-        self.writer: ShardWriter | None = None
-        self.number = -1
+        self.shards = _OpenShard()
 
     def draw(
         self,
@@ -246,7 +252,6 @@ class _Pen:
         say: OnProgress,
     ) -> tuple[list[BadImage], int]:
         """Pictures that cannot be decoded, and how many maps were drawn."""
-        reasons = {bad.name: bad.reason for bad in splits.skipped}
         failed: list[BadImage] = []
         given_up: set[int] = set()
         total, seen, drawn = sum(b.stop - b.start for b in schedule), 0, 0
@@ -254,12 +259,7 @@ class _Pen:
         with ThreadPoolExecutor(1) as storing:
             try:
                 for request, (batch, bad) in zip(schedule, loader):
-                    gone = [
-                        BadImage(name, reasons.get(name, "gone since the annotation began"))
-                        for i in range(request.start, request.stop)
-                        if positions[i] < 0 and (name := plan.name(part, i))
-                    ]
-                    bad = gone + bad
+                    bad = plan.gone(part, request, positions, splits) + bad
                     seen += request.stop - request.start
                     if bad and self.config.on_bad_image == "error":
                         # The rest of the shard is still looked at, so that all that is bad is named at once.
@@ -278,7 +278,7 @@ class _Pen:
             finally:
                 for future in waiting:
                     future.cancel()
-                storing.submit(self._close).result()
+                storing.submit(self.shards.close).result()
         return failed, drawn
 
     def _look(self, images: Tensor) -> Drawing:
@@ -306,19 +306,29 @@ class _Pen:
                 right = drawing.mean_logits.argmax(dim=1).cpu() == label
                 at_position = torch.from_numpy(classes[:, 0]) == label[:, None, None]
                 block.tally = [len(label), int(right.sum()), at_position.numel(), int(at_position.sum())]
-        if self.number != request.shard:
-            self._close()
-            self.writer, self.number = ShardWriter(out, request.shard), request.shard
-        assert self.writer is not None
-        self.writer.append(block)
-        if request.is_last:
-            self.writer.finish()
-            self.writer, self.number = None, -1
+        self.shards.append(out, request, block)
 
-    def _close(self) -> None:
+
+class _OpenShard:
+    """The shard under way: batches come in their order, so one is open at a time."""
+
+    def __init__(self) -> None:
+        self.number = -1
+        self.writer: ShardWriter | None = None
+
+    def append(self, out: Path, batch: _Batch, block: Block) -> None:
+        if self.writer is None or self.number != batch.shard:
+            self.close()
+            self.number, self.writer = batch.shard, ShardWriter(out, batch.shard)
+        self.writer.append(block)
+        if batch.is_last:
+            self.writer.finish()
+            self.writer = None
+
+    def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
-        self.writer, self.number = None, -1
+        self.writer = None
 
 
 def import_original(
@@ -340,7 +350,7 @@ def import_original(
         raise FileNotFoundError(f"{folder} is not a folder; the original's label maps are CLASS/NAME.pt below one")
     say = on_progress or (lambda what, done, total: None)
     world = World(0, 1, torch.device("cpu"))
-    splits, sources = _open(DataConfig(), config, say)
+    splits, sources = open_sources(DataConfig(), config, say)
     found = [[find_original_map(folder, name) for name in source.names] for source in sources]
     first = next((path for paths in found for path in paths if path is not None), None)
     if first is None:
@@ -359,7 +369,8 @@ def import_original(
         "annotator": {**described, "img_size": None, "flip": None, **_part(config), **_provenance()},
     }
     plan = _agree_on_plan(out, _Plan.of(header, sources, splits, config), world, resume, overwrite, say)
-    drawn, start, failed = 0, time.perf_counter(), []
+    drawn, start = 0, time.perf_counter()
+    failed: list[BadImage] = []
 
     def read(path: Path | None, name: str) -> tuple[np.ndarray, np.ndarray] | BadImage:
         if path is None:
@@ -373,33 +384,34 @@ def import_original(
         return scores, classes
 
     if plan is not None:
-        done = 0
-        with ThreadPoolExecutor(4) as pool:
+        done, shards = 0, _OpenShard()
+        with ThreadPoolExecutor(4) as pool, contextlib.closing(shards):
             for part, source in enumerate(sources):
                 positions, given_up = plan.locate(source.names, part), set[int]()
                 for request in plan.schedule(out, part, config.batch_size, world):
-                    block, bad = Block(), []
+                    block, bad = Block(), plan.gone(part, request, positions, splits)
                     kept = [int(i) for i in positions[request.start : request.stop] if i >= 0]
                     names = [source.names[i] for i in kept]
                     for i, name, result in zip(kept, names, pool.map(read, [found[part][i] for i in kept], names)):
                         if isinstance(result, BadImage):
                             bad.append(result)
-                        else:
+                            continue
+                        try:
                             block.add(name, *result, config.encoding, source.fingerprint(i))
-                            label = int(source.targets[i])
-                            means = np.bincount(result[1].ravel(), result[0].ravel(), minlength=len(splits.classes))
-                            at_position = int((result[1][0] == label).sum())
-                            own = [1, int(means.argmax() == label), result[1][0].size, at_position]
-                            block.tally = [a + b for a, b in zip(block.tally, own)]
+                        except BadImageError as error:
+                            bad.append(BadImage(error.name, error.reason))
+                            continue
+                        label, (scores, best) = int(source.targets[i]), result
+                        means = np.bincount(best.ravel(), scores.ravel(), minlength=len(splits.classes))
+                        own = [1, int(means.argmax() == label), best[0].size, int((best[0] == label).sum())]
+                        block.tally = [a + b for a, b in zip(block.tally, own)]
                     failed += bad
                     block.skipped = [(item.name, item.reason) for item in bad]
                     if bad and config.on_bad_image == "error":
                         given_up.add(request.shard)
                     if request.shard not in given_up:
-                        writer = ShardWriter(out, request.shard)
-                        writer.append(block)
+                        shards.append(out, request, block)
                         drawn += len(block.names)
-                        writer.finish() if request.is_last else writer.close()
                     done += request.stop - request.start
                     say("importing", done, len(plan.names))
         _raise_failed(failed, plan, config, world)
@@ -463,7 +475,7 @@ def check_store(
     )
     # The handwritten digits are enlarged to the size that is asked for.
     size = tuple(drawn["img_size"]) if drawn["img_size"] else DataConfig().img_size
-    splits, sources = _open(DataConfig(img_size=size), config, say)
+    splits, sources = open_sources(DataConfig(img_size=size), config, say)
     unreadable = {bad.name: bad.reason for bad in splits.skipped}
     left = set(maps.names)
     for source in sources:
@@ -527,9 +539,6 @@ class _Plan:
         content = [self.sizes, self.shard_size, *self.names]
         return hashlib.blake2b("\0".join(map(str, content)).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
-    def name(self, part: int, index: int) -> str:
-        return self.names[sum(self.sizes[:part]) + index]
-
     @property
     def num_shards(self) -> int:
         return sum(-(-size // self.shard_size) for size in self.sizes)
@@ -561,6 +570,15 @@ class _Plan:
             return np.arange(len(now))
         index = {name: i for i, name in enumerate(now)}
         return np.array([index.get(name, -1) for name in planned], np.int64)
+
+    def gone(self, part: int, batch: _Batch, positions: np.ndarray, splits: DataSplits) -> list[BadImage]:
+        """Pictures of a batch that are no longer among those of the data."""
+        first, missing = sum(self.sizes[:part]), np.flatnonzero(positions[batch.start : batch.stop] < 0) + batch.start
+        if not len(missing):
+            return []
+        reasons = {bad.name: bad.reason for bad in splits.skipped}
+        names = [self.names[first + i] for i in missing.tolist()]
+        return [BadImage(name, reasons.get(name, "gone since the annotation began")) for name in names]
 
     def write(self, out: Path) -> None:
         encoded = [os.fsencode(name) for name in self.names]
@@ -706,7 +724,11 @@ def _check_config(annotator: OpenedAnnotator, config: AnnotateConfig) -> None:
         )
 
 
-def _open(data: DataConfig, config: AnnotateConfig, say: OnProgress) -> tuple[DataSplits, list[ImageSource]]:
+def open_sources(
+    data: DataConfig, config: AnnotateConfig, on_progress: OnProgress | None = None
+) -> tuple[DataSplits, list[ImageSource]]:
+    """What lies at `config.data`, and the parts of it that are to be drawn. Raises ValueError as `open_data` does."""
+    say = on_progress or (lambda what, done, total: None)
     given = dataclasses.replace(
         data, val_fraction=config.val_fraction, split_seed=config.split_seed, on_bad_image=config.on_bad_image
     )

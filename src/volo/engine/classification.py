@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from volo.config import Recipe
-from volo.data.images import open_data
+from volo.data.images import data_kind, open_data
 from volo.data.loader import EvalLoader, TrainLoader
 from volo.data.sources import DataSplits, Progress
 from volo.data.token_labels import LabelMapReader
@@ -31,7 +31,10 @@ class Classification:
     def __init__(self, recipe: Recipe, world: World, on_progress: Progress | None = None) -> None:
         config = recipe.train
         self.recipe, self.world = recipe, world
-        with main_first(world) if recipe.data.kind in ("cifar10", "cifar100") else contextlib.nullcontext():
+        # One process downloads, or makes the index of shards, and the others find it.
+        with (
+            main_first(world) if data_kind(recipe.data) in ("cifar10", "cifar100", "tar") else contextlib.nullcontext()
+        ):
             splits = open_data(recipe.data, on_progress=on_progress)
         self.classes = splits.classes
         self.extras: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -79,6 +80,31 @@ def main_first(world: World) -> Iterator[None]:
     yield
     if world.size > 1 and world.is_main:
         dist.barrier()
+
+
+def agree_on_start(checkpoint: dict[str, Any] | None, world: World) -> dict[str, Any] | None:
+    """The checkpoint that the first process has found, for all of them: other machines need not see its folder.
+
+    All processes must call it, each with what it has found itself (None: nothing); nobody returns before all have called.
+    Raises ValueError where only others have found one: a run would begin anew though it has been under way.
+    """
+    if world.size == 1:
+        return checkpoint
+    mine = checkpoint and (checkpoint["step"], checkpoint["history"]["seconds"], socket.gethostname())
+    found: list[tuple[int, float, str] | None] = [None] * world.size
+    dist.all_gather_object(found, mine)  # type: ignore[misc]
+    others = sorted({entry[2] for entry in found if entry is not None})
+    if found[0] is None and others:
+        raise ValueError(
+            f"{', '.join(others)} has the checkpoint of this run (last.pt), but the first process, which writes it, does not see "
+            "one. Let the machines change places (torchrun numbers them by name, or by --local-addr; with --node-rank as "
+            "you say), copy the run folder to the first one, or put it where all of them see it"
+        )
+    if all(entry == found[0] or (entry and found[0] and entry[:2] == found[0][:2]) for entry in found):
+        return checkpoint
+    box = [checkpoint if world.is_main else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def prepare_batch_norm(task: nn.Module, config: TrainConfig, world: World) -> nn.Module:

@@ -17,6 +17,7 @@ from volo.config import DataConfig, nearest
 from volo.data.decode import BadImage
 from volo.data.folders import open_folder
 from volo.data.images import open_data
+from volo.data.shards import is_shards, open_all_shards
 from volo.data.sources import VAL_FOLDERS, ImageSource
 from volo.engine.metrics import ClassificationMetrics
 
@@ -110,7 +111,8 @@ def open_labelled(
     Args:
         path: None: the pictures held out from the training. A folder of class folders, named like the classes, by their
             WordNet id or by their number (ImageNet-V2); or one that has them in val/ (or validation/, valid/, test/);
-            or any other data of `volo.data.images.open_data`, whose held-out part is taken.
+            or tar shards, those of val where there are such, else all; or any other data of `volo.data.images.open_data`,
+            whose held-out part is taken.
         wnids: WordNet ids of the classes, for models of ImageNet.
 
     Raises ValueError as `open_data` does, and for classes that the model does not know.
@@ -127,12 +129,17 @@ def open_labelled(
 
     val = next((given / name for name in VAL_FOLDERS if (given / name).is_dir()), None)
     is_packed = any(given.glob("*.npz")) or any(given.glob("cifar-*"))
+    if is_new and not is_packed and is_shards(given):
+        source, skipped = open_all_shards(given, data, on_progress=on_progress)
+        known = wnids if wnids and set(source.classes) <= set(wnids) else classes
+        class_map = None if source.classes == tuple(known) else match_classes(source.classes, known)
+        return LabelledData(source, class_map, skipped, str(given))
     if data.path and given.is_dir() and data.kind in ("auto", "folder") and not is_packed and (val or is_new):
         folder = val or given
         names = {child.name for child in folder.iterdir() if child.is_dir()}
         known = wnids if wnids and names <= set(wnids) else classes
-        source, skipped = open_folder(folder, known, data, on_progress=on_progress)
-        return LabelledData(source, None, skipped, str(folder))
+        found, skipped = open_folder(folder, known, data, on_progress=on_progress)
+        return LabelledData(found, None, skipped, str(folder))
     splits = open_data(data, on_progress=on_progress)
     class_map = None if splits.classes == tuple(classes) else match_classes(splits.classes, classes)
     return LabelledData(splits.val, class_map, splits.skipped, f"held-out part of {data.path or data.kind}")

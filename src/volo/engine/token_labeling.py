@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +19,7 @@ from volo.data.token_labels import LabelMapReader, resample_label_maps, resample
 from volo.data.transforms import PixelPipeline, height_width
 from volo.engine.annotate import AnnotateConfig, annotate, open_annotator
 from volo.engine.classification import Classification
-from volo.engine.distributed import World
+from volo.engine.distributed import World, main_first
 from volo.engine.evaluate import AMP_DTYPES, match_classes
 from volo.engine.report import Reporter, TrainResult
 from volo.engine.workload import Batch
@@ -40,7 +40,8 @@ class TokenLabeling(Classification):
         self.class_of: Tensor | None = None  # the data's class for each class of the maps, -1 for none; None: the same
         super().__init__(recipe, world, on_progress)
         if recipe.token_label.source == "live":
-            self.annotator = LiveAnnotator(recipe, self.classes, world.device)
+            with main_first(world):  # downloads once
+                self.annotator = LiveAnnotator(recipe, self.classes, world.device)
 
     def open_label_maps(self, splits: DataSplits) -> LabelMapReader | None:
         config = self.recipe.token_label
@@ -184,7 +185,8 @@ def prepare_annotator(
             return recipe, result
     if labels.source == "maps":
         reporter.on_message(f"then the label maps, in {labels.maps}")
-        opened = open_annotator(config.model, img_size=config.img_size or None, device=world.device)
+        with main_first(world):
+            opened = open_annotator(config.model, img_size=config.img_size or None, device=world.device)
         its_data = dataclasses.replace(opened.data, path=recipe.data.path, kind=recipe.data.kind)
         report = annotate(
             dataclasses.replace(opened, data=its_data),
@@ -193,7 +195,7 @@ def prepare_annotator(
                 part="train",
                 val_fraction=recipe.data.val_fraction,
                 split_seed=recipe.data.split_seed,
-                top=config.top,
+                top=min(config.top, opened.model.num_classes),
                 flip=config.flip,
                 amp=config.amp,
                 batch_size=config.batch_size,
@@ -243,6 +245,5 @@ def _described(report: dict) -> str:
     return f"{report['pictures']:,} label maps of {report['grid'][0]} x {report['grid'][1]}, {report['bytes'] / 1e6:.1f} MB{agrees}"
 
 
-def _some(names: object) -> str:
-    listed = [str(name) for name in names]  # type: ignore[attr-defined]
-    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

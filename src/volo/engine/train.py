@@ -30,18 +30,19 @@ from typing import Any
 
 import timm
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from volo import __version__
 from volo.config import Recipe, TrainConfig, recipe_from_dict, recipe_to_toml
+from volo.data.files import write_atomically
 from volo.data.keyed import key
-from volo.engine.checkpoint import FORMAT, load_checkpoint, save_checkpoint, write_atomically
+from volo.engine.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from volo.engine.classification import Classification
 from volo.engine.distributed import (
     Vote,
     World,
+    agree_on_start,
     gather_full,
     gradient_sync,
     join_world,
@@ -133,9 +134,8 @@ def train(
     with join_world(recipe.train.device) as world, _torch_settings(recipe.train, world.device):
         if not world.is_main:
             reporter = NullReporter()
-        checkpoint = _look_into(out, recipe, resume, overwrite)
-        if world.size > 1:
-            dist.barrier()  # nobody writes before all have looked
+        # Nobody writes before all have looked.
+        checkpoint = agree_on_start(_look_into(out, recipe, resume, overwrite), world)
         recipe, stopped = prepare_annotator(recipe, out, world, reporter, train)
         if stopped is not None:
             return stopped

@@ -1,13 +1,18 @@
-"""Give a model that somebody else wrote our outlook attention, in place: `volo.fuse(model)`."""
+"""Change a finished model for speed, in place: `volo.fuse(model)` gives one that somebody else wrote our outlook attention;
+`pack_linear_layers` is what `VOLO.fuse_for_inference` does to the Linear layers.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from volo.layers import OutlookAttention
+from volo.layers import Mlp, OutlookAttention
+from volo.ops.linear import PackedWeight
 
 _ATTRIBUTES = ("v", "attn", "proj", "kernel_size", "stride", "padding", "num_heads", "scale")
 
@@ -107,3 +112,44 @@ def _one(value: object) -> int:
 
 def _rate(drop: object) -> float:
     return float(getattr(drop, "p", drop))  # type: ignore[arg-type]
+
+
+class PackedLinear(nn.Linear):
+    """A Linear for inference, and the GELU behind it if `gelu`: on a CPU it keeps a second copy of its weight, in the layout
+    of oneDNN's matrix kernels. Wherever these cannot serve (see `volo.ops.linear`) it is a plain Linear (and GELU).
+
+    Parameters are those of `linear`, shared. The copy is made at the first call, and again after the weight has changed.
+    """
+
+    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.gelu = gelu
+        self._packed = PackedWeight()
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._packed.serves(x, self.weight):
+            return self._packed.multiply(x, self.weight, self.bias, self.gelu)
+        out = F.linear(x, self.weight, self.bias)
+        return F.gelu(out) if self.gelu else out
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:  # to(), half() ...
+        self._packed.forget()
+        return super()._apply(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", gelu=True" if self.gelu else "")
+
+
+def pack_linear_layers(model: nn.Module) -> None:
+    """Replace every Linear inside `model` by a `PackedLinear` around its parameters; GELUs of MLPs go into it."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.Linear) and not isinstance(child, PackedLinear):
+                parent._modules[name] = PackedLinear(child)
+        if isinstance(parent, Mlp) and isinstance(parent.act, nn.GELU) and parent.act.approximate == "none":
+            assert isinstance(parent.fc1, PackedLinear)
+            parent.fc1.gelu = True
+            parent.act = nn.Identity()  # type: ignore[assignment]

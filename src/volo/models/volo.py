@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from volo.config import nearest
-from volo.layers import ClassBlock, Downsample, Outlooker, PatchEmbed, Transformer
+from volo.layers import ClassBlock, Downsample, Linear, Outlooker, PatchEmbed, Transformer
+from volo.models.fuse import pack_linear_layers
 
 
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -267,8 +268,8 @@ class VOLO(nn.Module):
         self.apply(_init_weights)
 
     def _make_heads(self, num_classes: int) -> None:
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.aux_head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.aux_head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     # From pictures to tokens
 
@@ -443,7 +444,8 @@ class VOLO(nn.Module):
         self.grad_checkpointing = enable
 
     def fuse_for_inference(self) -> VOLO:
-        """Fold the stem's BatchNorms into its convolutions and lay these out channels-last; returns the model itself.
+        """Fold the stem's BatchNorms into its convolutions, lay these out channels-last, and let the Linear layers keep
+        their weights as a CPU's matrix kernels want them (`volo.models.fuse.PackedLinear`); returns the model itself.
 
         Outputs stay the same up to rounding. The state dict afterwards is that of the folded layers, and the model is
         no longer meant to be trained. Raises ValueError in training mode, where the running statistics do not hold.
@@ -451,6 +453,7 @@ class VOLO(nn.Module):
         if self.training:
             raise ValueError("fuse_for_inference folds running statistics: call model.eval() first")
         self.patch_embed.fold_batch_norm()
+        pack_linear_layers(self)
         return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def no_weight_decay(self) -> set[str]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from volo.config import nearest
+from volo.data.files import cache_folder
 from volo.models.volo import VARIANTS, VOLO, VOLOConfig, resample_pos_embed
 
 if TYPE_CHECKING:
@@ -104,11 +105,6 @@ PRETRAINED: dict[str, PretrainedWeights] = {
 def list_pretrained(variant: str | None = None) -> list[str]:
     """Tags of the published weights, of one variant or of all."""
     return [tag for tag, weights in PRETRAINED.items() if variant in (None, weights.variant)]
-
-
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where downloads are kept: `cache_dir`, else $VOLO_CACHE, else ~/.cache/volo."""
-    return Path(cache_dir or os.environ.get("VOLO_CACHE") or "~/.cache/volo").expanduser()
 
 
 def cached_path(tag: str, source: Source = "hub", cache_dir: str | Path | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""The fused CPU kernel (`csrc/`): finds the library that was built at installation, and calls it through ctypes.
+"""The fused CPU kernels (`csrc/`): finds the library that was built at installation, and calls it through ctypes.
 
 The library has a plain C interface and knows neither PyTorch nor Python. Its threads are OpenMP's, and because torch is
 imported first they are the very threads that PyTorch computes with; `torch.set_num_threads` holds.
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_outlook_attention.so")
-INTERFACE_VERSION = 2  # of struct OutlookCall in csrc/outlook_attention.h
+INTERFACE_VERSION = 3  # of struct OutlookCall in csrc/outlook_attention.h and AttentionCall in csrc/self_attention.h
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _ISA_NAMES = ("portable", "AVX2", "AVX-512")
 
 _Call = ctypes.c_int64 * 31  # struct OutlookCall
+_AttentionCall = ctypes.c_int64 * 15  # struct AttentionCall
 
 
 def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
@@ -41,7 +42,12 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
             f"{path.name} was built from other sources (interface {version()}, expected {INTERFACE_VERSION}); build again",
         )
     library.volo_best_isa.restype = ctypes.c_int64
-    for function in (library.volo_outlook_forward, library.volo_outlook_backward):
+    for function in (
+        library.volo_outlook_forward,
+        library.volo_outlook_backward,
+        library.volo_attention_forward,
+        library.volo_attention_backward,
+    ):
         function.argtypes = [ctypes.c_void_p, ctypes.c_double]
         function.restype = ctypes.c_int
     return library, None
@@ -138,3 +144,53 @@ def _run(
     )  # fmt: skip
     if function(call, scale):
         raise MemoryError("outlook attention: no memory for the scratch of the CPU kernel")
+
+
+# ---- self-attention ----
+
+
+def attention_why_not(qkv: Tensor) -> str | None:
+    """None where the kernel can compute self-attention of `qkv`, otherwise the reason."""
+    if qkv.device.type != "cpu":
+        return f"it computes on the CPU, the tensor is on {qkv.device.type}"
+    if LOAD_ERROR is not None:
+        return LOAD_ERROR
+    if qkv.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes float32 and bfloat16, not {str(qkv.dtype).removeprefix('torch.')}"
+    return None
+
+
+def attention_forward(qkv: Tensor, num_heads: int) -> Tensor:
+    """Self-attention without autograd; shapes as in `volo.ops.self_attention`. Returns a contiguous tensor."""
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    out = torch.empty(B, N, C, dtype=qkv.dtype, device="cpu")
+    _run_attention(_library.volo_attention_forward, qkv, num_heads, out)
+    return out
+
+
+def attention_backward(grad_out: Tensor, qkv: Tensor, num_heads: int) -> Tensor:
+    """Gradient of `qkv`, contiguous, from that of the output; the softmax is computed again."""
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device="cpu")
+    _run_attention(_library.volo_attention_backward, qkv, num_heads, grad_qkv, grad_out)
+    return grad_qkv
+
+
+def _run_attention(
+    function: Callable[[ctypes.Array[ctypes.c_int64], float], int],
+    qkv: Tensor,
+    num_heads: int,
+    result: Tensor,
+    grad_out: Tensor | None = None,
+) -> None:
+    B, N, width = qkv.shape
+    head_dim = width // (3 * num_heads)
+    gradient = (0, 0, 0) if grad_out is None else (grad_out.data_ptr(), *grad_out.stride()[:2])
+    call = _AttentionCall(
+        _DTYPES[qkv.dtype], _isa, torch.get_num_threads(), B, N, num_heads, head_dim,
+        qkv.data_ptr(), *qkv.stride()[:2], result.data_ptr(), *gradient, 0,
+    )  # fmt: skip
+    if function(call, head_dim**-0.5):
+        raise MemoryError("self-attention: no memory for the scratch of the CPU kernel")

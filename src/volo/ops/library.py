@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch.autograd import forward_ad
 
 from volo.ops import cpu_kernel
+from volo.ops.dispatch import batched, is_plain, no_kernel
 from volo.ops.outlook_attention import Backend, register_backend
 from volo.ops.reference import outlook_attention_reference
 
@@ -99,24 +98,9 @@ torch.library.register_autograd(
 # ---- vmap: one more batch dimension ----
 
 
-def _batched(op: Any, num_tensors: int) -> Any:
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        tensors = [
-            x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
-            for x, dim in zip(args[:num_tensors], in_dims[:num_tensors])
-        ]
-        out = op(*(x.flatten(0, 1) for x in tensors), *args[num_tensors:])
-        unflatten = (info.batch_size, tensors[0].shape[1])
-        if isinstance(out, Tensor):
-            return out.unflatten(0, unflatten), 0
-        return tuple(x.unflatten(0, unflatten) for x in out), (0,) * len(out)
-
-    return rule
-
-
-torch.library.register_vmap("volo::outlook_attention", _batched(torch.ops.volo.outlook_attention, 2), lib=_library)
+torch.library.register_vmap("volo::outlook_attention", batched(torch.ops.volo.outlook_attention, 2), lib=_library)
 torch.library.register_vmap(
-    "volo::outlook_attention_backward", _batched(torch.ops.volo.outlook_attention_backward, 3), lib=_library
+    "volo::outlook_attention_backward", batched(torch.ops.volo.outlook_attention_backward, 3), lib=_library
 )
 
 
@@ -140,24 +124,15 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         value, logits = ctx.saved_tensors
         # With create_graph the gradient must itself be differentiable: the op is, the bare kernel is not.
-        is_plain = not torch.is_grad_enabled() and _is_plain(grad_out)
-        differentiate = ctx.kernel.backward if is_plain else torch.ops.volo.outlook_attention_backward
+        is_bare = not torch.is_grad_enabled() and is_plain(grad_out)
+        differentiate = ctx.kernel.backward if is_bare else torch.ops.volo.outlook_attention_backward
         return *differentiate(grad_out, value, logits, *ctx.geometry), None, None, None, None, None
-
-
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether these are tensors in memory that nothing watches: no subclasses, no batched ones, no modes or transforms."""
-    return (
-        all(type(x) in (Tensor, torch.nn.Parameter) and torch._C._has_storage(x) for x in tensors)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _run(
     kernel: ModuleType, value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int, scale: float
 ) -> Tensor:
-    if torch.compiler.is_compiling() or not _is_plain(value, logits):
+    if torch.compiler.is_compiling() or not is_plain(value, logits):
         return torch.ops.volo.outlook_attention(value, logits, kernel_size, stride, padding, scale)
     if torch.is_grad_enabled() and (value.requires_grad or logits.requires_grad):
         return _Fused.apply(value, logits, kernel, kernel_size, stride, padding, scale)
@@ -167,20 +142,8 @@ def _run(
 # ---- engines ----
 
 
-def _no_kernel() -> str | None:
-    """Reasons that hold for every kernel."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return "exported graphs are made of portable operations"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation has no kernel"
-    transforms = torch._C._functorch.get_interpreter_stack() if torch._C._are_functorch_transforms_active() else ()
-    if any(transform.key() != TransformType.Vmap for transform in transforms):
-        return "of the transforms of torch.func only vmap has a kernel"
-    return None
-
-
 def _cpu_why_not(value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> str | None:
-    return _no_kernel() or cpu_kernel.why_not(value, logits, kernel_size, stride, padding)
+    return no_kernel() or cpu_kernel.why_not(value, logits, kernel_size, stride, padding)
 
 
 def _cpu_run(value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
@@ -194,7 +157,7 @@ def _triton_why_not(value: Tensor, logits: Tensor, kernel_size: int, stride: int
         kernels = _cuda_kernels()
     except ImportError as error:
         return f"triton does not import: {error}"
-    return _no_kernel() or kernels.why_not(value, logits, kernel_size, stride, padding)
+    return no_kernel() or kernels.why_not(value, logits, kernel_size, stride, padding)
 
 
 def _triton_run(value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:

@@ -24,152 +24,13 @@
 #endif
 
 #include "outlook_attention.h"
-
-#define VOLO_INLINE inline __attribute__((always_inline))
+#include "vectors.h"
 
 namespace volo {
 namespace VOLO_ISA {
 namespace {
 
-struct Bf16 {
-  uint16_t bits;
-};
-
-// ---- vectors: the compilers' generic ones, so that one text serves every instruction set ----
-
-template <class A>
-struct Lanes;
-
-template <>
-struct Lanes<float> {
-  static constexpr int count = VOLO_VECTOR_BYTES / 4;
-  typedef float Vec __attribute__((vector_size(VOLO_VECTOR_BYTES)));
-  typedef uint32_t Bits __attribute__((vector_size(VOLO_VECTOR_BYTES)));
-  typedef uint16_t Half __attribute__((vector_size(VOLO_VECTOR_BYTES / 2)));
-};
-
-template <>
-struct Lanes<double> {
-  static constexpr int count = VOLO_VECTOR_BYTES / 8;
-  typedef double Vec __attribute__((vector_size(VOLO_VECTOR_BYTES)));
-};
-
-template <class A>
-using Vec = typename Lanes<A>::Vec;
-using Bits = Lanes<float>::Bits;
-using Half = Lanes<float>::Half;
-
-VOLO_INLINE Vec<float> load(const float* p) {
-  Vec<float> v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-VOLO_INLINE Vec<double> load(const double* p) {
-  Vec<double> v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-VOLO_INLINE Vec<float> load(const Bf16* p) {
-  Half h;
-  memcpy(&h, p, sizeof h);
-  return (Vec<float>)(__builtin_convertvector(h, Bits) << 16);
-}
-
-VOLO_INLINE void store(float* p, Vec<float> v) { memcpy(p, &v, sizeof v); }
-
-VOLO_INLINE void store(double* p, Vec<double> v) { memcpy(p, &v, sizeof v); }
-
-// Rounds to nearest, ties to even; the addend cannot carry a number into NaN, and a NaN keeps a mantissa bit.
-VOLO_INLINE void store(Bf16* p, Vec<float> v) {
-  const Bits bits = (Bits)v;
-  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Bits nan = (bits >> 16) | 0x40u;
-  const Half h = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Half);
-  memcpy(p, &h, sizeof h);
-}
-
-// The first `n` elements, 0 behind them.
-template <class A, class T>
-VOLO_INLINE Vec<A> load_part(const T* p, int64_t n) {
-  T part[Lanes<A>::count] = {};
-  memcpy(part, p, n * sizeof(T));
-  return load(part);
-}
-
-template <class T, class V>
-VOLO_INLINE void store_part(T* p, V v, int64_t n) {
-  T part[sizeof(V) / sizeof(v[0])];
-  store(part, v);
-  memcpy(p, part, n * sizeof(T));
-}
-
-template <class A>
-VOLO_INLINE A sum_lanes(Vec<A> v) {
-  constexpr int W = Lanes<A>::count;
-  A part[W];
-  store(part, v);
-  for (int step = W / 2; step > 0; step /= 2)
-    for (int l = 0; l < step; ++l) part[l] += part[l + step];
-  return part[0];
-}
-
 // ---- softmax ----
-
-// x * scale as a power of two, the factor in two floats: the exponent is then exact to less than its last place.
-struct Exponent {
-  float high, low;
-  explicit Exponent(double scale) {
-    const double log2e = 1.4426950408889634 * scale;
-    high = (float)log2e;
-    low = (float)(log2e - high);
-  }
-};
-
-constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-constexpr uint32_t kRoundingBits = 0x4b400000u;
-constexpr uint32_t kPlainExponent = 35;  // |exponent| <= 35: no maximum need be subtracted for exp to stay harmless
-
-// 2^r for |r| <= 1/2, relative error 2e-9 before rounding.
-VOLO_INLINE Vec<float> exp2_fraction(Vec<float> r) {
-  Vec<float> p = r * 0.00015353362f + 0.0013398874f;
-  p = p * r + 0.009618437f;
-  p = p * r + 0.055503324f;
-  p = p * r + 0.24022648f;
-  p = p * r + 0.69314718f;
-  return p * r + 1.0f;
-}
-
-// exp(x * scale) where the exponent is moderate; `widest` keeps the largest shifted exponent seen, NaN and infinity included.
-VOLO_INLINE Vec<float> exp_plain(Vec<float> x, Exponent e, Bits& widest) {
-  const Vec<float> shifted = x * e.high + kRoundingShift;
-  const Vec<float> n = shifted - kRoundingShift;
-  const Vec<float> r = x * e.low + (x * e.high - n);
-  const Bits exponent = (Bits)shifted - (kRoundingBits - kPlainExponent);
-  widest = exponent > widest ? exponent : widest;
-  return (Vec<float>)((Bits)exp2_fraction(r) + ((Bits)shifted << 23));
-}
-
-// exp(x) for x <= 0 or NaN; 0 from where the result would be denormal.
-VOLO_INLINE Vec<float> exp_negative(Vec<float> x, Exponent e) {
-  const Vec<float> lowest = (Vec<float>){} - 87.0f;
-  const Vec<float> safe = x < lowest ? lowest : x;
-  const Vec<float> shifted = safe * e.high + kRoundingShift;
-  const Vec<float> n = shifted - kRoundingShift;
-  const Vec<float> r = safe * e.low + (safe * e.high - n);
-  const Vec<float> result = (Vec<float>)((Bits)exp2_fraction(r) + ((Bits)shifted << 23));
-  return x < lowest ? (Vec<float>){} : result;
-}
-
-VOLO_INLINE float widen(float x) { return x; }
-VOLO_INLINE double widen(double x) { return x; }
-VOLO_INLINE float widen(Bf16 x) {
-  const uint32_t bits = (uint32_t)x.bits << 16;
-  float f;
-  memcpy(&f, &bits, sizeof f);
-  return f;
-}
 
 // Largest of a row times scale; exp of the rest relative to it. For logits too wide for exp_plain, and for masks of -inf.
 template <class T>
@@ -214,9 +75,9 @@ VOLO_INLINE void exponentials(const double* logits, int64_t rows, int64_t length
   }
 }
 
-// Sums of the rows of x. Rows of nine are shorter than a vector: sums of three
-// neighbours, then of three such sums, taken at all positions at once, cost four additions a vector; every ninth is one
-// that is wanted.
+// Sums of the rows of x. Rows of nine are shorter than a vector: sums of three neighbours, then of three such sums,
+// taken at all positions at once, cost four additions a vector; every ninth is one that is wanted. `scratch` is as large
+// as x, and may be x.
 template <int KK, class A>
 VOLO_INLINE void row_sums(const A* x, int64_t rows, int64_t length, A* scratch, A* sums) {
   constexpr int W = Lanes<A>::count;
@@ -427,7 +288,7 @@ struct Scratch {
   A *e, *inverse, *sums;              // [heads of a group, KK, KK], [heads of a group, KK], as e
   T *zeros, *padded;                  // [width], [KK, width]
   A* ring;                            // [K, columns of tokens, heads of a group, width]
-  A *grads, *dots, *weighted;         // [KK, width], as e, as e
+  A *grads, *dots;                    // [KK, width], as e
   A* totals;                          // as inverse
   const T** in;                       // [KK] where the values of a window are
   const A** grad_rows;                // [KK] where the rows of `grads` are
@@ -479,9 +340,29 @@ struct Engine {
     while (group > 1 && (group * a_head > 16384 || group * ring_of_head > 98304 ||
                          c.batch * c.height * ceil_div(c.heads, group) < 4 * c.threads))
       group = (group + 1) / 2;
+    share_out();
+    // On a small input fewer heads at a time, if that keeps the scratch under a percent of the unfolded values.
+    const int64_t fastest = group;
+    while (group > 1 && takes_too_much()) {
+      group = (group + 1) / 2;
+      share_out();
+    }
+    if (takes_too_much()) {
+      group = fastest;
+      share_out();
+    }
+  }
+
+  void share_out() {
     const int64_t units = c.batch * ceil_div(c.heads, group) * c.height;
     threads = c.threads < units ? c.threads : units;
     if (threads < 1) threads = 1;
+  }
+
+  bool takes_too_much() const {
+    Scratch<T, A> measured;
+    const int64_t unfolded = c.batch * c.rows * c.columns * length * c.heads * c.head_dim * (int64_t)sizeof(T);
+    return 100 * threads * (int64_t)lay_out(measured, nullptr) > unfolded;
   }
 
   size_t lay_out(Scratch<T, A>& s, char* base) const {
@@ -496,7 +377,6 @@ struct Engine {
     s.take(s.ring, kRing ? K * c.width * group * width : 0);
     s.take(s.grads, kBackward ? length * width : 0);
     s.take(s.dots, kBackward ? group * length * length + 2 * W : 0);
-    s.take(s.weighted, kBackward ? group * length * length + 2 * W : 0);
     s.take(s.totals, kBackward ? group * length + W : 0);
     s.take(s.in, length);
     s.take(s.grad_rows, kBackward ? length : 0);
@@ -666,8 +546,8 @@ struct Engine {
     const int64_t n = rows * length;
     T* to = static_cast<T*>(c.grad_logits) + at;
     const A factor = (A)scale;
-    for (int64_t m = 0; m < n; m += W) store(s.weighted + m, load(s.e + m) * load(s.dots + m));
-    row_sums<KK>(s.weighted, rows, length, s.sums, s.totals);
+    for (int64_t m = 0; m < n; m += W) store(s.sums + m, load(s.e + m) * load(s.dots + m));
+    row_sums<KK>(s.sums, rows, length, s.sums, s.totals);
     // A row is written in whole vectors; what spills over is overwritten by the next one.
     for (int64_t r = 0; r < rows; ++r) {
       const A shared = s.totals[r] * s.inverse[r];

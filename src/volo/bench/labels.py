@@ -1,0 +1,169 @@
+"""What label maps cost: bytes a picture, reading, writing, and drawing them against the annotator's bare forward pass."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from volo.bench.timing import setting
+from volo.data.label_maps import Block, LabelMaps, ShardWriter, write_index
+from volo.data.map_codec import COMPACT_STEP, ENCODINGS, Encoding
+from volo.data.sources import ImageSource
+from volo.data.transforms import PixelPipeline, squash_transform
+from volo.engine.annotate import AnnotateConfig, OpenedAnnotator, annotate, open_annotator, open_sources
+from volo.engine.distributed import World
+from volo.engine.evaluate import AMP_DTYPES
+from volo.models.annotators import draw_label_maps
+
+
+def bench_labels(
+    annotator: str,
+    data: str,
+    *,
+    weights: str | Path | None = None,
+    img_size: int | None = None,
+    top: int = 5,
+    batch_size: int = 64,
+    pictures: int = 2048,
+    rounds: int = 5,
+    amp: str = "off",
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Draws the maps of `pictures` pictures of the training part, in turns with bare forward passes over as many.
+
+    Both run in one process. The bare forward is the classifier on ready, normalised batches on the device, with autocast
+    as in drawing. Drawing is all of `annotate` between the first and the last map: loading, scaling, the head at each
+    position, picking the best, encoding, writing.
+
+    Returns a dict with a row for either way of drawing (`times_bare`: the median over rounds of the ratio within a round,
+    and `rounds`), and for each encoding a row with bytes a picture, index included, maps written and read a second by one
+    process (read in random order by name, decoded), and how far compact ones are off: logits, and probabilities of the
+    best `top` at most and in the mean.
+    """
+    where = torch.device(device)
+    opened = open_annotator(annotator, weights=weights, img_size=img_size, device=where)
+    config = AnnotateConfig(data=data, top=top, amp=amp, batch_size=batch_size, encoding="exact")
+    drawn_rates, bare_rates = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        source = _first(opened, config, pictures)
+        for turn in range(rounds + 1):  # the first warms up
+            out = Path(folder) / f"store{turn}"
+            report = annotate(opened, config, out, world=World(0, 1, where), sources=[source])
+            bare = _bare_rate(opened, source, batch_size, amp, where)
+            if turn:
+                drawn_rates.append(report["pictures_per_second"])
+                bare_rates.append(bare)
+        maps = LabelMaps.open(out)
+        scores, classes = _logits(opened, source, top, batch_size, where)
+        rows: list[dict[str, Any]] = [
+            {
+                "candidate": "volo annotate",
+                "pictures_per_second": statistics.median(drawn_rates),
+                "rounds": drawn_rates,
+            },
+            {"candidate": "bare forward", "pictures_per_second": statistics.median(bare_rates), "rounds": bare_rates},
+        ]
+        ratios = [drawn / bare for drawn, bare in zip(drawn_rates, bare_rates)]
+        rows += [
+            _store_row(Path(folder) / encoding, encoding, list(source.names), scores, classes, maps.num_classes)
+            for encoding in ENCODINGS
+        ]
+    return {
+        "what": "label maps",
+        "annotator": annotator,
+        "data": Path(data).name,
+        "img_size": opened.described["img_size"],
+        "grid": list(maps.grid),
+        "top": top,
+        "num_classes": maps.num_classes,
+        "pictures": len(source),
+        "batch_size": batch_size,
+        "amp": amp,
+        "rounds": rounds,
+        **setting(where),
+        "of_bare_forward": statistics.median(ratios),
+        "ratios": ratios,
+        "rows": rows,
+    }
+
+
+def _first(opened: OpenedAnnotator, config: AnnotateConfig, count: int) -> ImageSource:
+    """The first `count` training pictures."""
+    _, (source,) = open_sources(opened.data, config)
+    return source.select(range(min(count, len(source))))  # type: ignore[attr-defined]
+
+
+def _bare_rate(opened: OpenedAnnotator, source: ImageSource, batch_size: int, amp: str, device: torch.device) -> float:
+    transform, pixels = squash_transform(opened.data), PixelPipeline(opened.data).to(device).eval()
+    images = torch.stack([transform(source.load(i)) for i in range(min(batch_size, len(source)))]).to(device)
+    ready, seconds, done = pixels(images), 0.0, 0
+    while done < len(source):
+        batch = ready[: len(source) - done]
+        start = time.perf_counter()
+        with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
+            opened.model.classifier(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds += time.perf_counter() - start
+        done += len(batch)
+    return done / seconds
+
+
+def _logits(
+    opened: OpenedAnnotator, source: ImageSource, top: int, batch_size: int, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [N, top, h, w] and their classes, as drawn."""
+    transform, pixels = squash_transform(opened.data), PixelPipeline(opened.data).to(device).eval()
+    scores, classes = [], []
+    for start in range(0, len(source), batch_size):
+        stop = min(start + batch_size, len(source))
+        images = torch.stack([transform(source.load(i)) for i in range(start, stop)])
+        drawing = draw_label_maps(opened.model, pixels(images.to(device)), top=top)
+        scores.append(drawing.scores.cpu().numpy())
+        classes.append(drawing.classes.cpu().numpy())
+    return np.concatenate(scores), np.concatenate(classes)
+
+
+def _store_row(
+    folder: Path, encoding: Encoding, names: list[str], scores: np.ndarray, classes: np.ndarray, num_classes: int
+) -> dict[str, Any]:
+    folder.mkdir()
+    start = time.perf_counter()
+    writer = ShardWriter(folder, 0)
+    for low in range(0, len(names), 64):
+        block = Block()
+        for i in range(low, min(low + 64, len(names))):
+            block.add(names[i], scores[i], classes[i], encoding, 0)
+        writer.append(block)
+    writer.finish()
+    header = {"top": scores.shape[1], "grid": scores.shape[2:], "num_classes": num_classes, "classes": []}
+    write_index(folder, {**header, "encoding": encoding, "annotator": {"crop": "squash"}}, 1)
+    written = len(names) / (time.perf_counter() - start)
+    maps, order = LabelMaps.open(folder), list(names)
+    random.Random(0).shuffle(order)
+    rates = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for name in order:
+            maps[name]
+        rates.append(len(order) / (time.perf_counter() - start))
+    read = maps.read_batch(names)[0].float()
+    truth = torch.from_numpy(scores)
+    error = (read.softmax(dim=1) - truth.softmax(dim=1)).abs()
+    return {
+        "candidate": encoding,
+        "bytes_per_picture": sum(path.stat().st_size for path in folder.iterdir()) / len(names),
+        "written_per_second": written,
+        "read_per_second": statistics.median(rates),
+        "largest_logit_error": float((read - truth).abs().max()),
+        "logit_error_bound": COMPACT_STEP / 2 if encoding == "compact" else None,
+        "largest_probability_error": float(error.max()),
+        "mean_probability_error": float(error.mean()),
+    }

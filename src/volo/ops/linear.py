@@ -1,0 +1,138 @@
+"""Linear layers on a CPU through oneDNN, where PyTorch itself would take a slower way.
+
+PyTorch hands float32 matrix products to MKL, whose kernels were a tenth slower than oneDNN's on an AMD EPYC (Zen 4), and
+are taken to be on every processor not made by Intel; and it lets oneDNN rearrange a weight at every call although a model that only infers never changes it.
+Everything here computes what `torch.nn.functional.linear` computes, up to rounding, and calls that wherever oneDNN
+cannot serve: other devices and dtypes, autocast, compiled, traced and exported graphs, transforms of torch.func.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from volo.ops.dispatch import is_plain, no_kernel
+
+MIN_ROWS = 64
+"""Below this many rows a product is over before a rearranged weight pays."""
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return "intel" in platform.processor().lower()
+
+
+def _supported_dtypes() -> tuple[torch.dtype, ...]:
+    if not (_is_x86() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return ()
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if has_bfloat16 else (torch.float32,)
+
+
+_dtypes = _supported_dtypes()
+_mkl_is_slow = _is_x86() and not _is_intel()
+
+
+def _may_serve(x: Tensor, weight: Tensor) -> bool:
+    return bool(
+        not torch.compiler.is_compiling()
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in _dtypes
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and x.dim() > 1
+        and x.shape[-1] == weight.shape[1]
+        and x.numel() > 0
+        and weight.numel() > 0
+        and is_plain(x, weight)
+        and no_kernel() is None
+    )
+
+
+# ---- weights as they are: training too ----
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] -> x weight^T + bias [..., out]; weight [out, in], bias [out]."""
+    if (
+        _mkl_is_slow
+        and x.dtype == torch.float32
+        and x.numel() >= MIN_ROWS * x.shape[-1]
+        and _may_serve(x, weight)
+        and (bias is None or (bias.dtype == x.dtype and is_plain(bias)))
+    ):
+        if torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return _Linear.apply(x, weight, bias)
+        return _multiply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:
+            # With create_graph the gradient must itself be differentiable.
+            is_bare = not torch.is_grad_enabled() and _may_serve(grad_out, weight.t())
+            grad_x = _multiply(grad_out, weight.t(), None) if is_bare else grad_out @ weight
+        rows = grad_out.reshape(-1, grad_out.shape[-1])
+        if needs_weight:  # MKL is as fast here
+            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if needs_bias:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+# ---- weights that stay as they are: inference ----
+
+
+class PackedWeight:
+    """A weight [out, in] in the layout of oneDNN's kernels, made when it is first needed and whenever the weight changed."""
+
+    def __init__(self) -> None:
+        self._made: tuple[Tensor, int, Tensor] | None = None
+
+    def serves(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether `multiply` can compute x weight^T without anybody asking for gradients."""
+        return not torch.is_grad_enabled() and _may_serve(x, weight)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+        """x [..., in] -> x weight^T + bias [..., out], through GELU (erf) if asked for."""
+        version = 0 if weight.is_inference() else weight._version
+        if self._made is None or self._made[0] is not weight or self._made[1] != version:
+            rows = x.numel() // x.shape[-1]
+            self._made = weight, version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        activation: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self._made[2], bias, *activation)
+
+    def forget(self) -> None:
+        """Drop the rearranged copy; the next call makes a new one."""
+        self._made = None
+
+    def __reduce__(self) -> tuple[type[PackedWeight], tuple[()]]:
+        return PackedWeight, ()  # copies and pickles make their own
