@@ -28,6 +28,7 @@ from volo.data.segmentation import open_split
 from volo.data.transforms import PixelPipeline
 from volo.engine.checkpoint import load_checkpoint, write_atomically
 from volo.engine.distributed import World
+from volo.engine.evaluate import AMP_DTYPES
 from volo.engine.optim import create_optimizer
 from volo.engine.report import NullReporter
 from volo.engine.segment_evaluate import evaluate_segmentation
@@ -72,16 +73,21 @@ def seconds_of(workload: UNetSegmentation, recipe: Recipe) -> tuple[float, float
         task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = create_optimizer(task.get_submodule("model"), recipe.optim, recipe.peak_lr)
     times = []
+    amp = recipe.train.amp
+    start = time.perf_counter()
     for batch in workload.batches(0, 12):
-        start = time.perf_counter()
-        workload_batch = workload.prepare(batch)
-        task(workload_batch)["loss"].backward()
+        prepared = workload.prepare(batch)
+        if recipe.train.channels_last:
+            prepared["image"] = prepared["image"].contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
+            loss = task(prepared)["loss"]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    start = time.perf_counter()
+        start = time.perf_counter()
     workload.evaluate(task.get_submodule("model"), lambda done: None)
     return sorted(times)[len(times) // 2], time.perf_counter() - start
 
