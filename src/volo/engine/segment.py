@@ -172,6 +172,7 @@ def _classes(
             strips = resized_strips(torch.cat([strip for _, strip in strips], dim=2), size)
         for top, logits in strips:
             answer[top : top + logits.shape[2]] = logits[0].argmax(0).to("cpu", torch.uint8)
+            del logits  # before the next strip is made
         return answer.numpy()
     log_probs = log_probabilities(model, pixels(images.to(device)), size, how, batch_size)
     return log_probs[0].argmax(0).to("cpu", torch.uint8).numpy()

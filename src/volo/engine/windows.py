@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STRIP_ROWS = 128
-"""Rows of logits that are handed out at once."""
+STRIP_ROWS = 32
+"""Rows of logits that are handed out at once: with many classes even these are large."""
 
 Pixels = Callable[[Tensor], Tensor]
 """uint8 [B, 3, h, w] -> float, normalised: a `PixelPipeline` in eval mode."""
@@ -76,11 +76,12 @@ def window_logits(
             if sums is None:
                 sums = torch.zeros(B, logits.shape[1], size[0], W, device=device)
             for left, part in zip(chunk, logits.split(B)):
-                sums[..., left : left + size[1]] += part * weight
+                sums[..., left : left + size[1]].addcmul_(part, weight)
                 weights[:, left : left + size[1]] += weight
                 done += 1
                 if on_window:
                     on_window(done, total)
+            del logits, part
         assert sums is not None
         below = tops[row + 1] if row + 1 < len(tops) else first + size[0]
         ready = below - first
