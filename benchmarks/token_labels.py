@@ -83,10 +83,14 @@ def main() -> None:
 
     mapped = recipe_of("corrected", 0, data, budget["epochs"], options)
     with join_world(options.device) as world:
-        prepare_annotator(mapped, options.work, world, NullReporter(), train)
+        _, stopped = prepare_annotator(mapped, options.work, world, NullReporter(), train)
+    if stopped is not None:
+        sys.exit(f"stopped in {stopped.out}; the same command goes on")
     maps = LabelMaps.open(options.work / "label_maps")
     annotator = json.loads((options.work / "annotator" / "summary.json").read_text())
-    say(f"annotator {100 * annotator['final']['top1']:.2f} %, right about {maps.agreement} of the training pictures")
+    say(
+        f"annotator: {100 * annotator['final']['top1']:.2f} % of the test pictures; agreement in training {maps.agreement}"
+    )
 
     scores: dict[str, list[float]] = {arm: [] for arm in ARMS}
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
