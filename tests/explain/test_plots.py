@@ -46,6 +46,19 @@ def test_curves(tmp_path: Path, steps: int, evaluations: int) -> None:
     assert colours_of(tmp_path / "curves.png") > 50
 
 
+@pytest.mark.filterwarnings("error")
+def test_curves_of_mean_iou_have_room_for_the_mean_accuracy(tmp_path: Path) -> None:
+    figures = {"miou": 0.11, "mean_class_accuracy": 0.6, "loss": 1.1}
+    lines = [
+        {"kind": "step", "step": 1, "epoch": 1.0, "loss": 0.9, "lr": 1e-3},
+        {"kind": "eval", "step": 1, "epoch": 1.0, **figures},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 2.5 * picture.height, "nothing is drawn outside the axes"
+
+
 def test_curves_of_a_file_that_was_cut_off(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     write_metrics(metrics, 30, 3)

@@ -105,7 +105,8 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
             )
             accuracy.set_title(f"Held-out {SCORES[keys[0]]}: best {top:.2f} %")
             low = min(100 * line[key] for line in evaluations for key in keys)
-            accuracy.set_ylim(max(0.0, min(low - 4, 96)), min(101.0, top + 6))
+            high = max(100 * line[key] for line in evaluations for key in keys)
+            accuracy.set_ylim(max(0.0, min(low - 4, 96)), min(101.0, high + 6))
             accuracy.legend(loc="lower right")
         else:
             accuracy.set_title("Held-out score")
