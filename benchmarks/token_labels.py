@@ -83,10 +83,14 @@ def main() -> None:
 
     mapped = recipe_of("corrected", 0, data, budget["epochs"], options)
     with join_world(options.device) as world:
-        prepare_annotator(mapped, options.work, world, NullReporter(), train)
+        _, stopped = prepare_annotator(mapped, options.work, world, NullReporter(), train)
+    if stopped is not None:
+        sys.exit(f"stopped in {stopped.out}; the same command goes on")
     maps = LabelMaps.open(options.work / "label_maps")
     annotator = json.loads((options.work / "annotator" / "summary.json").read_text())
-    say(f"annotator {100 * annotator['final']['top1']:.2f} %, right about {maps.agreement} of the training pictures")
+    say(
+        f"annotator: {100 * annotator['final']['top1']:.2f} % of the test pictures; agreement in training {maps.agreement}"
+    )
 
     scores: dict[str, list[float]] = {arm: [] for arm in ARMS}
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
@@ -180,8 +184,11 @@ def write_results(
     seconds: dict[str, list[float]],
     total_seconds: float,
 ) -> None:
-    def spread(values: list[float]) -> float:
-        return statistics.stdev(values) if len(values) > 1 else float("nan")
+    def spread(values: list[float]) -> float | None:
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def points(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.2f}"
 
     rows = [
         {
@@ -228,13 +235,13 @@ def write_results(
         "| | top-1, mean | standard deviation | each seed |",
         "|---|---|---|---|",
         *(
-            f"| {row['arm']} | {100 * row['mean']:.2f} % | {100 * row['stdev']:.2f} | {', '.join(f'{100 * v:.2f}' for v in row['top1'])} |"
+            f"| {row['arm']} | {100 * row['mean']:.2f} % | {points(row['stdev'])} | {', '.join(f'{100 * v:.2f}' for v in row['top1'])} |"
             for row in rows
         ),
         "",
         "| difference, seed by seed | mean, points | standard deviation |",
         "|---|---|---|",
-        *(f"| {pair['what']} | {100 * pair['mean']:+.2f} | {100 * pair['stdev']:.2f} |" for pair in pairs),
+        *(f"| {pair['what']} | {100 * pair['mean']:+.2f} | {points(pair['stdev'])} |" for pair in pairs),
         "",
     ]
     for name, text in (("cifar10.json", json.dumps(result, indent=1)), ("README.md", "\n".join(lines))):

@@ -54,6 +54,10 @@ template <class T>
 VOLO_INLINE void exponentials(const T* logits, int64_t rows, int64_t length, double scale, float* e) {
   constexpr int W = Lanes<float>::count;
   const int64_t n = rows * length;
+  if (length == 1) {  // the softmax is one, not a number times its inverse; NaN for NaN and infinities
+    for (int64_t i = 0; i < n; ++i) e[i] = widen(logits[i]) - widen(logits[i]) + 1.0f;
+    return;
+  }
   const Exponent exponent(scale);
   Bits widest = {};
   int64_t i = 0;

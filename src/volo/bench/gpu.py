@@ -31,11 +31,9 @@ def bench_gpu(
     """
     where = torch.device(device)
     if where.type != "cuda":
-        rows: list[dict[str, Any]] = [
-            {"goal": goal, "asked": f"{sign} {bound}", "measured": "not measured", "met": "not measured"}
-            for goal, sign, bound in GOALS
-        ]
-        return {"what": "GPU", "status": "not measured: no CUDA device", **setting(where), "rows": rows}
+        nothing = {"measured": "not measured", "met": "not measured"}
+        goals = [{"goal": goal, "asked": f"{sign} {bound}"} | nothing for goal, sign, bound in GOALS]
+        return {"what": "GPU", "status": "not measured: no CUDA device", **setting(where), "rows": goals}
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     with torch.cuda.device(where):
         errors = {str(dtype).removeprefix("torch."): check_correctness(4, 28, 28, 6, 32, dtype) for dtype in dtypes}
@@ -55,7 +53,7 @@ def bench_gpu(
         best(training, "times_timm_compiled"),
         best(training, "memory_times_timm_eager", min),
     )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "goal": goal,
             "asked": f"{sign} {bound}",

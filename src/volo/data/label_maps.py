@@ -248,14 +248,11 @@ class Block:
         self.fingerprints.append(fingerprint)
 
     def extend(self, other: Block) -> None:
-        for mine, theirs in (
-            (self.names, other.names),
-            (self.records, other.records),
-            (self.checksums, other.checksums),
-            (self.fingerprints, other.fingerprints),
-            (self.skipped, other.skipped),
-        ):
-            mine.extend(theirs)  # type: ignore[attr-defined, arg-type]
+        self.names += other.names
+        self.records += other.records
+        self.checksums += other.checksums
+        self.fingerprints += other.fingerprints
+        self.skipped += other.skipped
         self.tally = [a + b for a, b in zip(self.tally, other.tally)]
 
     def to_bytes(self, kind: str) -> bytes:
@@ -276,7 +273,7 @@ class Block:
         header, arrays = parse_container(buffer, kind, origin)
         names = _PackedNames(arrays["name_ends"], arrays["names"])
         ends = np.cumsum(arrays["lengths"], dtype=np.int64).tolist()
-        records = memoryview(arrays["records"])  # type: ignore[arg-type]
+        records = arrays["records"].data
         return cls(
             [names.encoded(i) for i in range(len(names))],
             [records[start:end] for start, end in zip([0, *ends], ends)],
@@ -405,7 +402,7 @@ def map_file(path: Path) -> memoryview:
     size = path.stat().st_size
     if not size:
         return memoryview(b"")
-    return memoryview(torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy())  # type: ignore[arg-type]
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy().data
 
 
 def pack_container(kind: str, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -453,7 +450,7 @@ class _PackedNames(Sequence[str]):
     """Many names in one array of bytes."""
 
     def __init__(self, ends: np.ndarray, content: np.ndarray) -> None:
-        self._ends, self._content = ends, memoryview(content)  # type: ignore[arg-type]
+        self._ends, self._content = ends, content.data
 
     def encoded(self, index: int) -> bytes:
         start = int(self._ends[index - 1]) if index else 0

@@ -152,4 +152,4 @@ def pack_linear_layers(model: nn.Module) -> None:
         if isinstance(parent, Mlp) and isinstance(parent.act, nn.GELU) and parent.act.approximate == "none":
             assert isinstance(parent.fc1, PackedLinear)
             parent.fc1.gelu = True
-            parent.act = nn.Identity()  # type: ignore[assignment]
+            parent._modules["act"] = nn.Identity()

@@ -127,8 +127,8 @@ class PackedWeight:
         if self._made is None or self._made[0] is not weight or self._made[1] != version:
             rows = x.numel() // x.shape[-1]
             self._made = weight, version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        activation: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x, self._made[2], bias, *activation)
+        activation, variant = ("gelu", "none") if gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x, self._made[2], bias, activation, [], variant)
 
     def forget(self) -> None:
         """Drop the rearranged copy; the next call makes a new one."""
