@@ -214,7 +214,7 @@ def test_layouts_that_are_not_understood(pictures: Path, tmp_path_factory: pytes
     (other / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="notes.txt.*\n.*data.path can be"):
         open_data(config(other))
-    with pytest.raises(ValueError, match="a file that is not .npz"):
+    with pytest.raises(ValueError, match="a file that is neither .npz nor .tar"):
         open_data(config(other / "notes.txt"))
     with pytest.raises(ValueError, match="does not exist"):
         open_data(config(other / "missing"))

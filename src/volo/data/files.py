@@ -40,7 +40,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise OSError(
             cause.errno,
             f"{cause.strerror} ({free:.1f} MB free there). {kept}Make room or choose another folder; training and "
-            "annotating then continue with --resume",
+            "annotating then continue with --resume, packing without",
             str(path),
         ) from error
 
