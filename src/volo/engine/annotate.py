@@ -447,7 +447,9 @@ def check_store(
     try:
         maps = LabelMaps.open(path)
     except ValueError as error:
-        return [Problem("corrupt", INDEX, f"{error}; --resume makes it anew")]
+        return [
+            Problem("corrupt", INDEX, f"{error}; how the maps were drawn is lost with it: --overwrite draws them anew")
+        ]
     problems = [
         Problem("corrupt", shard_path(path, number).name, f"{error}; --resume draws its maps again")
         for number, _, error in _damaged(path, [(s.bytes, s.checksum) for s in maps.shards], say)
