@@ -6,8 +6,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from volo.data.rand_augment import OPERATIONS, RandAugment, move, parse_rand_augment
@@ -207,3 +210,34 @@ def test_affine_takes_what_functional_gives() -> None:
     large = tv_tensors.Mask(F.resize(small, [40, 40]))
     assert move(small, "translate_x", 0.2, None)[:, 7].all()
     assert move(large, "translate_x", 0.2, None)[:, 28:32].all()
+
+
+@pytest.mark.parametrize("name", ["rotate", "translate_x", "translate_y", "shear_x", "shear_y"])
+@settings(max_examples=25, deadline=None)
+@given(amount=st.floats(-0.9, 0.9), height=st.integers(2, 40), width=st.integers(2, 40))
+def test_quick_moves_are_those_of_a_picture_on_a_canvas_of_the_fill(
+    name: str, amount: float, height: int, width: int
+) -> None:
+    amount *= 60 if name == "rotate" else 1
+    fill = (124, 116, 104)
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    moved = move(image, name, amount, fill)
+    # torchvision's affine of a canvas so large that its own edge, which it treats otherwise, stays out of sight.
+    margin = 3 * max(height, width)
+    canvas = F.pad(image, [margin] * 4, fill=list(fill)).float()
+    H, W = canvas.shape[1:]
+    center, shear, translate, angle = [W / 2, H / 2], [0.0, 0.0], [0.0, 0.0], 0.0
+    if name == "rotate":
+        angle = amount
+    elif name.startswith("translate"):
+        translate = [amount * width, 0.0] if name.endswith("x") else [0.0, amount * height]
+    else:
+        center = [float(margin), float(margin)]
+        degrees = math.degrees(math.atan(amount))
+        shear = [degrees, 0.0] if name.endswith("x") else [0.0, degrees]
+    expected = F.affine(
+        canvas, angle=angle, translate=translate, scale=1.0, shear=shear, center=center,
+        interpolation=v2.InterpolationMode.BILINEAR, fill=list(fill),
+    )  # fmt: skip
+    expected = expected[:, margin : margin + height, margin : margin + width]
+    assert (moved.float() - expected).abs().max() < 0.51  # rounding to whole numbers

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -137,6 +138,10 @@ def move(inpt: Any, name: str, amount: float, fill: Sequence[float] | None) -> A
     """
     if amount == 0:
         return inpt
+    is_picture = type(inpt) is Tensor or isinstance(inpt, tv_tensors.Image)
+    if is_picture and fill is not None and inpt.dtype == torch.uint8 and inpt.ndim == 3 and len(inpt) == len(fill):
+        moved = _move_pixels(inpt.as_subclass(Tensor), name, amount, fill)
+        return tv_tensors.wrap(moved, like=inpt) if isinstance(inpt, tv_tensors.Image) else moved
     height, width = F.get_size(inpt)
     angle, translate, shear, center = 0.0, [0.0, 0.0], [0.0, 0.0], None
     if name == "rotate":
@@ -159,6 +164,35 @@ def move(inpt: Any, name: str, amount: float, fill: Sequence[float] | None) -> A
         fill=fill and list(fill),
         center=center,
     )
+
+
+def _move_pixels(image: Tensor, name: str, amount: float, fill: Sequence[float]) -> Tensor:
+    """`move` for a picture, uint8 [C, H, W], as `F.affine` does it but twice as fast; at the edge it blends with the fill
+    as if the picture lay on a canvas of that colour, where `F.affine` darkens the seam.
+    """
+    H, W = image.shape[1:]
+    # Where a pixel comes from, in grid_sample's coordinates: -1 to 1 over the picture, pixel centres inside.
+    x = torch.arange(1 - W, W, 2, dtype=torch.float32) / W  # [W]
+    y = torch.arange(1 - H, H, 2, dtype=torch.float32)[:, None] / H  # [H, 1]
+    from_x, from_y = x, y
+    if name == "rotate":
+        cos, sin = math.cos(math.radians(amount)), math.sin(math.radians(amount))
+        from_x, from_y = cos * x + sin * (H / W) * y, cos * y - sin * (W / H) * x
+    elif name == "translate_x":
+        from_x = x - 2 * amount
+    elif name == "translate_y":
+        from_y = y - 2 * amount
+    elif name == "shear_x":
+        from_x = x + amount * (H / W) * (y + 1)
+    else:
+        from_y = y + amount * (W / H) * (x + 1)
+    grid = torch.empty(1, H, W, 2)
+    grid[0, :, :, 0], grid[0, :, :, 1] = from_x, from_y
+    # grid_sample reads zero outside: colours relative to the fill make that the fill, without a mask.
+    colour = torch.tensor(fill, dtype=torch.float32)[:, None, None]
+    relative = image.to(torch.float32).sub_(colour)[None]
+    moved = grid_sample(relative, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return moved[0].add_(colour).round_().to(torch.uint8)
 
 
 def parse_rand_augment(spec: str, fill: Sequence[float] = (128, 128, 128)) -> RandAugment:
