@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "gelu.h"
 #include "outlook_attention.h"
 #include "self_attention.h"
 
@@ -17,6 +18,7 @@ extern "C" int volo_outlook_forward(const OutlookCall* call, double scale);
 extern "C" int volo_outlook_backward(const OutlookCall* call, double scale);
 extern "C" int volo_attention_forward(const AttentionCall* call, double scale);
 extern "C" int volo_attention_backward(const AttentionCall* call, double scale);
+extern "C" void volo_gelu_backward(const GeluCall* call);
 extern "C" int64_t volo_best_isa();
 
 namespace {
@@ -144,6 +146,27 @@ bool check(const Sequence& q, int64_t dtype, int64_t threads) {
   return true;
 }
 
+bool check(int64_t count, int64_t dtype, int64_t threads) {
+  uint32_t seed = 1;
+  const auto x = numbers(count, dtype, seed), grad = numbers(count, dtype, seed);
+  GeluCall call = {};
+  call.dtype = dtype, call.threads = threads, call.count = count;
+  call.x = x.data(), call.grad_out = grad.data();
+  std::vector<char> first;
+  for (int64_t isa = 0; isa <= volo_best_isa(); ++isa) {
+    call.isa = isa;
+    std::vector<char> result = numbers(count, dtype, seed);
+    call.grad_x = result.data();
+    volo_gelu_backward(&call);
+    if (isa == 0) first = result;
+    if (!(largest_difference(first, result, dtype) <= (dtype == 1 ? 0.05 : 1e-5))) {
+      std::printf("GELU of instruction set %d differs: dtype %d, count %d\n", (int)isa, (int)dtype, (int)count);
+      return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
@@ -165,6 +188,12 @@ int main() {
     for (int64_t dtype = 0; dtype < 2; ++dtype)
       for (int64_t threads : {1, 5}) {
         if (!check(q, dtype, threads)) return 1;
+        ++checked;
+      }
+  for (int64_t count : {0, 1, 15, 16, 63, 65, 1000, 40001})
+    for (int64_t dtype = 0; dtype < 2; ++dtype)
+      for (int64_t threads : {1, 3}) {
+        if (!check(count, dtype, threads)) return 1;
         ++checked;
       }
   std::printf("%d cases\n", checked);

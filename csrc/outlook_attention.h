@@ -27,8 +27,8 @@ struct OutlookCall {
   int64_t* scratch_bytes;
 };
 
-// Of this struct and of AttentionCall in self_attention.h.
-constexpr int64_t kInterfaceVersion = 3;
+// Of this struct, of AttentionCall in self_attention.h and of GeluCall in gelu.h.
+constexpr int64_t kInterfaceVersion = 4;
 
 namespace volo {
 

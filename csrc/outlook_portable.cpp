@@ -2,6 +2,7 @@
 #define VOLO_ISA portable
 #define VOLO_VECTOR_BYTES 16
 #define VOLO_VECTORS_HELD 1
+#include "gelu_impl.h"
 #include "outlook_attention_impl.h"
 #include "self_attention_impl.h"
 
@@ -18,16 +19,13 @@ int64_t best_isa() {
   return 0;
 }
 
-template <class Call>
-using Kernel = int (*)(const Call&, double);
-
-template <class Call>
-int run(const Call& call, double scale, Kernel<Call> portable, Kernel<Call> avx2, Kernel<Call> avx512) {
+template <class Kernel, class Call, class... Scale>
+auto run(Kernel* portable, Kernel* avx2, Kernel* avx512, const Call& call, Scale... scale) {
   static const int64_t best = best_isa();
   const int64_t isa = call.isa < best ? call.isa : best;
-  if (isa == 2) return avx512(call, scale);
-  if (isa == 1) return avx2(call, scale);
-  return portable(call, scale);
+  if (isa == 2) return avx512(call, scale...);
+  if (isa == 1) return avx2(call, scale...);
+  return portable(call, scale...);
 }
 
 #if defined(__x86_64__)
@@ -45,18 +43,22 @@ __attribute__((visibility("default"))) int64_t volo_interface_version() { return
 __attribute__((visibility("default"))) int64_t volo_best_isa() { return best_isa(); }
 
 __attribute__((visibility("default"))) int volo_outlook_forward(const OutlookCall* call, double scale) {
-  return run(*call, scale, VOLO_ALL(outlook_forward));
+  return run(VOLO_ALL(outlook_forward), *call, scale);
 }
 
 __attribute__((visibility("default"))) int volo_outlook_backward(const OutlookCall* call, double scale) {
-  return run(*call, scale, VOLO_ALL(outlook_backward));
+  return run(VOLO_ALL(outlook_backward), *call, scale);
 }
 
 __attribute__((visibility("default"))) int volo_attention_forward(const AttentionCall* call, double scale) {
-  return run(*call, scale, VOLO_ALL(attention_forward));
+  return run(VOLO_ALL(attention_forward), *call, scale);
 }
 
 __attribute__((visibility("default"))) int volo_attention_backward(const AttentionCall* call, double scale) {
-  return run(*call, scale, VOLO_ALL(attention_backward));
+  return run(VOLO_ALL(attention_backward), *call, scale);
+}
+
+__attribute__((visibility("default"))) void volo_gelu_backward(const GeluCall* call) {
+  run(VOLO_ALL(gelu_backward), *call);
 }
 }

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_outlook_attention.so")
-INTERFACE_VERSION = 3  # of struct OutlookCall in csrc/outlook_attention.h and AttentionCall in csrc/self_attention.h
+INTERFACE_VERSION = 4  # of the structs OutlookCall, AttentionCall and GeluCall in csrc/*.h
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _ISA_NAMES = ("portable", "AVX2", "AVX-512")
 
 _Call = ctypes.c_int64 * 31  # struct OutlookCall
 _AttentionCall = ctypes.c_int64 * 15  # struct AttentionCall
+_GeluCall = ctypes.c_int64 * 7  # struct GeluCall
 
 
 def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
@@ -50,6 +51,8 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     ):
         function.argtypes = [ctypes.c_void_p, ctypes.c_double]
         function.restype = ctypes.c_int
+    library.volo_gelu_backward.argtypes = [ctypes.c_void_p]
+    library.volo_gelu_backward.restype = None
     return library, None
 
 
@@ -151,12 +154,16 @@ def _run(
 
 def attention_why_not(qkv: Tensor) -> str | None:
     """None where the kernel can compute self-attention of `qkv`, otherwise the reason."""
-    if qkv.device.type != "cpu":
-        return f"it computes on the CPU, the tensor is on {qkv.device.type}"
+    return _single_why_not(qkv)
+
+
+def _single_why_not(x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"it computes on the CPU, the tensor is on {x.device.type}"
     if LOAD_ERROR is not None:
         return LOAD_ERROR
-    if qkv.dtype not in (torch.float32, torch.bfloat16):
-        return f"it computes float32 and bfloat16, not {str(qkv.dtype).removeprefix('torch.')}"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     return None
 
 
@@ -194,3 +201,24 @@ def _run_attention(
     )  # fmt: skip
     if function(call, head_dim**-0.5):
         raise MemoryError("self-attention: no memory for the scratch of the CPU kernel")
+
+
+# ---- gradient of GELU ----
+
+
+def gelu_why_not(x: Tensor) -> str | None:
+    """None where the kernel can compute the gradient of GELU at `x`, otherwise the reason."""
+    return _single_why_not(x)
+
+
+def gelu_backward(grad_out: Tensor, x: Tensor) -> Tensor:
+    """grad_out * d(x Phi(x))/dx in the shape of `x`, contiguous; both tensors have one shape and dtype."""
+    x, grad_out = x.contiguous(), grad_out.contiguous()
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    _library.volo_gelu_backward(
+        _GeluCall(
+            _DTYPES[x.dtype], _isa, torch.get_num_threads(), x.numel(),
+            x.data_ptr(), grad_out.data_ptr(), grad_x.data_ptr(),
+        )
+    )  # fmt: skip
+    return grad_x
