@@ -27,7 +27,9 @@ def test_parts_and_the_whole_are_measured() -> None:
     } <= set(rows)
     for row in rows.values():
         low, high = row["quartiles"]
-        assert 0 <= low <= row["milliseconds"] <= high
+        assert (
+            low <= row["milliseconds"] <= high
+        )  # parts are differences of clocks: next to nothing may come out negative
     whole = rows["all of it, from shards, with label maps"]
     assert result["cores_needed"] == math.ceil(1e5 / whole["per_second_and_core"]) > 1
     assert rows["all of it, from shards"]["of_all"] == 1.0
