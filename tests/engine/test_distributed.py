@@ -29,7 +29,8 @@ def recipe_for(tiny, tmp_path_factory) -> Callable[..., Recipe]:
         "augment.mix_token": 0.0,
         "augment.erase_prob": 0.0,
         "optim.name": "sgd",  # Adam's division by the gradient's own size would blow rounding up
-        "optim.lr": 0.03,
+        "optim.lr": 0.01,  # at 0.03 a ReLU that rounding tips over changes single weights by 1e-4
+        "loss.token_weight": 0.5,  # without it the maximum over tokens is trained, and rounding decides where two nearly tie
     }
     return lambda **train_keys: tiny(shared | {f"train.{k}": v for k, v in train_keys.items()})
 
@@ -48,8 +49,6 @@ def steps_of(out: Path) -> list[dict]:
 
 
 def assert_same_up_to_rounding(out: Path, reference: Path) -> None:
-    # Sums run in another order where a batch is cut in another way, and a near tie (the maximum over tokens, a ReLU) may
-    # then fall to the other side: losses agree closely, single weights to a few 1e-5.
     a, b = load_checkpoint(out / "last.pt"), load_checkpoint(reference / "last.pt")
     assert a["step"] == b["step"] == 26
     for part in ("model", "ema"):
@@ -57,14 +56,14 @@ def assert_same_up_to_rounding(out: Path, reference: Path) -> None:
             torch.testing.assert_close(
                 a[part][name],
                 b[part][name],
-                rtol=1e-3,
-                atol=3e-4,
+                rtol=1e-4,
+                atol=2e-6,
                 msg=lambda m, part=part, name=name: f"{part} {name}: {m}",
             )
     assert [line["step"] for line in steps_of(out)] == list(range(1, 27))
     for mine, theirs in zip(steps_of(out), steps_of(reference)):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     assert a["metrics"]["count"] == b["metrics"]["count"]
 
 
