@@ -18,8 +18,8 @@ from volo.data.transforms import PixelPipeline
 from volo.engine.checkpoint import model_config_dict
 from volo.engine.distributed import World, main_first
 from volo.engine.evaluate import evaluate
-from volo.engine.workload import Batch
-from volo.models.volo import DROP_PATH_RATES, VOLO, VOLOConfig, create_model
+from volo.engine.workload import Batch, model_options
+from volo.models.volo import VOLO, VOLOConfig, create_model
 from volo.tasks.classify import ClassifyTask
 
 
@@ -104,16 +104,10 @@ class Classification:
 
 def build_model(recipe: Recipe, num_classes: int) -> VOLO:
     """The model of a recipe for so many classes, with random weights from the recipe's seed or those of `model.weights`."""
-    options = dict(recipe.model.options)
-    for name in ("num_classes", "drop_path_rate"):
-        if name in options:
-            instead = "it follows from the data" if name == "num_classes" else "use model.drop_path_rate"
-            raise ValueError(f"model.options must not hold {name}: {instead}")
-    rate = recipe.model.drop_path_rate
-    rate = DROP_PATH_RATES.get(recipe.model.name, 0.0) if rate is None else rate
     torch.manual_seed(recipe.train.seed)
     return create_model(
         recipe.model.name,
         recipe.model.weights or False,
-        **{"num_classes": num_classes, "img_size": recipe.data.img_size, "drop_path_rate": rate, **options},
+        num_classes=num_classes,
+        **model_options(recipe, recipe.model.name),
     )

@@ -17,9 +17,8 @@ from volo.data.transforms import PixelPipeline
 from volo.engine.checkpoint import model_config_dict
 from volo.engine.distributed import World
 from volo.engine.segment_evaluate import HowToTest, evaluate_segmentation
-from volo.engine.workload import Batch
+from volo.engine.workload import Batch, model_options
 from volo.models.segmenter import Segmenter, create_segmenter, segmenter_from_dict
-from volo.models.volo import DROP_PATH_RATES
 from volo.tasks.segment import SegmentTask, class_weights
 
 
@@ -102,19 +101,12 @@ class Segmentation:
 
 def build_segmenter(recipe: Recipe, num_classes: int) -> Segmenter:
     """The model of a recipe for so many classes, with random weights from its seed or those of `model.weights`."""
-    options = dict(recipe.model.options)
-    for name in ("num_classes", "drop_path_rate"):
-        if name in options:
-            instead = "it follows from the data" if name == "num_classes" else "use model.drop_path_rate"
-            raise ValueError(f"model.options must not hold {name}: {instead}")
-    rate = recipe.model.drop_path_rate
-    rate = DROP_PATH_RATES.get(recipe.model.name.partition("_")[2], 0.0) if rate is None else rate
     torch.manual_seed(recipe.train.seed)
     return create_segmenter(
         recipe.model.name,
         num_classes,
         recipe.model.weights or False,
-        **{"img_size": recipe.data.img_size, "drop_path_rate": rate, **options},
+        **model_options(recipe, recipe.model.name.partition("_")[2]),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from volo.config import Recipe
 from volo.data.sources import Progress
 from volo.engine.distributed import World
+from volo.models.volo import DROP_PATH_RATES
 
 Batch = dict[str, Tensor]
 """By name, the pictures as "image"; all tensors begin with the dimension of the batch."""
@@ -71,3 +72,18 @@ class Workload(Protocol):
 
 
 OpenWorkload = Callable[[Recipe, World, Progress], Workload]
+
+
+def model_options(recipe: Recipe, variant: str) -> dict[str, Any]:
+    """What a recipe says of its model besides name, classes and weights; `variant` is the VOLO in it.
+
+    Raises ValueError for options that have a place of their own.
+    """
+    options = dict(recipe.model.options)
+    for name in ("num_classes", "drop_path_rate"):
+        if name in options:
+            instead = "it follows from the data" if name == "num_classes" else "use model.drop_path_rate"
+            raise ValueError(f"model.options must not hold {name}: {instead}")
+    rate = recipe.model.drop_path_rate
+    rate = DROP_PATH_RATES.get(variant, 0.0) if rate is None else rate
+    return {"img_size": recipe.data.img_size, "drop_path_rate": rate, **options}
