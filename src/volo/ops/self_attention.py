@@ -1,4 +1,4 @@
-"""Self-attention on a few hundred tokens, from the packed projection to what the next projection takes.
+"""Self-attention, from the packed projection to what the next projection takes.
 
 PyTorch's `scaled_dot_product_attention` serves everywhere. On a CPU, where it takes more than its share of a model's
 time, above all in bfloat16 and in the backward pass, a kernel in `csrc/` does the same on the packed tensor, without
@@ -16,8 +16,8 @@ from torch import Tensor
 from volo.ops import cpu_kernel
 from volo.ops.dispatch import batched, is_plain, no_kernel
 
-MAX_TOKENS = 1024
-"""The kernel keeps keys and values of a head in the cache; for more tokens PyTorch's, which works in tiles, is better."""
+MAX_TOKENS = 4096
+"""The kernel reads keys and values of a head from the cache. Measured to be faster than PyTorch's up to this many."""
 
 _HAS_AMX = torch.cpu._is_amx_tile_supported()
 
