@@ -17,7 +17,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 # batch, tokens, heads, head_dim
-SHAPES = [(2, 196, 2, 32), (1, 1, 1, 1), (3, 7, 2, 20), (1, 33, 3, 48), (2, 16, 1, 64), (1, 65, 2, 7), (1, 50, 1, 130)]
+SHAPES = [
+    (2, 196, 2, 32),
+    (1, 1, 1, 1),
+    (3, 7, 2, 20),
+    (1, 33, 3, 48),
+    (2, 16, 1, 64),
+    (1, 65, 2, 7),
+    (1, 50, 1, 130),
+    (1, 1500, 1, 32),
+]
 
 
 def make(B: int, N: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
