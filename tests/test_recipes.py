@@ -11,6 +11,7 @@ import torch
 
 from volo.config import find_recipe, list_recipes, load_recipe, recipe_from_dict, recipe_to_toml
 from volo.engine.classification import build_model
+from volo.engine.optim import LearningRate
 from volo.engine.segmentation import build_segmenter, check_recipe
 from volo.models.volo import DROP_PATH_RATES, VARIANTS
 from volo.models.weights import PRETRAINED
@@ -96,6 +97,11 @@ def test_fine_tuning_starts_from_the_224_weights(name: str) -> None:
     assert recipe.model.drop_path_rate == DROP_PATH_RATES[recipe.model.name]
     assert name.endswith(f"_{recipe.data.img_size}")
     assert (recipe.peak_lr, recipe.schedule.min_lr, recipe.optim.weight_decay) == (8e-6, 4e-6, 1e-8)
+    smaller = dataclasses.replace(
+        recipe, train=dataclasses.replace(recipe.train, batch_size=recipe.train.batch_size // 8)
+    )
+    rates = LearningRate.from_recipe(smaller, steps_per_epoch=100)
+    assert (rates.peak, rates.min_lr, rates.warmup_lr) == pytest.approx((1e-6, 0.5e-6, 0.125e-6))
     assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs) == (30, 5)
 
 

@@ -91,7 +91,7 @@ def train(options: TrainOptions) -> int:
       volo train photos_cpu --data photos --out runs/photos --schedule.epochs 60
       volo train camvid_cpu --data camvid --out runs/camvid
       volo train runs/photos --resume                      after Ctrl-C or a power cut: the same weights, bit for bit
-      volo train imagenet_volo_d1_384 --data imagenet --train.batch_size 64 --train.accumulation 8
+      volo train imagenet_volo_d1_384 --data imagenet --train.accumulation 8     8 micro batches of 64 a step
       volo train photos_cpu --data photos --model.name volo_d1 --model.weights volo_d1.224 --data.img_size 224
       torchrun --nproc-per-node 8 -m volo train imagenet_volo_d1_224 --data imagenet --train.amp bf16
       volo train cifar10_token_labels --data cifar10       its annotator first, then the label maps, then the training
@@ -1069,7 +1069,9 @@ class BenchOptions:
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Of labels: weights of a timm model, in place of its published ones."""
     pictures: int = 2048
-    """Of labels: so many pictures of the training part."""
+    """Of labels: so many pictures."""
+    part: Literal["train", "val", "all"] = "train"
+    """Of labels: of which part."""
     batch_size: int = 0
     """Pictures at once; 0: 8, for loop 256, for labels 64, for kernels and gpu 128."""
     img_size: int = 0
@@ -1159,6 +1161,7 @@ def bench(options: BenchOptions) -> int:
             img_size=options.img_size or None,
             batch_size=options.batch_size or 64,
             pictures=options.pictures,
+            part=options.part,
             rounds=rounds,
             amp=options.amp,
             device=str(device),

@@ -163,7 +163,7 @@ class TokenLabelConfig:
     """Label maps of `volo annotate`. With an [annotator]: drawn there first, if they are not there yet; empty: in the
     run folder."""
     crop_order: Literal["corrected", "original"] = "corrected"
-    """"original" exchanges rows and columns of a crop, as the tool of the paper did, and lets RandAugment move pixels alone."""
+    """"original" exchanges rows and columns of a crop, as the tool of the paper did, and crops after flip and RandAugment."""
     cls_weight: float = 1.0
     """Weight of the class token's loss."""
     dense_weight: float = 0.5
@@ -196,9 +196,10 @@ class OptimConfig:
 
     name: str = "adamw"
     lr: float = 0.0
-    """Peak learning rate; 0: base_lr * batch_size / 1024."""
+    """Peak learning rate; 0: base_lr * batch_size / base_batch_size."""
     base_lr: float = 1.6e-3
-    """Peak learning rate at a global batch of 1024."""
+    """Peak learning rate at a global batch of `base_batch_size`; it goes with the batch, and so do warmup_lr and min_lr."""
+    base_batch_size: int = 1024
     weight_decay: float = 0.05
     layer_decay: float = 1.0
     """Learning rate factor from each layer to the one below it (fine-tuning: 0.65 to 0.9); 1: off."""
@@ -288,8 +289,15 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property
+    def lr_scale(self) -> float:
+        """What learning rates of the schedule are multiplied by: the linear scaling rule, unless optim.lr is set."""
+        if self.optim.base_batch_size < 1:
+            raise ValueError(f"optim.base_batch_size is {self.optim.base_batch_size}; it is a number of pictures")
+        return 1.0 if self.optim.lr else self.train.batch_size / self.optim.base_batch_size
+
+    @property
     def peak_lr(self) -> float:
-        return self.optim.lr or self.optim.base_lr * self.train.batch_size / 1024
+        return self.optim.lr or self.optim.base_lr * self.lr_scale
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers: what JSON, TOML and checkpoints hold."""

@@ -32,6 +32,10 @@ def test_rows_for_drawing_and_for_each_encoding(tmp_path: Path):
     np.savez(tmp_path / "val.npz", images=images[:7], labels=np.arange(7))
     result = bench_labels(str(tmp_path / "best.pt"), str(tmp_path), pictures=30, batch_size=8, rounds=2)
     assert (result["pictures"], result["grid"], result["top"], result["num_classes"]) == (30, [2, 2], 5, 7)
+    everything = bench_labels(
+        str(tmp_path / "best.pt"), str(tmp_path), pictures=100, part="all", batch_size=8, rounds=1
+    )
+    assert (everything["pictures"], everything["stored_pictures"]) == (47, 40)
     drawing, bare, exact, compact = result["rows"]
     assert [row["candidate"] for row in result["rows"]] == ["volo annotate", "bare forward", "exact", "compact"]
     assert result["ratios"] == [d / b for d, b in zip(drawing["rounds"], bare["rounds"])] and len(result["ratios"]) == 2

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from volo.config import AugmentConfig, DataConfig
 from volo.data import keyed
-from volo.data.loader import TrainLoader
+from volo.data.loader import ShiftAndFlip, TrainLoader
 from volo.data.rand_augment import OPERATIONS, move
 from volo.data.sources import ArraySource
 from volo.data.token_labels import (
@@ -24,7 +24,7 @@ from volo.data.token_labels import (
     resample_position_logits,
     stack_frames,
 )
-from volo.data.transforms import train_transform
+from volo.data.transforms import RandomResizedCrop, train_transform
 from volo.tasks.mixing import smooth_one_hot
 from volo.tasks.token_label import TokenLabelTargets
 
@@ -82,13 +82,16 @@ def only_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(OPERATIONS, name)
 
 
-def moved(augment: AugmentConfig, count: int, crop_order: str = "corrected") -> tuple[torch.Tensor, torch.Tensor]:
-    transform = train_transform(DataConfig(img_size=112, mean=(0, 0, 0), interpolation="bilinear"), augment)
+def moved(
+    augment: AugmentConfig, count: int, crop_order: str = "corrected", square: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    data = DataConfig(img_size=112, mean=(0, 0, 0), interpolation="bilinear")
+    transform = train_transform(data, augment, crop_last=crop_order == "original")
     images, frames = [], []
     with keyed.own_random_state():
         keyed.seed_random_state(5)
         for i in range(count):
-            height, width = 100 + 4 * (i % 30), 90 + 6 * (i % 23)
+            height, width = 100 + 4 * (i % 30), 100 + 4 * (i % 30) if square else 90 + 6 * (i % 23)
             image, frame = transform(slopes(height, width), PictureFrame.whole(height, width, crop_order))
             assert frame.canvas_size == (112, 112) == tuple(image.shape[1:])
             images.append(image)
@@ -108,12 +111,45 @@ def test_no_transform_leaves_the_map_behind(name: str, only_geometry: None) -> N
     assert misalignment(*moved(EVERYTHING[name], 60)) < 0.5
 
 
-def test_the_original_order_knows_nothing_of_rand_augment(only_geometry: None) -> None:
-    augment = AugmentConfig(crop="none", hflip=0.0, rand_augment="rand-m10-n2-p1")
-    _, frames = moved(augment, 20, crop_order="original")
-    square = torch.eye(3)[:2]
-    assert frames.shape == (20, 1, 2, 3)
-    torch.testing.assert_close(frames[:, 0, :, :2].abs() > 0.5, square[:, :2].bool().expand(20, 2, 2))
+def test_the_original_order_moves_maps_with_all_but_the_crop(only_geometry: None) -> None:
+    augment = AugmentConfig(crop="none", hflip=0.5, rand_augment="rand-m9-n2-p1")
+    assert misalignment(*moved(augment, 60, crop_order="original", square=True)) < 0.5
+
+
+def test_the_original_order_flips_before_it_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tool did: label.flip(3), then ROI-align with (top, left) in the place of (x, y)."""
+    drawn: list[dict[str, int]] = []
+    make_params = RandomResizedCrop.make_params
+    monkeypatch.setattr(RandomResizedCrop, "make_params", lambda *args: drawn.append(make_params(*args)) or drawn[-1])
+    side = 120
+    transform = train_transform(DataConfig(img_size=112), AugmentConfig(crop="resized", hflip=1.0), crop_last=True)
+    scores, classes = (part[None] for part in map_of_slopes())
+    with keyed.own_random_state():
+        keyed.seed_random_state(1)
+        for _ in range(10):
+            _, frame = transform(slopes(side, side), PictureFrame.whole(side, side, "original"))
+            got = resample_label_maps(scores, classes, stack_frames([frame]), (GRID, GRID), 3)
+            top, left, height, width = (
+                drawn[-1][name] / side * scores.shape[-1] for name in ("top", "left", "height", "width")
+            )
+            box = torch.tensor([[0.0, top, left, top + height, left + width]])
+            expected = roi_align(scores.flip(3), box, (GRID, GRID), aligned=True)
+            torch.testing.assert_close(got[0].T.reshape(3, GRID, GRID), expected[0], atol=1e-5, rtol=0)
+
+
+def test_shifted_arrays_keep_the_original_order_too() -> None:
+    """The vectorised path against one picture at a time: where a map is read, not only what is seen."""
+    images = torch.stack([slopes(28, 28) for _ in range(40)])
+    data, augment = DataConfig(img_size=28), AugmentConfig(crop="pad", pad=5, hflip=0.5)
+    batch = ShiftAndFlip(images, data, augment, 3, "original")(0, np.arange(40))
+    centre = torch.tensor([0.5, 0.5, 1.0])
+    seen = batch["image"][:, :2, 13:15, 13:15].float().mean(dim=(2, 3)) / 255  # (x, y) at the centre of the picture
+    read = batch["frame"][:, 0] @ centre
+    flipped = batch["frame"][:, 0, 0, 0] < 0
+    assert 5 < flipped.sum() < 35
+    # What is read lies as far down as what is seen lies right, in the picture that is cropped: the flipped one.
+    seen[flipped, 0], read[flipped, 0] = 1 - seen[flipped, 0], 1 - read[flipped, 0]
+    torch.testing.assert_close(read, seen.flip(1), atol=0.01, rtol=0)
 
 
 @given(

@@ -138,7 +138,8 @@ def test_drawing_keeps_the_best(monkeypatch: pytest.MonkeyPatch):
         logits = annotator(images)
     assert drawn.scores.shape == drawn.classes.shape == (3, 4, 2, 3)
     assert (drawn.scores.diff(dim=1) <= 0).all()
-    torch.testing.assert_close(drawn.scores, logits.permute(0, 3, 1, 2).gather(1, drawn.classes))
+    kept = logits.permute(0, 3, 1, 2).gather(1, drawn.classes)
+    torch.testing.assert_close(drawn.scores.diff(dim=1), kept.diff(dim=1))
     assert torch.equal(drawn.classes[:, 0], logits.argmax(dim=3))
     torch.testing.assert_close(drawn.mean_logits, logits.mean(dim=(1, 2)))
     # Many classes and positions are gone through in groups of pictures.
@@ -146,6 +147,23 @@ def test_drawing_keeps_the_best(monkeypatch: pytest.MonkeyPatch):
     again = draw_label_maps(annotator, images, top=4)
     torch.testing.assert_close(again.scores, drawn.scores)
     assert torch.equal(again.classes, drawn.classes)
+
+
+@pytest.mark.parametrize("shift", [0.0, -10.0, 25.0])
+def test_the_classes_left_out_are_zeros_together(shift: float):
+    annotator = Annotator(build("resnet10t"))
+    head = annotator.classifier.get_classifier()
+    with torch.no_grad():
+        head.weight.mul_(20)
+        head.bias.add_(shift)
+    images = torch.randn(3, 3, 64, 96)
+    drawn = draw_label_maps(annotator, images, top=4)
+    with torch.inference_mode():
+        truth = annotator(images).softmax(dim=3).permute(0, 3, 1, 2)
+    spread = torch.zeros(3, 7, 2, 3).scatter(1, drawn.classes, drawn.scores).softmax(dim=1)
+    torch.testing.assert_close(spread.gather(1, drawn.classes), truth.gather(1, drawn.classes))
+    everything = draw_label_maps(annotator, images, top=7)
+    torch.testing.assert_close(everything.scores.softmax(dim=1), truth.gather(1, everything.classes))
 
 
 def test_averaged_with_its_mirror_image_a_map_turns_with_the_picture():

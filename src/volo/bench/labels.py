@@ -17,10 +17,14 @@ from volo.data.label_maps import Block, LabelMaps, ShardWriter, write_index
 from volo.data.map_codec import COMPACT_STEP, ENCODINGS, Encoding
 from volo.data.sources import ImageSource
 from volo.data.transforms import PixelPipeline, squash_transform
-from volo.engine.annotate import AnnotateConfig, OpenedAnnotator, annotate, open_annotator, open_sources
+from volo.engine.annotate import AnnotateConfig, OpenedAnnotator, Part, annotate, open_annotator, open_sources
 from volo.engine.distributed import World
 from volo.engine.evaluate import AMP_DTYPES
 from volo.models.annotators import draw_label_maps
+
+
+STORED = 4096
+"""Maps that reading, writing and sizes are measured with, at most."""
 
 
 def bench_labels(
@@ -32,35 +36,39 @@ def bench_labels(
     top: int = 5,
     batch_size: int = 64,
     pictures: int = 2048,
+    part: Part = "train",
     rounds: int = 5,
     amp: str = "off",
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Draws the maps of `pictures` pictures of the training part, in turns with bare forward passes over as many.
+    """Draws the maps of `pictures` pictures of `part` (see `AnnotateConfig`), in turns with forward passes over as many.
 
     Both run in one process. The bare forward is the classifier on ready, normalised batches on the device, with autocast
     as in drawing. Drawing is all of `annotate` between the first and the last map: loading, scaling, the head at each
     position, picking the best, encoding, writing.
 
     Returns a dict with a row for either way of drawing (`times_bare`: the median over rounds of the ratio within a round,
-    and `rounds`), and for each encoding a row with bytes a picture, index included, maps written and read a second by one
+    and `rounds`), and for each encoding a row with bytes a picture, index included, the bytes of the largest record, maps written and read a second by one
     process (read in random order by name, decoded), and how far compact ones are off: logits, and probabilities of the
     best `top` at most and in the mean.
     """
     where = torch.device(device)
     opened = open_annotator(annotator, weights=weights, img_size=img_size, device=where)
-    config = AnnotateConfig(data=data, top=top, amp=amp, batch_size=batch_size, encoding="exact")
+    config = AnnotateConfig(data=data, part=part, top=top, amp=amp, batch_size=batch_size, encoding="exact")
     drawn_rates, bare_rates = [], []
     with tempfile.TemporaryDirectory() as folder:
-        source = _first(opened, config, pictures)
-        for turn in range(rounds + 1):  # the first warms up
+        sources = _first(opened, config, pictures)
+        count = sum(map(len, sources))
+        warm_up = [sources[0].select(range(min(4 * batch_size, len(sources[0]))))]  # type: ignore[attr-defined]
+        for turn in range(rounds + 1):
             out = Path(folder) / f"store{turn}"
-            report = annotate(opened, config, out, world=World(0, 1, where), sources=[source])
-            bare = _bare_rate(opened, source, batch_size, amp, where)
+            report = annotate(opened, config, out, world=World(0, 1, where), sources=sources if turn else warm_up)
+            bare = _bare_rate(opened, sources[0], count if turn else len(warm_up[0]), batch_size, amp, where)
             if turn:
                 drawn_rates.append(report["pictures_per_second"])
                 bare_rates.append(bare)
         maps = LabelMaps.open(out)
+        source = sources[0].select(range(min(STORED, len(sources[0]))))  # type: ignore[attr-defined]
         scores, classes = _logits(opened, source, top, batch_size, where)
         rows: list[dict[str, Any]] = [
             {
@@ -83,7 +91,9 @@ def bench_labels(
         "grid": list(maps.grid),
         "top": top,
         "num_classes": maps.num_classes,
-        "pictures": len(source),
+        "pictures": count,
+        "part": part,
+        "stored_pictures": len(source),
         "batch_size": batch_size,
         "amp": amp,
         "rounds": rounds,
@@ -94,18 +104,23 @@ def bench_labels(
     }
 
 
-def _first(opened: OpenedAnnotator, config: AnnotateConfig, count: int) -> ImageSource:
-    """The first `count` training pictures."""
-    _, (source,) = open_sources(opened.data, config)
-    return source.select(range(min(count, len(source))))  # type: ignore[attr-defined]
+def _first(opened: OpenedAnnotator, config: AnnotateConfig, count: int) -> list[ImageSource]:
+    """The first `count` pictures."""
+    chosen: list[ImageSource] = []
+    for source in open_sources(opened.data, config)[1]:
+        chosen.append(source.select(range(min(count, len(source)))))  # type: ignore[attr-defined]
+        count -= len(chosen[-1])
+    return [source for source in chosen if len(source)]
 
 
-def _bare_rate(opened: OpenedAnnotator, source: ImageSource, batch_size: int, amp: str, device: torch.device) -> float:
+def _bare_rate(
+    opened: OpenedAnnotator, source: ImageSource, count: int, batch_size: int, amp: str, device: torch.device
+) -> float:
     transform, pixels = squash_transform(opened.data), PixelPipeline(opened.data).to(device).eval()
     images = torch.stack([transform(source.load(i)) for i in range(min(batch_size, len(source)))]).to(device)
     ready, seconds, done = pixels(images), 0.0, 0
-    while done < len(source):
-        batch = ready[: len(source) - done]
+    while done < count:
+        batch = ready[: count - done]
         start = time.perf_counter()
         with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
             opened.model.classifier(batch)
@@ -136,12 +151,13 @@ def _store_row(
 ) -> dict[str, Any]:
     folder.mkdir()
     start = time.perf_counter()
-    writer = ShardWriter(folder, 0)
+    writer, largest = ShardWriter(folder, 0), 0
     for low in range(0, len(names), 64):
         block = Block()
         for i in range(low, min(low + 64, len(names))):
             block.add(names[i], scores[i], classes[i], encoding, 0)
         writer.append(block)
+        largest = max(largest, *map(len, block.records))
     writer.finish()
     header = {"top": scores.shape[1], "grid": scores.shape[2:], "num_classes": num_classes, "classes": []}
     write_index(folder, {**header, "encoding": encoding, "annotator": {"crop": "squash"}}, 1)
@@ -160,6 +176,7 @@ def _store_row(
     return {
         "candidate": encoding,
         "bytes_per_picture": sum(path.stat().st_size for path in folder.iterdir()) / len(names),
+        "largest_record": largest,
         "written_per_second": written,
         "read_per_second": statistics.median(rates),
         "largest_logit_error": float((read - truth).abs().max()),

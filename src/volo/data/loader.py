@@ -79,7 +79,8 @@ class TrainLoader:
             self.pictures = ShiftAndFlip(source.images, data, augment, seed, frames)  # type: ignore[attr-defined]
         else:
             size = height_width(data.img_size)
-            self.pictures = OneByOne(source, size, train_transform(data, augment), seed, frames)
+            transform = train_transform(data, augment, crop_last=frames == "original")
+            self.pictures = OneByOne(source, size, transform, seed, frames)
         if label_maps is not None:
             self.pictures = WithLabelMaps(self.pictures, source.names, label_maps)
         workers = data.num_workers if num_workers is None else num_workers
@@ -279,15 +280,17 @@ class ShiftAndFlip:
 
     def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
         images = self.fit(self.images[torch.from_numpy(indices)]).numpy()
-        chance = keyed.uniform(keyed.key(_CROP, self.seed, epoch, indices, 0))
+        flipped = np.flatnonzero(keyed.uniform(keyed.key(_CROP, self.seed, epoch, indices, 0)) < self.hflip)
+        if self.frames == "original":
+            images[flipped] = images[flipped, :, :, ::-1]
         down = right = np.full(len(indices), self.pad)
         if self.pad:
             down, right = (
                 keyed.below(keyed.key(_CROP, self.seed, epoch, indices, i), 2 * self.pad + 1) for i in (1, 2)
             )
             images = shift(images, self.pad, down, right)
-        flipped = np.flatnonzero(chance < self.hflip)
-        images[flipped] = images[flipped, :, :, ::-1]
+        if self.frames != "original":
+            images[flipped] = images[flipped, :, :, ::-1]
         batch = {"image": torch.from_numpy(images)}
         if self.frames:
             batch["frame"] = self._frames(down - self.pad, right - self.pad, flipped)
@@ -299,11 +302,12 @@ class ShiftAndFlip:
         fitted = self.fit(PictureFrame.whole(self.images.shape[2], self.images.shape[3], self.frames))  # type: ignore[arg-type]
         H, W = fitted.canvas_size  # type: ignore[attr-defined]
         x, y = right / W, down / H
-        if self.frames == "original":
+        if self.frames == "original":  # rows and columns exchanged; flipped before the shift
             x, y = y, x
         steps = torch.eye(3, dtype=torch.float64)[:2].repeat(len(down), 1, 1)
         steps[:, 0, 2], steps[:, 1, 2] = torch.from_numpy(x), torch.from_numpy(y)
-        steps[flipped] = compose(steps[flipped], MIRRORED)
+        flip_first = self.frames == "original"
+        steps[flipped] = compose(MIRRORED, steps[flipped]) if flip_first else compose(steps[flipped], MIRRORED)
         return compose(fitted.as_subclass(Tensor)[None], steps[:, None]).float()
 
 

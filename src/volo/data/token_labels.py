@@ -46,7 +46,7 @@ class PictureFrame(tv_tensors.TVTensor):
     it was before an operation that filled in from outside: a place that falls outside 0..1 there shows filling.
 
     With `crop_order` "original" the frame says what the original tool of token labeling believed: rows and columns of a
-    crop exchanged, and no knowledge of rotations, shears and translations.
+    crop exchanged.
     """
 
     canvas_size: tuple[int, int]
@@ -152,8 +152,6 @@ def _affine(
     fill: Any = None,
     center: Sequence[float] | None = None,
 ) -> PictureFrame:
-    if frame.crop_order == "original":
-        return frame
     H, W = frame.canvas_size
     rotation, shear_x, shear_y = (math.radians(a) for a in (angle, *shear))
     # torchvision's order: shear, rotate and scale about `center`, then translate; pixels, y downwards.

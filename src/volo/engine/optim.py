@@ -86,15 +86,16 @@ class LearningRate:
             warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
             decay_end = max(1, round(schedule.epochs * steps_per_epoch))
             total_steps = max(1, round((schedule.epochs + schedule.cooldown_epochs) * steps_per_epoch))
-        if schedule.min_lr > recipe.peak_lr:
+        min_lr, warmup_lr = schedule.min_lr * recipe.lr_scale, schedule.warmup_lr * recipe.lr_scale
+        if min_lr > recipe.peak_lr:
             raise ValueError(
-                f"the learning rate falls from its peak to min_lr, but the peak is {recipe.peak_lr:.3g} and min_lr {schedule.min_lr:.3g}: "
+                f"the learning rate falls from its peak to min_lr, but the peak is {recipe.peak_lr:.3g} and min_lr {min_lr:.3g}: "
                 "raise --optim.lr or lower --schedule.min_lr"
             )
         return cls(
             peak=recipe.peak_lr,
-            warmup_lr=min(schedule.warmup_lr, recipe.peak_lr),
-            min_lr=schedule.min_lr,
+            warmup_lr=min(warmup_lr, recipe.peak_lr),
+            min_lr=min_lr,
             warmup_steps=warmup_steps,
             decay_end=decay_end,
             total_steps=total_steps,

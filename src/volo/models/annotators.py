@@ -8,6 +8,7 @@ the network's own answer; elsewhere it is close to it.
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ class Drawing:
     """What an annotator says about a batch."""
 
     scores: Tensor
-    """The best logits of each position, falling: float32 [B, top, h, w]."""
+    """The best logits of each position, falling: float32 [B, top, h, w]; see `draw_label_maps` for where zero is."""
     classes: Tensor
     """Their classes: int64 [B, top, h, w]."""
     mean_logits: Tensor
@@ -126,6 +127,11 @@ def draw_label_maps(annotator: Annotator, images: Tensor, *, top: int = 5, flip:
     Args:
         top: guesses kept for each position, at most `annotator.num_classes`.
         flip: average the logits with those of the mirrored picture, mirrored back.
+
+    Who reads a label map takes the classes that are left out for zeros. So the logits of a position are shifted until
+    that is what they are together: its softmax over (the best, zeros) gives the best the probabilities that the annotator
+    gave them. Without it the best of an annotator with negative logits, as binary cross-entropy trains them, would be
+    less likely than all that it rejected. Where `top` leaves nothing out, nothing is shifted.
     """
     features = annotator.features(images)
     mirrored = annotator.features(images.flip(-1)).flip(2) if flip else None
@@ -137,10 +143,19 @@ def draw_label_maps(annotator: Annotator, images: Tensor, *, top: int = 5, flip:
         if mirrored is not None:
             logits = (logits + annotator.classify(mirrored[start : start + group]).float()) / 2
         best = logits.topk(top, dim=-1)
-        scores.append(best.values.permute(0, 3, 1, 2))
+        scores.append((best.values - _level_of_the_rest(logits, best.indices)).permute(0, 3, 1, 2))
         classes.append(best.indices.permute(0, 3, 1, 2))
         means.append(logits.mean(dim=(1, 2)))
     return Drawing(torch.cat(scores), torch.cat(classes), torch.cat(means))
+
+
+def _level_of_the_rest(logits: Tensor, best: Tensor) -> Tensor:
+    """The logit that each class of [..., K] outside of `best` [..., top] would have if all of them had the same: [..., 1]."""
+    left_out = logits.shape[-1] - best.shape[-1]
+    if not left_out:
+        return logits.new_zeros(())
+    rest = logits.scatter(-1, best, -math.inf)
+    return rest.logsumexp(dim=-1, keepdim=True) - math.log(left_out)
 
 
 @dataclass(frozen=True)
