@@ -22,7 +22,6 @@ from volo.engine.distributed import World
 from volo.engine.evaluate import AMP_DTYPES
 from volo.models.annotators import draw_label_maps
 
-
 STORED = 4096
 """Maps that reading, writing and sizes are measured with, at most."""
 
