@@ -180,10 +180,16 @@ class AnnotatorConfig:
     """Train the annotator first, by this recipe (a file, or the name of one that ships) on the same pictures."""
     model: str = ""
     """Or take this one: what `volo annotate` takes, a run folder, a checkpoint, volo_d1.224, or the name of a timm model."""
+    weights: str = ""
+    """For a model of timm: a weight file in place of its published weights."""
     img_size: int = 0
     """Side of the pictures it sees; 0: what it was trained with."""
+    crop: float | Literal["squash"] = "squash"
+    """"squash": label maps of the whole picture, whatever its shape; a share such as 0.96: of a centre crop (not live)."""
     top: int = 5
     """Classes kept for each position."""
+    encoding: Literal["exact", "compact"] = "exact"
+    """"compact" label maps are a third smaller, their logits to the nearest 0.1."""
     flip: bool = False
     """Average over the picture and its mirror image."""
     batch_size: int = 64

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from volo.data.original_maps import OriginalMapError, find_original_map, read_original_map
 
@@ -71,6 +74,11 @@ def test_what_is_no_label_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         read_original_map(path, 7)
 
 
+def test_a_tensor_that_wants_gradients_is_one_like_others(tmp_path: Path):
+    torch.save(torch.ones(2, 1, 1, 1, requires_grad=True), tmp_path / "a.pt")
+    assert [array.item() for array in read_original_map(tmp_path / "a.pt", 2)] == [1, 1]
+
+
 def test_names_are_found_as_the_original_names_them(tmp_path: Path):
     for name in ("n01/a.pt", "n01/x.y.pt", "n02/x.pt", "sub/z.pt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -85,3 +93,41 @@ def test_names_are_found_as_the_original_names_them(tmp_path: Path):
     assert found("n02/x.y.jpg") == "n02/x.pt"
     assert found("train/n03/sub/z.jpg") == "sub/z.pt"
     assert found("n02/a.jpg") is None
+
+
+WHOLE: dict[bool, bytes] = {}
+for is_zip in (True, False):
+    content = io.BytesIO()
+    ranked = torch.randn(9, 3, 2, generator=torch.Generator().manual_seed(0)).topk(4, dim=0)
+    torch.save(torch.stack([ranked[0], ranked[1].float()]).half(), content, _use_new_zipfile_serialization=is_zip)
+    WHOLE[is_zip] = content.getvalue()
+
+
+def read_damaged(path: Path, content: bytes) -> str:
+    """What the error says; or nothing, where what is left still makes a label map."""
+    path.write_bytes(content)
+    try:
+        scores, classes = read_original_map(path, 9)
+    except OriginalMapError as error:
+        return str(error)
+    assert scores.shape == classes.shape
+    assert classes.min() >= 0 and classes.max() < 9
+    return ""
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_files_that_are_cut_off_anywhere(tmp_path: Path, is_zip: bool):
+    whole = WHOLE[is_zip]
+    assert not read_damaged(tmp_path / "a.pt", whole)
+    for length in range(len(whole)):
+        assert str(tmp_path / "a.pt") in read_damaged(tmp_path / "a.pt", whole[:length]), length
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+@given(changes=st.dictionaries(st.floats(0, 1, exclude_max=True), st.integers(1, 255), min_size=1, max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_files_with_other_bytes(tmp_path_factory: pytest.TempPathFactory, is_zip: bool, changes: dict[float, int]):
+    content = bytearray(WHOLE[is_zip])
+    for place, flipped in changes.items():
+        content[int(place * len(content))] ^= flipped
+    read_damaged(tmp_path_factory.getbasetemp() / "flipped.pt", content)

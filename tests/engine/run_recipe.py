@@ -5,6 +5,7 @@ OUT_OF_RANK_1=FOLDER gives that process another folder, as on a machine that doe
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -43,11 +44,28 @@ def die_at_step(step: int) -> None:
     ClassifyTask.forward = dying
 
 
+def trouble_with_the_index(seconds: float, is_disk_full: bool) -> None:
+    """The first process is late with the index of its label maps, or cannot write it."""
+    from volo.engine import annotate
+
+    write_index = annotate.write_index
+
+    def write(*arguments):
+        time.sleep(seconds)
+        if is_disk_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_index(*arguments)
+
+    annotate.write_index = write
+
+
 PAUSES = {"--slow": (3, 60.0), "--wait": (5, 2.0), "--wait-late": (15, 5.0)}
 
 if __name__ == "__main__":
     if os.environ.get("RANK_TO_KILL") == os.environ.get("RANK", "none"):
         die_at_step(20)
+    if "--late-index" in sys.argv or "--full-disk" in sys.argv:
+        trouble_with_the_index(5.0, is_disk_full="--full-disk" in sys.argv)
     result = train(
         recipe_from_dict(json.loads(sys.argv[1])),
         os.environ.get(f"OUT_OF_RANK_{os.environ.get('RANK', 0)}", sys.argv[2]),

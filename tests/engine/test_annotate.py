@@ -437,6 +437,30 @@ def test_original_maps_are_imported(tmp_path: Path):
     assert set(import_original(folder, skipping, tmp_path / "again", resume=True)["skipped"]) == {names[3], names[5]}
 
 
+def test_original_maps_whose_first_ones_are_damaged(tmp_path: Path):
+    """They are named like any other, and may be left out."""
+    data, folder = tmp_path / "data", tmp_path / "original"
+    write_original(folder, write_pictures(data, 40))
+    names = open_data(DataConfig(path=str(data))).train.names
+    paths = [(folder / name).with_suffix(".pt") for name in names]
+    paths[0].write_bytes(paths[0].read_bytes()[:100])
+    paths[1].write_bytes(b"<html>404</html>")
+    torch.save(torch.full((2, 2, 3, 3), 1e30), paths[2])
+    torch.save(torch.stack([torch.full((2, 3, 3), 1e30), torch.ones(2, 3, 3)]), paths[3])  # no encoding holds it
+    config = AnnotateConfig(data=str(data), batch_size=8, shard_size=16)
+    with pytest.raises(ValueError, match=f"4 of {len(names)}") as raised:
+        import_original(folder, config, tmp_path / "store")
+    assert all(name in str(raised.value) for name in names[:4])
+    skipping = dataclasses.replace(config, on_bad_image="skip")
+    report = import_original(folder, skipping, tmp_path / "store", resume=True)
+    assert (report["pictures"], set(report["skipped"])) == (len(names) - 4, set(names[:4]))
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"none of the {len(names)} label maps") as raised:
+        import_original(folder, skipping, tmp_path / "again")
+    assert all(str(path) in str(raised.value) for path in paths)
+
+
 def test_the_command_line(checkpoint: Path, arrays: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "store"
     command = ["annotate", str(checkpoint), "--data", str(arrays), "--out", str(out), "--top", "2", "--device", "cpu"]

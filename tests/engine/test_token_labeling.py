@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from volo.cli import main
-from volo.config import load_recipe, recipe_to_toml
+from volo.config import Recipe, load_recipe, recipe_to_toml
 from volo.data.label_maps import LabelMaps
 from volo.engine.checkpoint import load_checkpoint
 from volo.engine.distributed import World
@@ -71,7 +75,7 @@ def test_one_run_trains_the_annotator_draws_the_maps_and_trains(annotated) -> No
     assert maps.grid == (2, 2)
     assert [text.split()[0] for text in reporter.said if text.startswith(("first", "then"))] == ["first", "then"]
     stored = load_recipe(out / "recipe.toml")
-    assert (stored.task, stored.token_label.maps) == ("token_label", str(out / "label_maps"))
+    assert (stored.task, stored.token_label.maps, stored.annotator.model) == ("token_label", "", "")
 
 
 def test_what_is_there_is_not_done_again(annotated, tmp_path) -> None:
@@ -89,16 +93,65 @@ def test_what_is_there_is_not_done_again(annotated, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["annotator", "run"])
-def test_cut_off_anywhere_it_goes_on_and_ends_bit_for_bit_the_same(annotated, tmp_path, folder) -> None:
+def test_cut_off_anywhere_and_moved_it_goes_on_and_ends_bit_for_bit_the_same(
+    annotated, tmp_path, monkeypatch, folder
+) -> None:
+    """In another working directory too, from which the annotator's recipe is not found."""
     recipe, whole, _ = annotated
-    out = tmp_path / "run"
-    stopped = train(recipe, out, reporter=Messages(stop_after=2, folder=folder))
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    shutil.copy(recipe.annotator.recipe, here / "its.toml")
+    recipe = dataclasses.replace(recipe, annotator=dataclasses.replace(recipe.annotator, recipe="its.toml"))
+    monkeypatch.chdir(here)
+    stopped = train(recipe, "run", reporter=Messages(stop_after=2, folder=folder))
     assert stopped.status == "interrupted"
     assert stopped.out.name == folder
-    stored = load_recipe(out / "recipe.toml")
-    assert train(stored, out, resume=True).status == "completed"
-    a, b = weights_of(whole), weights_of(out)
+    monkeypatch.chdir(there)
+    (here / "run").rename(there / "moved")
+    assert train(load_recipe("moved/recipe.toml"), "moved", resume=True).status == "completed"
+    a, b = weights_of(whole), weights_of(there / "moved")
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_whose_recipe_names_its_own_folder_goes_on(annotated, tmp_path) -> None:
+    """Runs once wrote down where their annotator and maps lay."""
+    recipe, whole, _ = annotated
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    named = dataclasses.replace(
+        recipe,
+        annotator=dataclasses.replace(recipe.annotator, model=str(out / "annotator")),
+        token_label=dataclasses.replace(recipe.token_label, maps=str(out / "label_maps")),
+    )
+    for with_maps in (True, False):
+        reporter = Messages()
+        assert train(named, out, resume=True, reporter=reporter).status == "completed"
+        assert any(text.startswith("then") for text in reporter.said) is not with_maps
+        shutil.rmtree(out / "label_maps")
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_draw_maps_and_train_with_them(annotated, tmp_path, start_run) -> None:
+    """The first one writes the index. Where it cannot, the other does not wait for ever; where it is late, it does wait."""
+    recipe, alone, _ = annotated
+    out = tmp_path / "run"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    # Without torchrun, which would end the second process as soon as the first has failed.
+    world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = [start_run(recipe, out, "--full-disk", RANK=rank, **world) for rank in range(2)]
+    errors = [child.communicate(timeout=250)[1] for child in children]
+    assert [child.returncode for child in children] == [1, 1], errors
+    assert os.strerror(errno.ENOSPC) in errors[0]
+    assert "stopped, for the reason the first process gives" in errors[1]
+
+    child = start_run(recipe, out, "--resume", "--late-index", processes=2)
+    printed, errors = child.communicate(timeout=250)
+    assert child.returncode == 0, errors
+    steps = json.loads((alone / "summary.json").read_text())["total_steps"]
+    assert printed.count(f"completed {steps}") == 2
+    assert list(LabelMaps.open(out / "label_maps").names) == list(LabelMaps.open(alone / "label_maps").names)
 
 
 def test_the_maps_matter(annotated, tmp_path) -> None:
@@ -159,6 +212,40 @@ def test_a_live_annotator_says_what_its_maps_say(annotated, tiny, tmp_path) -> N
     for name in ("class_annotation", "token_annotation"):
         assert by_maps[name].std() > 1e-3
         torch.testing.assert_close(by_maps[name], by_looking[name], atol=2e-3, rtol=2e-3)
+
+
+def test_a_model_of_timm_with_weights_crop_and_encoding(annotated, tiny, tmp_path) -> None:
+    torch.manual_seed(0)
+    weights = timm.create_model("test_resnet", num_classes=10).state_dict()
+    torch.save(weights, tmp_path / "its.pt")
+    wanted = {"model": "test_resnet", "weights": str(tmp_path / "its.pt"), "img_size": 64}
+    wanted |= {"crop": 0.875, "encoding": "compact"}
+    recipe = tiny(SHORT | {f"annotator.{key}": value for key, value in wanted.items()})
+    recipe = dataclasses.replace(recipe, task="token_label")
+    train(recipe, tmp_path / "run")
+    maps = LabelMaps.open(tmp_path / "run" / "label_maps")
+    assert (maps.annotator["weights"], maps.annotator["crop"], maps.encoding) == ("its.pt", 0.875, "compact")
+
+    def with_annotator(source: str, **changes) -> Recipe:
+        labels = dataclasses.replace(recipe.token_label, source=source)
+        return dataclasses.replace(
+            recipe, token_label=labels, annotator=dataclasses.replace(recipe.annotator, **changes)
+        )
+
+    (tmp_path / "its.pt").rename(tmp_path / "moved.pt")
+    moved = str(tmp_path / "moved.pt")
+    assert train(with_annotator("maps", weights=moved), tmp_path / "run", resume=True).status == "completed"
+    live = TokenLabeling(with_annotator("live", weights=moved, crop="squash"), HERE).annotator.model.classifier
+    assert all(torch.equal(live.state_dict()[key], weights[key]) for key in weights)
+    its = annotated[0].annotator.recipe
+    for changed, words in (
+        (with_annotator("live", model="", recipe=its), r"annotator\.crop is 0\.875"),
+        (with_annotator("maps", crop=5.0), "crop is squash, or a share"),
+        (with_annotator("maps", model="", recipe=its, weights=moved), r"annotator\.weights are for a model of timm"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(changed, tmp_path / "none")
+        assert not (tmp_path / "none").exists()
 
 
 def test_maps_that_do_not_fit_are_refused(annotated, tiny, tmp_path) -> None:

@@ -287,8 +287,9 @@ class Block:
 class ShardWriter:
     """Collects the maps of one shard, batch by batch, and publishes them in one step.
 
-    What was appended is also in a journal beside the shard, so that a killed process loses the batch it was at and no
-    more. The bytes of a shard depend on its maps alone.
+    What was appended is also in a journal beside the shard, so that a killed process loses no more than what it had not
+    appended yet. The journal is not forced to the disk: a power cut may take the shard under way, finished ones stay. The
+    bytes of a shard depend on its maps alone.
     """
 
     def __init__(self, folder: Path, number: int) -> None:

@@ -43,14 +43,14 @@ def read_original_map(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndar
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise OriginalMapError(
-            f"{path} holds more than tensors; it is not opened, because such a file can run code"
+            f"{path} is damaged, or holds more than tensors; it is not opened, because such a file can run code"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damage may look like anything to the unpickler
         raise OriginalMapError(f"{path} is damaged or cut off ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(content, Tensor) or content.dim() != 4 or content.shape[0] != 2 or not content.numel():
         found = f"a tensor {list(content.shape)}" if isinstance(content, Tensor) else f"a {type(content).__name__}"
         raise OriginalMapError(f"{path} holds {found}; a label map of the original is a tensor [2, top, h, w]")
-    scores, indices = content[0], content[1].double()
+    scores, indices = content[0].detach(), content[1].double()
     if not (torch.isfinite(scores).all() and (indices == indices.round()).all() and indices.min() >= 0):
         raise OriginalMapError(f"{path} holds numbers that are no logits and class indices")
     largest = int(indices.max())

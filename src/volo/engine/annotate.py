@@ -47,7 +47,7 @@ from volo.data.map_codec import ENCODINGS, Encoding
 from volo.data.original_maps import OriginalMapError, find_original_map, read_original_map
 from volo.data.sources import DataSplits, ImageSource
 from volo.data.transforms import PixelPipeline, eval_transform, height_width, squash_transform
-from volo.engine.distributed import World
+from volo.engine.distributed import World, main_only
 from volo.engine.evaluate import AMP_DTYPES, match_classes
 from volo.engine.predict import imagenet_classes, load_classifier
 from volo.models.annotators import Annotator, Drawing, draw_label_maps, load_timm_classifier, weights_digest
@@ -120,11 +120,10 @@ def open_annotator(
 
     Raises ValueError, FileNotFoundError for names and files that nothing stands behind.
     """
-    if crop != "squash" and not 0 < crop <= 4:
-        raise ValueError(f"--crop is squash, or a share above 0 and at most 4 such as 0.96; given: {crop}")
+    check_crop(crop)
     if Path(name).exists() or name in PRETRAINED or f"{name}.224" in PRETRAINED:
         if weights is not None:
-            raise ValueError(f"{name} has weights of its own; --annotator-weights belongs to models of timm")
+            raise ValueError(f"{name} has weights of its own; a weight file beside it is for models of timm")
         ours = load_classifier(name, img_size=img_size, device=device)
         annotator, classes, wnids = Annotator(ours.model), ours.classes, ours.wnids
         data = dataclasses.replace(ours.data, interpolation="bicubic" if ours.wnids else ours.data.interpolation)
@@ -152,6 +151,12 @@ def open_annotator(
         "std": list(data.std),
     }
     return OpenedAnnotator(annotator.eval(), classes, tuple(wnids), data, described)
+
+
+def check_crop(crop: float | Literal["squash"]) -> None:
+    """Raises ValueError for a crop that `open_annotator` does not take."""
+    if crop != "squash" and not 0 < crop <= 4:
+        raise ValueError(f"crop is squash, or a share above 0 and at most 4 such as 0.96; given: {crop}")
 
 
 def annotate(
@@ -197,7 +202,8 @@ def annotate(
             **_provenance(),
         },
     }
-    plan = _agree_on_plan(Path(out), _Plan.of(header, sources, splits, config), world, resume, overwrite, say)
+    wanted = _Plan.of(header, sources, splits, config)
+    plan = main_only(world, lambda: _prepare_folder(Path(out), wanted, resume, overwrite, say))
     drawn, seconds = 0, 0.0
     failed: list[BadImage] = []
     if plan is not None:
@@ -352,13 +358,13 @@ def import_original(
     world = World(0, 1, torch.device("cpu"))
     splits, sources = open_sources(DataConfig(), config, say)
     found = [[find_original_map(folder, name) for name in source.names] for source in sources]
-    first = next((path for paths in found for path in paths if path is not None), None)
-    if first is None:
+    there = [path for paths in found for path in paths if path is not None]
+    if not there:
         raise ValueError(
             f"no label map in {folder} belongs to a picture of {config.data}: {sources[0].names[0]} would have "
             f"{Path(sources[0].names[0]).with_suffix('.pt')}"
         )
-    shape = read_original_map(first, len(splits.classes))[0].shape
+    shape = _first_shape(there, len(splits.classes))
     described = {"model": "imported from the original's files", "weights": folder.resolve().name, "crop": "squash"}
     header = {
         "top": shape[0],
@@ -368,7 +374,7 @@ def import_original(
         "encoding": config.encoding,
         "annotator": {**described, "img_size": None, "flip": None, **_part(config), **_provenance()},
     }
-    plan = _agree_on_plan(out, _Plan.of(header, sources, splits, config), world, resume, overwrite, say)
+    plan = _prepare_folder(out, _Plan.of(header, sources, splits, config), resume, overwrite, say)
     drawn, start = 0, time.perf_counter()
     failed: list[BadImage] = []
 
@@ -380,7 +386,7 @@ def import_original(
         except OriginalMapError as error:
             return BadImage(name, str(error))
         if scores.shape != shape:
-            return BadImage(name, f"{path} holds {scores.shape}, where the first map has {shape}")
+            return BadImage(name, f"{path} holds {scores.shape}, where the first map that can be read has {shape}")
         return scores, classes
 
     if plan is not None:
@@ -401,6 +407,9 @@ def import_original(
                         except BadImageError as error:
                             bad.append(BadImage(error.name, error.reason))
                             continue
+                        except ValueError as error:
+                            bad.append(BadImage(name, str(error)))
+                            continue
                         label, (scores, best) = int(source.targets[i]), result
                         means = np.bincount(best.ravel(), scores.ravel(), minlength=len(splits.classes))
                         own = [1, int(means.argmax() == label), best[0].size, int((best[0] == label).sum())]
@@ -418,6 +427,17 @@ def import_original(
     report = _finish(out, plan, splits, world, drawn, time.perf_counter() - start, say)
     used = {path for paths in found for path in paths}
     return report | {"unused": sorted(str(p.relative_to(folder)) for p in folder.rglob("*.pt") if p not in used)}
+
+
+def _first_shape(paths: Sequence[Path], num_classes: int) -> tuple[int, ...]:
+    """Of the first of the original's maps that can be read. Raises ValueError, naming them all, where none can."""
+    errors = []
+    for path in paths:
+        try:
+            return read_original_map(path, num_classes)[0].shape
+        except OriginalMapError as error:
+            errors.append(f"  {error}")
+    raise ValueError("\n".join([f"none of the {len(errors)} label maps can be used:", *errors]))
 
 
 @dataclass(frozen=True)
@@ -601,27 +621,8 @@ class _Plan:
         return cls(header["index"], names, header["sizes"], skipped, header["shard_size"])
 
 
-def _agree_on_plan(
-    out: Path, plan: _Plan, world: World, resume: bool, overwrite: bool, say: OnProgress
-) -> _Plan | None:
-    """The plan all processes follow, after the first has made the folder ready; None where all is done already."""
-    problem: ValueError | None = None
-    answer: list[_Plan | str | None] = [None]
-    if world.is_main:
-        try:
-            answer = [_prepare_folder(out, plan, resume, overwrite, say)]
-        except ValueError as error:
-            problem, answer = error, [str(error)]
-    if world.size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if problem is not None:
-        raise problem
-    if isinstance(answer[0], str):
-        raise ValueError("the first process stopped")
-    return answer[0]
-
-
 def _prepare_folder(out: Path, plan: _Plan, resume: bool, overwrite: bool, say: OnProgress) -> _Plan | None:
+    """Make the folder ready; the plan that all processes follow, None where all is done already."""
     out.mkdir(parents=True, exist_ok=True)
     content = list(out.iterdir())
     ours = [p for p in content if p.name.removesuffix(".tmp") in (INDEX, PLAN) or p.match("maps-*")]
@@ -797,14 +798,19 @@ def _raise_failed(failed: list[BadImage], plan: _Plan, config: AnnotateConfig, w
 def _finish(
     out: Path, plan: _Plan | None, splits: DataSplits, world: World, drawn: int, seconds: float, say: OnProgress
 ) -> dict[str, Any]:
-    """Write the index after reading everything back; what there is to report. Empty but for the first process."""
+    """Write the index after reading everything back; what there is to report. Nobody returns before the index is there."""
     rate = torch.tensor([float(drawn), seconds])
     if world.size > 1:
         totals = [torch.zeros(2) for _ in range(world.size)]
         dist.all_gather(totals, rate)
         rate = torch.stack([torch.stack(totals)[:, 0].sum(), torch.stack(totals)[:, 1].max()])
-    if not world.is_main:
-        return {}
+    drawn, seconds = int(rate[0]), float(rate[1])
+    return main_only(world, lambda: _publish(out, plan, splits, drawn, seconds, say))
+
+
+def _publish(
+    out: Path, plan: _Plan | None, splits: DataSplits, drawn: int, seconds: float, say: OnProgress
+) -> dict[str, Any]:
     if plan is not None:
         say("checking files", 0, 1)
         write_index(out, plan.header, plan.num_shards, plan.skipped)
@@ -820,7 +826,7 @@ def _finish(
     return {
         "out": str(out),
         "pictures": len(maps),
-        "drawn": int(rate[0]),
+        "drawn": drawn,
         "skipped": maps.skipped,
         "ignored": splits.ignored,
         "notes": splits.notes,
@@ -832,6 +838,6 @@ def _finish(
         "annotator": maps.annotator,
         "bytes": size,
         "bytes_per_picture": size / max(1, len(maps)),
-        "seconds": float(rate[1]),
-        "pictures_per_second": float(rate[0] / rate[1]) if drawn else 0.0,
+        "seconds": seconds,
+        "pictures_per_second": drawn / seconds if drawn else 0.0,
     }

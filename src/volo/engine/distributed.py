@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from volo.config import TrainConfig
 from volo.layers import ClassBlock, Outlooker, Transformer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,25 @@ def main_first(world: World) -> Iterator[None]:
     yield
     if world.size > 1 and world.is_main:
         dist.barrier()
+
+
+def main_only(world: World, work: Callable[[], T]) -> T:
+    """What `work` returns in the first process, which alone does it, for all of them; nobody returns before it is done.
+
+    All processes must call it. Where `work` raises, all raise: the others a ValueError that points to the first one.
+    """
+    if world.size == 1:
+        return work()
+    box: list[Any] = [False, None]
+    try:
+        if world.is_main:
+            box = [True, work()]
+    finally:
+        dist.broadcast_object_list(box, src=0)
+    is_done, result = box
+    if not is_done:
+        raise ValueError("stopped, for the reason the first process gives")
+    return result
 
 
 def agree_on_start(checkpoint: dict[str, Any] | None, world: World) -> dict[str, Any] | None:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from volo.config import Recipe, load_recipe, recipe_to_toml
+from volo.config import AnnotatorConfig, Recipe, load_recipe, recipe_to_toml
 from volo.data.files import write_atomically
 from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.sources import DataSplits, Progress
 from volo.data.token_labels import LabelMapReader, resample_label_maps, resample_position_logits
 from volo.data.transforms import PixelPipeline, height_width
-from volo.engine.annotate import AnnotateConfig, annotate, open_annotator
+from volo.engine.annotate import AnnotateConfig, OpenedAnnotator, annotate, check_crop, open_annotator
 from volo.engine.classification import Classification
 from volo.engine.distributed import World, main_first
 from volo.engine.evaluate import AMP_DTYPES, match_classes
@@ -121,7 +121,8 @@ class LiveAnnotator:
             raise ValueError(
                 "token_label.source is live, but there is no annotator: name one with --annotator.model or --annotator.recipe"
             )
-        opened = open_annotator(config.model, img_size=config.img_size or None, device=device)
+        _check_crop(recipe)
+        opened = _open(config, device)
         self.model, self.size = opened.model, height_width(opened.data.img_size)
         self.pixels = PixelPipeline(opened.data).to(device).eval()
         self.flip, self.amp, self.device = config.flip, config.amp, device
@@ -159,17 +160,24 @@ def prepare_annotator(
 
     train: `volo.engine.train.train`.
 
-    Returns the recipe with the places filled in, and the result of the annotator's training if a signal ended that.
+    Returns the recipe with the places filled in, as they are now (the run folder may be moved before it is continued), and
+    the result of the annotator's training if a signal ended that.
     """
     config, labels = recipe.annotator, recipe.token_label
     if recipe.task != "token_label" or labels.source == "own" or not (config.recipe or config.model):
         return recipe, None
+    is_trained_here = trains_annotator(recipe, out)
+    _check_crop(recipe)
+    if is_trained_here and config.weights:
+        raise ValueError(
+            f"annotator.weights are for a model of timm, but the annotator is trained first, by {config.recipe}; name the model "
+            "with --annotator.model, or leave the weights out"
+        )
     if world.is_main:
         # What was cut off here is continued like any run, by its folder.
         out.mkdir(parents=True, exist_ok=True)
         text = recipe_to_toml(recipe).encode()
         write_atomically(out / "recipe.toml", lambda file: file.write(text))
-    is_trained_here = trains_annotator(recipe, out)
     if is_trained_here:
         config = dataclasses.replace(config, model=str(out / "annotator"))
         recipe = dataclasses.replace(recipe, annotator=config)
@@ -180,13 +188,14 @@ def prepare_annotator(
             return recipe, None
     if is_trained_here:
         reporter.on_message(f"first the annotator, by the recipe {config.recipe}, in {config.model}")
-        result = train(annotator_recipe(recipe), config.model, resume=True, reporter=reporter)
+        its = annotator_recipe(recipe, begun=Path(config.model))
+        result = train(its, config.model, resume=True, reporter=reporter)
         if result.status == "interrupted":
             return recipe, result
     if labels.source == "maps":
         reporter.on_message(f"then the label maps, in {labels.maps}")
         with main_first(world):
-            opened = open_annotator(config.model, img_size=config.img_size or None, device=world.device)
+            opened = _open(config, world.device)
         its_data = dataclasses.replace(opened.data, path=recipe.data.path, kind=recipe.data.kind)
         report = annotate(
             dataclasses.replace(opened, data=its_data),
@@ -196,6 +205,7 @@ def prepare_annotator(
                 val_fraction=recipe.data.val_fraction,
                 split_seed=recipe.data.split_seed,
                 top=min(config.top, opened.model.num_classes),
+                encoding=config.encoding,
                 flip=config.flip,
                 amp=config.amp,
                 batch_size=config.batch_size,
@@ -219,9 +229,17 @@ def trains_annotator(recipe: Recipe, out: Path) -> bool:
     return bool(wanted) and recipe.annotator.model in ("", str(out / "annotator"))
 
 
-def annotator_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of a recipe's annotator: `annotator.recipe`, on the same pictures and the same machine."""
-    its = load_recipe(recipe.annotator.recipe)
+def annotator_recipe(recipe: Recipe, begun: Path | None = None) -> Recipe:
+    """The recipe of a recipe's annotator: `annotator.recipe`, on the same pictures and the same machine.
+
+    begun: the annotator's run folder, whose recipe serves where that one is not found (from another working directory).
+    """
+    try:
+        its = load_recipe(recipe.annotator.recipe)
+    except FileNotFoundError:
+        if begun is None or not (begun / "recipe.toml").is_file():
+            raise
+        its = load_recipe(begun / "recipe.toml")
     mine = recipe.data
     data = dataclasses.replace(
         its.data,
@@ -235,6 +253,26 @@ def annotator_recipe(recipe: Recipe) -> Recipe:
     )
     train = dataclasses.replace(its.train, device=recipe.train.device, threads=recipe.train.threads)
     return dataclasses.replace(its, data=data, train=train)
+
+
+def _check_crop(recipe: Recipe) -> None:
+    crop = recipe.annotator.crop
+    check_crop(crop)
+    if crop != "squash" and recipe.token_label.source == "live":
+        raise ValueError(
+            f"annotator.crop is {crop}, but a live annotator sees all that the training sees of a picture; set it to squash, or "
+            "take label maps (--token_label.source maps)"
+        )
+
+
+def _open(config: AnnotatorConfig, device: torch.device) -> OpenedAnnotator:
+    return open_annotator(
+        config.model,
+        weights=config.weights or None,
+        img_size=config.img_size or None,
+        crop=config.crop,
+        device=device,
+    )
 
 
 def _described(report: dict) -> str:

@@ -72,7 +72,8 @@ WORKLOADS: dict[str, OpenWorkload] = {
 # A run may be continued with other values of these: they change speed, place or reports, not what is computed (rounding
 # aside). The data is checked by its classes and its number of pictures, so it may have moved.
 CHANGEABLE = frozenset(
-    {"data.path", "data.kind", "data.num_workers", "data.cache", "token_label.maps", "annotator.model"}
+    {"data.path", "data.kind", "data.num_workers", "data.cache"}
+    | {"token_label.maps", "annotator.model", "annotator.weights"}
     | {
         "train.device",
         "train.threads",
@@ -136,10 +137,11 @@ def train(
             reporter = NullReporter()
         # Nobody writes before all have looked.
         checkpoint = agree_on_start(_look_into(out, recipe, resume, overwrite), world)
-        recipe, stopped = prepare_annotator(recipe, out, world, reporter, train)
+        at_hand, stopped = prepare_annotator(recipe, out, world, reporter, train)
         if stopped is not None:
             return stopped
-        run = _Run(recipe, out, _open_workload(recipe, world, reporter), world, reporter, checkpoint)
+        # The run keeps its own recipe, which does not say where its folder lies.
+        run = _Run(recipe, out, _open_workload(at_hand, world, reporter), world, reporter, checkpoint)
         del checkpoint
         return run.run(fresh=not resume)
 
