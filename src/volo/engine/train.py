@@ -203,7 +203,7 @@ def probe(
         workload = _open_workload(recipe, world, reporter)
         if most_pictures is None:
             return _Run(recipe, Path(), workload, world, reporter, None).probe(steps)
-        pictures = min(most_pictures, _micro_batch_size(recipe.train, world))
+        pictures = min(max(most_pictures, FEWEST_PICTURES), _micro_batch_size(recipe.train, world))
         while True:
             try:
                 return _Run(recipe, Path(), workload, world, reporter, None).probe(steps, pictures)
