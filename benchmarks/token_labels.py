@@ -157,9 +157,9 @@ def read_or_measure_epochs(options: argparse.Namespace, data: Path) -> dict[str,
     longest = 0.0
     for arm in ("plain", "own"):
         measured = probe(recipe_of(arm, 0, data, 2, options), steps=12)
-        longest = max(longest, statistics.median(measured.step_seconds) * measured.workload.steps_per_epoch)
+        longest = max(longest, measured.seconds_a_step * measured.workload.steps_per_epoch)
     measured = probe(annotator_recipe(data, 3, options), steps=8)
-    its = statistics.median(measured.step_seconds) * measured.workload.steps_per_epoch
+    its = measured.seconds_a_step * measured.workload.steps_per_epoch
     runs = options.seeds * len(ARMS)
     # Reading maps costs a little more than labels do.
     epochs = (1 - ANNOTATOR_SHARE - 0.1) * budget_seconds / runs / (1.1 * longest)

@@ -72,7 +72,7 @@ class TrainOptions:
     overwrite: bool = False
     """Replace the run in --out."""
     plan: bool = False
-    """Only say what the run would take: steps, pictures, memory, time (a few steps are tried out), label maps."""
+    """Only say what the run would take: steps, pictures, memory, time (tried out with a few pictures), label maps."""
     json: bool = False
     """Print the summary (with --plan, the plan) as one JSON object; everything else goes to standard error."""
     quiet: bool = False

@@ -117,6 +117,13 @@ def test_ranks_and_micro_batches_are_slices_of_the_global_batch(
 
 
 @pytest.mark.parametrize("augment", [PLAIN, HEAVY], ids=["vectorised", "one by one"])
+def test_fewer_pictures_are_the_first_of_each_micro_batch(augment: AugmentConfig) -> None:
+    one = loader(arrays(30), augment, batch_size=12, accumulation=2)
+    for few, whole in zip(one.batches(0, 3, 4), one.batches(0, 3), strict=True):
+        assert_same(few, {name: values[:4] for name, values in whole.items()})
+
+
+@pytest.mark.parametrize("augment", [PLAIN, HEAVY], ids=["vectorised", "one by one"])
 def test_every_picture_once_an_epoch_in_another_order_and_another_look(augment: AugmentConfig) -> None:
     source = arrays(24)
     one = loader(source, augment)

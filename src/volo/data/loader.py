@@ -86,13 +86,13 @@ class TrainLoader:
         workers = data.num_workers if num_workers is None else num_workers
         self.num_workers = workers if workers >= 0 else 0 if self.is_vectorised else default_workers()
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Micro batches of steps start_step..stop_step-1, `accumulation` for each step. Raises BadImageError."""
-        return _run(
-            self.source, self.pictures, self._requests(start_step, stop_step), self.num_workers, self.pin_memory
-        )
+    def batches(self, start_step: int, stop_step: int, most: int | None = None) -> Iterator[Batch]:
+        """Micro batches of steps start_step..stop_step-1, `accumulation` for each step, and of each the first `most`
+        pictures alone. Raises BadImageError."""
+        requests = self._requests(start_step, stop_step, most)
+        return _run(self.source, self.pictures, requests, self.num_workers, self.pin_memory)
 
-    def _requests(self, start_step: int, stop_step: int) -> Iterator[tuple[int, np.ndarray]]:
+    def _requests(self, start_step: int, stop_step: int, most: int | None) -> Iterator[tuple[int, np.ndarray]]:
         return training_requests(
             range(start_step, stop_step),
             len(self.source),
@@ -101,6 +101,7 @@ class TrainLoader:
             seed=self.seed,
             rank=self.rank,
             world_size=self.world_size,
+            most=most,
         )
 
 
@@ -122,9 +123,18 @@ def micro_batch_size(count: int, batch_size: int, accumulation: int, world_size:
 
 
 def training_requests(
-    steps: range, count: int, batch_size: int, *, accumulation: int, seed: int, rank: int, world_size: int
+    steps: range,
+    count: int,
+    batch_size: int,
+    *,
+    accumulation: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    most: int | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(epoch, indices of the pictures) of every micro batch that a process takes in `steps`; see `TrainLoader`."""
+    """(epoch, indices of the pictures, the first `most` of them) of every micro batch that a process takes in `steps`;
+    see `TrainLoader`."""
     size, steps_per_epoch = batch_size // (accumulation * world_size), count // batch_size
     order, order_epoch = np.empty(0, np.int64), -1
     for step in steps:
@@ -133,7 +143,7 @@ def training_requests(
             order, order_epoch = keyed.permutation(count, _ORDER, seed, epoch), epoch
         for micro in range(accumulation):
             start = position * batch_size + (micro * world_size + rank) * size
-            yield epoch, order[start : start + size]
+            yield epoch, order[start : start + size][:most]
 
 
 class EvalLoader:

@@ -49,8 +49,9 @@ class SegmentTrainLoader:
         self.samples = _Augmented(pictures, train_transform(data, segment, hflip), seed)
         self.num_workers = _workers(data.num_workers if num_workers is None else num_workers)
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Micro batches of steps start_step..stop_step-1, `accumulation` for each step. Raises BadImageError."""
+    def batches(self, start_step: int, stop_step: int, most: int | None = None) -> Iterator[Batch]:
+        """Micro batches of steps start_step..stop_step-1, `accumulation` for each step, and of each the first `most`
+        pictures alone. Raises BadImageError."""
         requests = training_requests(
             range(start_step, stop_step),
             len(self.pictures),
@@ -59,6 +60,7 @@ class SegmentTrainLoader:
             seed=self.seed,
             rank=self.rank,
             world_size=self.world_size,
+            most=most,
         )
         return run_requests(self.samples, requests, self.num_workers, self.pin_memory)
 

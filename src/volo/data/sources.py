@@ -242,16 +242,26 @@ def in_parallel(function: Callable[[Any], Item], items: Sequence[Any], chunk: in
 
 def cache_budget() -> int:
     """Bytes of decoded pictures that "auto" keeps: 2 GB or a quarter of free memory, shared by the node's processes."""
+    free = free_memory()
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(2 << 30, 2 << 30 if free is None else free // 4) // local_processes)
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that this machine, or its container, has left; None where nothing tells."""
     free: list[int] = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         with open("/proc/meminfo", encoding="ascii") as file:
             free.append(1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1]))
     with contextlib.suppress(OSError, ValueError):
         # A container's limit ("max", no number, where there is none).
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
-        free.append(int(limit) - int(used))
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, min([2 << 30, *(f // 4 for f in free)]) // local_processes)
+        limit, used, stat = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
+        # Files that were read are kept until the room is needed.
+        kept = next((int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file ")), 0)
+        free.append(int(limit) - int(used) + kept)
+    return min(free, default=None)
 
 
 def available_cores() -> int:

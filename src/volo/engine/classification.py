@@ -53,7 +53,7 @@ class Classification:
             label_maps=self.open_label_maps(splits),
             crop_order=recipe.token_label.crop_order,
         )
-        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.steps_per_epoch, self.num_workers = self.loader.steps_per_epoch, self.loader.num_workers
         self.val_loader = EvalLoader(
             splits.val,
             recipe.data,
@@ -82,8 +82,8 @@ class Classification:
         model.set_grad_checkpointing(self.recipe.train.grad_checkpointing)
         return ClassifyTask(model, self.recipe.loss, self.recipe.augment)
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        return self.loader.batches(start_step, stop_step)
+    def batches(self, start_step: int, stop_step: int, most: int | None = None) -> Iterator[Batch]:
+        return self.loader.batches(start_step, stop_step, most)
 
     def prepare(self, batch: Batch) -> Batch:
         device = self.world.device

@@ -182,6 +182,15 @@ def mean_over_ranks(values: Tensor, world: World) -> Tensor:
     return values
 
 
+def least_over_ranks(value: int, world: World) -> int:
+    """The smallest of the values that the processes have; all of them must call it."""
+    if world.size == 1:
+        return value
+    least = torch.tensor(value)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
+
+
 def share_buffers(module: nn.Module, world: World) -> None:
     """Everybody takes the first process's BatchNorm statistics: before an evaluation that is spread over all."""
     if world.size > 1:

@@ -50,7 +50,7 @@ class Segmentation:
             world_size=world.size,
             pin_memory=world.device.type == "cuda",
         )
-        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.steps_per_epoch, self.num_workers = self.loader.steps_per_epoch, self.loader.num_workers
         # Whole pictures are larger than crops, by how much nobody knows: one at a time unless the recipe says more.
         self.val_loader = SegmentEvalLoader(
             splits.val,
@@ -77,8 +77,8 @@ class Segmentation:
             cast(Segmenter, model).set_grad_checkpointing()
         return SegmentTask(model, self.recipe.segment, self.weights)
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        return self.loader.batches(start_step, stop_step)
+    def batches(self, start_step: int, stop_step: int, most: int | None = None) -> Iterator[Batch]:
+        return self.loader.batches(start_step, stop_step, most)
 
     def prepare(self, batch: Batch) -> Batch:
         device = self.world.device

@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import json
 import math
 import os
 import platform
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -46,6 +48,7 @@ from volo.engine.distributed import (
     gather_full,
     gradient_sync,
     join_world,
+    least_over_ranks,
     load_optimizer_into,
     load_weights_into,
     main_first,
@@ -56,6 +59,7 @@ from volo.engine.distributed import (
     share_buffers,
 )
 from volo.engine.evaluate import AMP_DTYPES
+from volo.engine.memory import free_bytes, is_out_of_memory
 from volo.engine.optim import LearningRate, WeightAverage, create_optimizer, set_learning_rate
 from volo.engine.report import NullReporter, Reporter, RunInfo, RunLog, StepReport, TrainResult
 from volo.engine.segmentation import Segmentation
@@ -132,7 +136,7 @@ def train(
     """
     out = Path(out)
     reporter = reporter or NullReporter()
-    with join_world(recipe.train.device) as world, _torch_settings(recipe.train, world.device):
+    with join_world(recipe.train.device) as world, torch_settings(recipe.train, world.device):
         if not world.is_main:
             reporter = NullReporter()
         # Nobody writes before all have looked.
@@ -155,25 +159,98 @@ class Probe:
     device: torch.device
     num_parameters: int
     total_steps: int
+    pictures: int
+    """In each micro batch that was tried; 0: memory is too small even for the fewest. Where they are fewer than the recipe's,
+    times and activations are scaled up to it."""
     step_seconds: list[float]
-    """Of the steps after the first, data included."""
+    """Of whole steps after the first. Data is included where this process makes the batches itself."""
+    data_seconds: float | None
+    """That making the batches of a step takes, with nothing else going on; None: not measured."""
     state_bytes: dict[str, int]
-    """On the device all the time: weights, gradients, optimizer, average."""
+    """On the device all the time: weights, gradients, optimizer, average; what was not measured is left out."""
     activation_bytes: int
     """Kept from the forward to the backward pass of a micro batch, on the device."""
     peak_bytes: int | None
-    """Most that torch has allocated on a GPU; None on a CPU."""
+    """Most that torch has allocated on a GPU while trying; None on a CPU."""
+
+    @property
+    def seconds_a_step(self) -> float:
+        """The median step, or its data where that takes longer: prefetched batches hide it from the first steps."""
+        return max(statistics.median(self.step_seconds), self.data_seconds or 0.0)
 
 
-def probe(recipe: Recipe, *, steps: int = 3, reporter: Reporter | None = None) -> Probe:
+FEWEST_PICTURES = 2
+"""In a probe's micro batch: BatchNorm has to tell at least two values apart."""
+PREFETCHED = 2
+"""Batches that each worker of a DataLoader makes before they are asked for."""
+DATA_SECONDS, DATA_ROUNDS = 3.0, 4
+"""The making of batches is watched for so long, or until every worker has made so many."""
+
+
+def probe(
+    recipe: Recipe, *, steps: int = 3, most_pictures: int | None = None, reporter: Reporter | None = None
+) -> Probe:
     """Open the data of `recipe` and take a few of its steps; nothing is written. Compilation is left out, for it may take
-    longer than all the rest. Raises ValueError as `train` does."""
+    longer than all the rest.
+
+    most_pictures: steps of one micro batch a process with no more pictures than these, and fewer where memory is short.
+    None: steps as they are.
+
+    Raises ValueError as `train` does.
+    """
     reporter = reporter or NullReporter()
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile=False))
-    with join_world(recipe.train.device) as world, _torch_settings(recipe.train, world.device):
+    with join_world(recipe.train.device) as world, torch_settings(recipe.train, world.device):
         reporter = reporter if world.is_main else NullReporter()
         workload = _open_workload(recipe, world, reporter)
-        return _Run(recipe, Path(), workload, world, reporter, None).probe(steps)
+        if most_pictures is None:
+            return _Run(recipe, Path(), workload, world, reporter, None).probe(steps)
+        pictures = min(max(most_pictures, FEWEST_PICTURES), _micro_batch_size(recipe.train, world))
+        while True:
+            try:
+                return _Run(recipe, Path(), workload, world, reporter, None).probe(steps, pictures)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if world.size > 1:  # the others are in the middle of a step, waiting for this one
+                    raise ValueError(
+                        f"memory is too small for {pictures} pictures in each of {world.size} processes; plan in one process, "
+                        "which tries fewer"
+                    ) from error
+            # Only here is the error gone, and with it the tensors of its frames.
+            gc.collect()
+            if world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if pictures <= FEWEST_PICTURES:
+                return _not_measured(recipe, workload, world)
+            pictures = max(FEWEST_PICTURES, pictures // 2)
+
+
+def _not_measured(recipe: Recipe, workload: Workload, world: World) -> Probe:
+    """What can be said of a recipe without taking a step."""
+    model = workload.create_model()
+    weights = _num_bytes([*model.parameters(), *model.buffers()])
+    return Probe(
+        workload=workload,
+        world_size=world.size,
+        device=world.device,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        total_steps=LearningRate.from_recipe(recipe, workload.steps_per_epoch).total_steps,
+        pictures=0,
+        step_seconds=[],
+        data_seconds=None,
+        state_bytes={
+            "weights": weights,
+            "gradients": _num_bytes(model.parameters()),
+            "average": weights if recipe.optim.ema_decay else 0,
+        },
+        activation_bytes=0,
+        peak_bytes=None,
+    )
+
+
+def _micro_batch_size(config: TrainConfig, world: World) -> int:
+    return config.batch_size // config.accumulation // world.size
 
 
 def _open_workload(recipe: Recipe, world: World, reporter: Reporter) -> Workload:
@@ -287,9 +364,58 @@ class _Run:
         self.reporter.on_end(result)
         return result
 
-    def probe(self, steps: int) -> Probe:
-        """Take `steps` steps after a first one, which warms up; nothing is logged or saved."""
-        device = self.world.device
+    def probe(self, steps: int, most_pictures: int | None = None) -> Probe:
+        """Take `steps` steps after a first one, which warms up; nothing is logged or saved. See `volo.engine.train.probe`."""
+        device, micro_batch = self.world.device, _micro_batch_size(self.config, self.world)
+        weights = _num_bytes([*self.task.parameters(), *self.task.buffers()])
+        self.started, pictures, share = time.monotonic(), micro_batch, 1.0
+        if most_pictures is not None:
+            pictures = self._pictures_that_fit(most_pictures, weights)
+            share = micro_batch / pictures * self.config.accumulation
+            self.config = dataclasses.replace(self.config, accumulation=1)
+        with contextlib.closing(self.workload.batches(0, sys.maxsize, pictures)) as batches:  # type: ignore[type-var]
+            activations = self._activation_bytes(batches)
+            seconds = [self._probe_step(batches, share) for _ in range(steps)]
+            data_seconds = self._data_seconds(batches) * self.config.accumulation * share
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return Probe(
+            workload=self.workload,
+            world_size=self.world.size,
+            device=device,
+            num_parameters=self.num_parameters,
+            total_steps=self.rate.total_steps,
+            pictures=pictures,
+            step_seconds=seconds,
+            data_seconds=data_seconds,
+            state_bytes={
+                "weights": weights,
+                "gradients": _num_bytes([p for p in self.task.parameters() if p.requires_grad]),
+                "optimizer": _num_bytes(states),
+                "average": weights if self.ema is not None else 0,
+            },
+            activation_bytes=round(activations * micro_batch / pictures),
+            peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        )
+
+    def _pictures_that_fit(self, most: int, weights: int) -> int:
+        """`most`, or half of it, or half of that, ...: no more than memory holds, as far as a step with the fewest tells.
+
+        Where a CPU's memory ends the system kills, and nothing is left to be caught.
+        """
+        device, few = self.world.device, min(FEWEST_PICTURES, most)
+        free = free_bytes(device)
+        if device.type == "cpu" and free is not None and 3 * weights > free:
+            raise MemoryError("no room for gradients and optimizer")
+        with contextlib.closing(self.workload.batches(0, sys.maxsize, few)) as batches:  # type: ignore[type-var]
+            each = self._activation_bytes(batches) / few
+        free = free_bytes(device)
+        # Twice: the backward pass, and whoever else is on the machine, need room as well.
+        while most > few and free is not None and 2 * most * each > free:
+            most = max(few, most // 2)
+        return least_over_ranks(most, self.world)
+
+    def _activation_bytes(self, batches: Iterator[dict[str, Tensor]]) -> int:
+        """Take a step, and count what its first micro batch keeps for the backward pass."""
         own = {p.untyped_storage().data_ptr() for p in _local(self.task.parameters())}
         kept: dict[int, int] = {}
         micro_batches = 0
@@ -304,36 +430,44 @@ class _Run:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        self.started, self.mark = time.monotonic(), _Mark(device)
+        self.mark = _Mark(self.world.device)
         counting = self.task.register_forward_pre_hook(count)
-        with contextlib.closing(self.workload.batches(0, steps + 1)) as batches:  # type: ignore[type-var]
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                self._train_step(batches)
-            counting.remove()
-            for _ in range(steps):
-                self._train_step(batches)
-        seconds = []
-        for done in list(self.pending)[1:]:
-            done.end.wait()
-            seconds.append(done.end.seconds_since(done.start))
-        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        weights = _num_bytes([*self.task.parameters(), *self.task.buffers()])
-        return Probe(
-            workload=self.workload,
-            world_size=self.world.size,
-            device=device,
-            num_parameters=self.num_parameters,
-            total_steps=self.rate.total_steps,
-            step_seconds=seconds,
-            state_bytes={
-                "weights": weights,
-                "gradients": _num_bytes([p for p in self.task.parameters() if p.requires_grad]),
-                "optimizer": _num_bytes(states),
-                "average": weights if self.ema is not None else 0,
-            },
-            activation_bytes=sum(kept.values()),
-            peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        )
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self._train_step(batches)
+        counting.remove()
+        return sum(kept.values())
+
+    def _probe_step(self, batches: Iterator[dict[str, Tensor]], share: float) -> float:
+        """Seconds of a step with `share` times as many pictures as this one has; the update is the same for all of them."""
+        device = self.world.device
+        updates: list[_Mark] = []
+        if self.workload.num_workers:
+            # Others make the pictures beside the steps; how long that takes is measured for itself.
+            batches = iter([next(batches) for _ in range(self.config.accumulation)])
+        self.mark = _Mark(device)
+        hook = self.optimizer.register_step_pre_hook(lambda *_: updates.append(_Mark(device)))
+        self._train_step(batches)
+        hook.remove()
+        done = self.pending[-1]
+        done.end.wait()
+        seconds = done.end.seconds_since(done.start)
+        # With fp16 a step that overflows is left out.
+        update = done.end.seconds_since(updates[0]) if updates else 0.0
+        return (seconds - update) * share + update
+
+    def _data_seconds(self, batches: Iterator[dict[str, Tensor]]) -> float:
+        """Seconds for each of the next batches when only they are made, those that wait already not counted."""
+        workers = self.workload.num_workers
+        for _ in range(PREFETCHED * workers):
+            next(batches)
+        made, start = 0, time.perf_counter()
+        while True:
+            for _ in range(max(1, workers)):
+                next(batches)
+                made += 1
+            seconds = time.perf_counter() - start
+            if seconds > DATA_SECONDS or made >= DATA_ROUNDS * max(1, workers):
+                return seconds / made
 
     def _loop(self) -> int:
         """Steps, evaluations and saves until the end (returns 0) or a signal (returns its number)."""
@@ -773,7 +907,7 @@ def _keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def _torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """torch's global switches as the recipe wants them, and back."""
     threads = torch.get_num_threads()
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())

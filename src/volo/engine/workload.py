@@ -38,6 +38,8 @@ class Workload(Protocol):
     notes: list[str]
     """What a person should know about the data before the run starts."""
     steps_per_epoch: int
+    num_workers: int
+    """Processes that make the training batches beside this one; 0: it makes them itself, between the steps."""
     extras: dict[str, Any]
     """What users of the weights need besides names of classes, kept in checkpoints: plain containers and numbers."""
 
@@ -56,8 +58,9 @@ class Workload(Protocol):
         Its submodule "model" is what is optimised, averaged and saved.
         """
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """This process's micro batches of steps start_step..stop_step-1 on the CPU, `accumulation` for each step."""
+    def batches(self, start_step: int, stop_step: int, most: int | None = None) -> Iterator[Batch]:
+        """This process's micro batches of steps start_step..stop_step-1 on the CPU, `accumulation` for each step, and of
+        each the first `most` pictures alone."""
 
     def prepare(self, batch: Batch) -> Batch:
         """A training batch on the device as the task takes it, pixels normalised; called without gradients."""
