@@ -442,7 +442,8 @@ class SegmentOptions:
     overlays: bool = True
     """Write overlays: the picture under the colours of its classes, with a legend."""
     cityscapes: bool = False
-    """Masks hold Cityscapes' label ids and are named as its benchmark wants them."""
+    """Masks hold Cityscapes' label ids and are named as its benchmark wants them; pictures are seen as volo evaluate sees
+    them, so that what is submitted is what was scored."""
     json: bool = False
     """Print areas.json instead of a table; the rest goes to standard error."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -461,7 +462,8 @@ class SegmentOptions:
 def segment(options: SegmentOptions) -> int:
     """Name every pixel of pictures: masks, coloured overlays with a legend, areas as JSON.
 
-    Pictures of more than a megapixel are seen by overlapping windows, blended smoothly, in bounded memory.
+    Pictures of more than a megapixel are seen by overlapping windows, blended smoothly, in bounded memory; --scales and
+    --flip then look at each window several times.
 
     Examples:
       volo segment runs/camvid_cpu street.jpg
@@ -483,6 +485,7 @@ def segment(options: SegmentOptions) -> int:
         write_overlay,
     )
     from volo.engine.segment import segment as run_segmentation
+    from volo.engine.segment_evaluate import HowToTest
 
     pictures = find_pictures(options.pictures, sys.stdin if "-" in options.pictures else ())
     device = _device(ModelOptions(device=options.device, threads=options.threads))
@@ -492,7 +495,10 @@ def segment(options: SegmentOptions) -> int:
         raise ValueError(
             f"--cityscapes needs a model of Cityscapes' 19 classes; {options.model} knows {len(names)} others"
         )
-    how = _how_to_test(None, options.seen)
+    # A submission is made as it was scored; other pictures are of any size.
+    trained = HowToTest.from_config(classifier.segment, classifier.data.img_size) if options.cityscapes else None
+    how = _how_to_test(trained, options.seen)
+    views = HowToTest(scales=options.seen.scales or (1.0,), flip=options.seen.flip)
     stems = [cityscapes_name(path) for path in pictures] if options.cityscapes else output_names(pictures)
     console, errors = _console(stderr=options.json), _console(stderr=True)
     width = min(60, max(len(str(path)) for path in pictures))
@@ -509,6 +515,9 @@ def segment(options: SegmentOptions) -> int:
             classifier,
             pictures,
             how=how,
+            scales=views.scales,
+            flip=views.flip,
+            as_scored=options.cityscapes,
             batch_size=options.batch_size,
             device=device,
             amp=options.amp,
@@ -535,7 +544,7 @@ def segment(options: SegmentOptions) -> int:
                 console.print(area_line(result.name, shares, width), no_wrap=True, overflow="ellipsis", crop=True)
             bar.show("segmenting", len(entries), len(pictures))
     areas = options.out / "areas.json"
-    write_areas(areas, entries, classifier, str(how) if how else "whole pictures, windows above a megapixel")
+    write_areas(areas, entries, classifier, str(how or f"whole pictures, windows above a megapixel{views.views}"))
     if options.json:
         print(areas.read_text(encoding="utf-8"))
     else:
