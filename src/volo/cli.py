@@ -438,12 +438,12 @@ class SegmentOptions:
     pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]]
     """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("segmented")
-    """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there."""
+    """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there. Pictures are never replaced."""
     overlays: bool = True
     """Write overlays: the picture under the colours of its classes, with a legend."""
     cityscapes: bool = False
     """Masks hold Cityscapes' label ids and are named as its benchmark wants them; pictures are seen as volo evaluate sees
-    them, so that what is submitted is what was scored."""
+    them, so that what is submitted is what was scored. No overlays: the benchmark would take them for masks."""
     json: bool = False
     """Print areas.json instead of a table; the rest goes to standard error."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -476,9 +476,8 @@ def segment(options: SegmentOptions) -> int:
     from volo.engine.predict import find_pictures
     from volo.engine.segment import (
         areas_json,
-        cityscapes_name,
         load_pixel_classifier,
-        output_names,
+        output_files,
         write_areas,
         write_cityscapes,
         write_mask,
@@ -499,7 +498,7 @@ def segment(options: SegmentOptions) -> int:
     trained = HowToTest.from_config(classifier.segment, classifier.data.img_size) if options.cityscapes else None
     how = _how_to_test(trained, options.seen)
     views = HowToTest(scales=options.seen.scales or (1.0,), flip=options.seen.flip)
-    stems = [cityscapes_name(path) for path in pictures] if options.cityscapes else output_names(pictures)
+    targets = output_files(pictures, options.out, cityscapes=options.cityscapes, overlays=options.overlays)
     console, errors = _console(stderr=options.json), _console(stderr=True)
     width = min(60, max(len(str(path)) for path in pictures))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -523,20 +522,16 @@ def segment(options: SegmentOptions) -> int:
             amp=options.amp,
             on_window=on_window,
         )
-        for stem, result in zip(stems, results):
-            files: dict[str, str] = {}
+        for files, result in zip(targets, results):
             if result.error:
                 failed += 1
                 errors.print(result.error, style="red", soft_wrap=True, markup=False, highlight=False)
             else:
                 if options.cityscapes:
-                    files["mask"] = stem
-                    write_cityscapes(options.out / stem, result.classes)
+                    write_cityscapes(options.out / files["mask"], result.classes)
                 else:
-                    files["mask"] = f"{stem}.png"
                     write_mask(options.out / files["mask"], result.classes, colours)
-                if options.overlays:
-                    files["overlay"] = f"{Path(stem).stem if options.cityscapes else stem}_overlay.png"
+                if "overlay" in files:
                     write_overlay(options.out / files["overlay"], result.image, result.classes, names, colours)
             entries.append(areas_json(result, names, files))
             if not result.error and not options.json:
@@ -549,7 +544,7 @@ def segment(options: SegmentOptions) -> int:
         print(areas.read_text(encoding="utf-8"))
     else:
         console.print(
-            f"{options.out}: masks, {'overlays, ' if options.overlays else ''}areas.json", style="cyan", soft_wrap=True
+            f"{options.out}: {', '.join(f'{kind}s' for kind in targets[0])}, areas.json", style="cyan", soft_wrap=True
         )
     if failed:
         message = f"{failed} of {len(pictures)} pictures could not be read"

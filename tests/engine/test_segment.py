@@ -22,6 +22,7 @@ from volo.engine.segment import (
     cityscapes_name,
     default_window,
     load_pixel_classifier,
+    output_files,
     output_names,
     segment,
     write_cityscapes,
@@ -163,6 +164,25 @@ def test_results_of_pictures_with_the_same_name_stay_apart() -> None:
     assert output_names([Path("a/1.png"), Path("b/2.png")]) == ["1", "2"]
     assert output_names([Path("x/a/1.png"), Path("x/b/1.png"), Path("2.png")]) == ["a__1", "b__1", "2"]
     assert output_names([Path("a/1.png"), Path("a/1.jpg")]) == ["1_png", "1_jpg"]
+
+
+def test_results_replace_neither_pictures_nor_one_another(tmp_path: Path) -> None:
+    street, overlay, jpeg = tmp_path / "street.png", tmp_path / "street_overlay.png", tmp_path / "street.jpg"
+    assert output_files([jpeg], tmp_path) == [{"mask": "street.png", "overlay": "street_overlay.png"}]
+    with pytest.raises(ValueError, match=r"street\.png, a result of .*street\.png, would replace the picture"):
+        output_files([street], tmp_path / "out" / "..")
+    with pytest.raises(
+        ValueError, match=r"overlay\.png, a result of .*street\.jpg, would replace .*street_overlay\.png"
+    ):
+        output_files([jpeg, overlay], tmp_path)
+    with pytest.raises(
+        ValueError, match=r"street\.png and .*street_overlay\.png would both write .*street_overlay\.png"
+    ):
+        output_files([street, overlay], tmp_path / "out")
+    assert len(output_files([street, overlay], tmp_path / "out", overlays=False)) == 2
+    twice = [tmp_path / part / "a_0_1_leftImg8bit.png" for part in ("x", "y")]
+    with pytest.raises(ValueError, match="would both write .*a_0_1_pred_labelIds"):
+        output_files(twice, tmp_path / "out", cityscapes=True)
 
 
 def test_models_that_are_not_there_or_name_whole_pictures(tmp_path: Path) -> None:

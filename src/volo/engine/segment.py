@@ -285,6 +285,36 @@ def output_names(pictures: Sequence[Path]) -> list[str]:
     return names
 
 
+def output_files(
+    pictures: Sequence[Path], out: Path, *, cityscapes: bool = False, overlays: bool = True
+) -> list[dict[str, str]]:
+    """Names in `out` of each picture's files: "mask", and "overlay" if wanted; none of them is written yet.
+
+    For Cityscapes there are masks alone: its script takes whatever is named like a picture for a prediction.
+    Raises ValueError where a file would replace a picture, or one of another picture.
+    """
+    if cityscapes:
+        files = [{"mask": cityscapes_name(path)} for path in pictures]
+    else:
+        files = [
+            {"mask": f"{stem}.png"} | ({"overlay": f"{stem}_overlay.png"} if overlays else {})
+            for stem in output_names(pictures)
+        ]
+    inputs = {path.resolve(): path for path in pictures}
+    taken: dict[str, Path] = {}
+    for path, names in zip(pictures, files):
+        for name in names.values():
+            target = out / name
+            if (picture := inputs.get(target.resolve())) is not None:
+                raise ValueError(
+                    f"{target}, a result of {path}, would replace the picture {picture}; choose another --out"
+                )
+            if name in taken:
+                raise ValueError(f"{taken[name]} and {path} would both write {target}; segment them by and by")
+            taken[name] = path
+    return files
+
+
 def _write_png(path: Path, image: Image.Image) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
