@@ -253,7 +253,8 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With torchrun: replicate the weights, or shard them (FSDP2, for D5 on small GPUs)."""
     batch_norm: Literal["train", "sync", "frozen"] = "train"
-    """Statistics of BatchNorm: each process's own, synchronised over processes, or fixed."""
+    """Statistics of BatchNorm: each process's own, synchronised over processes, or fixed (task "segment": those of the
+    backbone; neck and decoder, which start afresh, have each process's own)."""
     seed: int = 0
     deterministic: bool = True
     """Ask torch for deterministic kernels: the same seed gives the same weights."""
