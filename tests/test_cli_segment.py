@@ -174,6 +174,19 @@ def test_a_submission_to_cityscapes_is_what_was_scored(
     assert confusion.tolist() == scored["confusion"]
 
 
+def test_the_model_as_an_option(work: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures, run = [str(scenes / "images/test" / f"0{i}.png") for i in range(2)], str(work / "run")
+    texts = []
+    for words in ([run, *pictures], [*pictures, "--checkpoint", run], ["--checkpoint", run, *pictures]):
+        assert main(["segment", *words, "--out", str(tmp_path / "out"), "--json"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    assert main(["segment", run, "--out", str(tmp_path / "out")]) == 2
+    assert "name the pictures" in capsys.readouterr().err
+    assert main(["predict", pictures[0], "--checkpoint", run]) == 2
+    assert "volo segment" in capsys.readouterr().err
+
+
 def test_cityscapes_ids_need_cityscapes_classes(work: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["segment", str(work / "run"), str(scenes / "images" / "test"), "--cityscapes"]) == 2
     assert "19 classes" in capsys.readouterr().err

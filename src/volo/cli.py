@@ -434,9 +434,11 @@ def _how_to_test(default: Any, seen: WindowOptions) -> Any:
 @dataclass(frozen=True)
 class SegmentOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run folder (its best.pt) or a checkpoint of a recipe of task "segment"."""
-    pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]]
+    """A run folder (its best.pt) or a checkpoint of a recipe of task "segment". With --checkpoint, a picture."""
+    pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
     """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """The model by an option: everything that is no option is a picture then."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("segmented")
     """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there. Pictures are never replaced."""
     overlays: bool = True
@@ -468,12 +470,12 @@ def segment(options: SegmentOptions) -> int:
     Examples:
       volo segment runs/camvid_cpu street.jpg
       volo segment runs/camvid_cpu "drive/**/*.png" --out masks --no-overlays
+      volo segment street.jpg drive/ --checkpoint runs/camvid_cpu/last.pt
       volo segment runs/ade20k_volo_d1 huge.tif --window 1024 --batch-size 4 --amp bf16
       volo segment runs/cityscapes_volo_d1 leftImg8bit/test --cityscapes --scales 0.75 1 1.25 --flip --out submission
     """
     from volo.console import Bar, area_line
     from volo.data.segmentation import CITYSCAPES
-    from volo.engine.predict import find_pictures
     from volo.engine.segment import (
         areas_json,
         load_pixel_classifier,
@@ -486,14 +488,12 @@ def segment(options: SegmentOptions) -> int:
     from volo.engine.segment import segment as run_segmentation
     from volo.engine.segment_evaluate import HowToTest
 
-    pictures = find_pictures(options.pictures, sys.stdin if "-" in options.pictures else ())
+    model, pictures = _model_and_pictures(options)
     device = _device(ModelOptions(device=options.device, threads=options.threads))
-    classifier = load_pixel_classifier(options.model, device=device)
+    classifier = load_pixel_classifier(model, device=device)
     names, colours = classifier.classes, classifier.colours
     if options.cityscapes and names != tuple(name for name, _, _ in CITYSCAPES):
-        raise ValueError(
-            f"--cityscapes needs a model of Cityscapes' 19 classes; {options.model} knows {len(names)} others"
-        )
+        raise ValueError(f"--cityscapes needs a model of Cityscapes' 19 classes; {model} knows {len(names)} others")
     # A submission is made as it was scored; other pictures are of any size.
     trained = HowToTest.from_config(classifier.segment, classifier.data.img_size) if options.cityscapes else None
     how = _how_to_test(trained, options.seen)
@@ -555,9 +555,11 @@ def segment(options: SegmentOptions) -> int:
 @dataclass(frozen=True)
 class PredictOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run folder (its best.pt), a checkpoint, or published weights such as volo_d1.224."""
-    pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]]
+    """A run folder (its best.pt), a checkpoint, or published weights such as volo_d1.224. With --checkpoint, a picture."""
+    pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
     """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """The model by an option: everything that is no option is a picture then."""
     top: int = 3
     """So many classes for each picture."""
     format: Literal["table", "json", "csv"] = "table"
@@ -581,15 +583,16 @@ def predict(options: PredictOptions) -> int:
       volo predict runs/photos new_pictures/ "more/**/*.png" --top 1 --format csv --out answers.csv
       find . -name "*.jpg" | volo predict runs/photos - --format json
       volo predict volo_d1.224 pictures/ --sheet sheet.png
+      volo predict pictures/ --checkpoint runs/photos/last.pt
     """
     from volo.console import Bar, prediction_line
     from volo.data.files import write_atomically
-    from volo.engine.predict import find_pictures, to_csv, to_json
     from volo.engine.predict import predict as run_prediction
+    from volo.engine.predict import to_csv, to_json
 
-    pictures = find_pictures(options.pictures, sys.stdin if "-" in options.pictures else ())
+    model, pictures = _model_and_pictures(options)
     device = _device(options.how)
-    classifier = _load_classifier(options.model, options.how, device)
+    classifier = _load_classifier(model, options.how, device)
     # Only one of the two streams may draw: a bar and lines on the same terminal must know of each other.
     to_terminal = options.out is None and sys.stdout.isatty()
     output, errors = _console(stderr=False), _console(stderr=True)
@@ -1357,6 +1360,16 @@ def _spell_booleans(argv: list[str]) -> list[str]:
             result += [word, following.capitalize()]
             following = next(words, None)
     return result
+
+
+def _model_and_pictures(options: PredictOptions | SegmentOptions) -> tuple[str, list[Path]]:
+    """What was meant by MODEL PICTURE..., or by PICTURE... --checkpoint MODEL."""
+    from volo.engine.predict import find_pictures
+
+    model, words = options.model, options.pictures
+    if options.checkpoint is not None:
+        model, words = options.checkpoint, (model, *words)
+    return model, find_pictures(words, sys.stdin if "-" in words else ())
 
 
 def _load_classifier(model: str, how: ModelOptions, device: torch.device) -> Any:
