@@ -214,7 +214,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long, and how the learning rate goes: linear warm-up, cosine (or line) down to the minimum, cool-down there."""
+    """How long, and how the learning rate goes: linear warm-up, cosine (line, power) down to the minimum, cool-down there."""
 
     epochs: float = 300
     """Passes over the training pictures, warm-up included, cool-down not."""
@@ -224,12 +224,14 @@ class ScheduleConfig:
     """Optimizer steps instead, as segmentation counts, warm-up included; the epochs above then do not matter. 0: epochs."""
     warmup_steps: int = 0
     """Warm-up where `steps` counts."""
-    decay: Literal["cosine", "linear"] = "cosine"
-    """From the peak to min_lr; "linear" is what others call poly with power 1."""
+    decay: Literal["cosine", "linear", "poly"] = "cosine"
+    """From the peak to min_lr; "linear" is "poly" with power 1."""
+    power: float = 1.0
+    """Of "poly": what is above min_lr goes with (share of the steps left) ** power; 0.9 is usual in segmentation."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""
     min_lr: float = 1e-5
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the decay."""
 
 
 @dataclass(frozen=True)
