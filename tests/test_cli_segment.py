@@ -86,6 +86,26 @@ def test_evaluate_knows_masks(work: Path, tmp_path: Path, capsys: pytest.Capture
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"evaluation.json", "iou.png", "confusion.png"}
 
 
+def test_evaluate_other_data_whatever_it_says_of_its_classes(
+    work: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scores(data: Path) -> dict:
+        assert main(["evaluate", str(work / "run"), "--data", str(data), "--json"]) == 0
+        content = json.loads(capsys.readouterr().out)
+        return {key: content[key] for key in ("classes", "confusion", "miou", "boundary_iou", "loss", "count")}
+
+    expected = scores(scenes)
+    other = shutil.copytree(scenes, tmp_path / "other")
+    (other / "classes.csv").unlink()
+    assert scores(other) == expected
+    (other / "classes.txt").write_text("box\nsky\nground\n")
+    number = np.arange(256, dtype=np.uint8)
+    number[:3] = 1, 2, 0
+    for path in (other / "annotations").rglob("*.png"):
+        Image.fromarray(number[np.asarray(Image.open(path))]).save(path)
+    assert scores(other) == expected
+
+
 def test_options_for_the_other_kind_of_model(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "volo_d1.224", "--split", "test"]) == 2
     assert "are for segmentation models" in capsys.readouterr().err

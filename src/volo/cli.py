@@ -357,14 +357,19 @@ def _evaluate_segmentation(options: EvaluateOptions) -> int:
     device = _device(options.how)
     classifier = load_pixel_classifier(options.model, device=device)
     segment, split = classifier.segment, options.split or classifier.segment.val_split
-    data = dataclasses.replace(
-        classifier.data, path=options.data or classifier.data.path, on_bad_image=options.on_bad_image
-    )
+    data = dataclasses.replace(classifier.data, on_bad_image=options.on_bad_image)
+    if options.data is not None:  # another layout than that of the training, and classes in another order, are fine
+        data = dataclasses.replace(data, path=options.data)
+        segment = dataclasses.replace(segment, layout="auto", num_classes=0)
     test = _how_to_test(HowToTest.from_config(segment, data.img_size), options.seen)
     assert test is not None
     with Bar(console) as bar:
         pictures, skipped = open_split(
-            data, segment, split, on_progress=lambda done, total: bar.show("checking pictures", done, total)
+            data,
+            segment,
+            split,
+            known=(classifier.classes, classifier.colours),
+            on_progress=lambda done, total: bar.show("checking pictures", done, total),
         )
         bar.clear()
         for bad in skipped:
