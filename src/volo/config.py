@@ -134,7 +134,8 @@ class SegmentConfig:
     cat_max_ratio: float = 0.75
     """A crop in which one class has a larger share is drawn anew, up to ten times; 1: off."""
     photometric: float = 1.0
-    """Strength of random brightness, contrast, saturation and hue; 1: as in mmsegmentation and SSD, 0: off."""
+    """Strength of random brightness, contrast, saturation and hue; 1: as torchvision's RandomPhotometricDistort after SSD (but
+    channels keep their places), 0: off."""
     aux_weight: float = 0.4
     """Weight of the auxiliary head's loss."""
     class_weights: Literal["none", "median", "log"] = "none"
