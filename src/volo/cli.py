@@ -137,7 +137,7 @@ def train(options: TrainOptions) -> int:
         unit = "pixels" if recipe.task == "segment" else "pictures"
         confusion_matrix(result.confusion, result.classes, pictures[1], unit)
     if recipe.task == "segment" and result.best:
-        pictures += _draw_segmentation(out, result.best)
+        pictures += _draw_segmentation(out, result.best, _device(ModelOptions(device=recipe.train.device)))
     if options.json:
         print((out / "summary.json").read_text(encoding="utf-8"))
     else:
@@ -148,13 +148,13 @@ def train(options: TrainOptions) -> int:
 MAX_OVERLAYS = 6
 
 
-def _draw_segmentation(out: Path, best: dict[str, Any]) -> list[Path]:
+def _draw_segmentation(out: Path, best: dict[str, Any], device: torch.device) -> list[Path]:
     """iou.png and overlays.png of a run: bars for the classes, and some held-out pictures as the best weights see them."""
     from volo.data.segmentation import BadImageError, find_pairs, load_pair, open_classes
     from volo.engine.segment import HowToTest, load_pixel_classifier, segment
     from volo.explain.plots import OverlayItem, class_bars, overlay_sheet
 
-    classifier = load_pixel_classifier(out)
+    classifier = load_pixel_classifier(out, device=device)
     bars, sheet = out / "iou.png", out / "overlays.png"
     class_bars(
         best["per_class_iou"], classifier.classes, classifier.colours, bars, best.get("per_class_boundary_iou", ())
@@ -170,7 +170,7 @@ def _draw_segmentation(out: Path, best: dict[str, Any]) -> list[Path]:
         except BadImageError:  # left out of the training, too
             continue
         how = HowToTest.from_config(classifier.segment, classifier.data.img_size)
-        answer = next(segment(classifier, [root / name], how=how))
+        answer = next(segment(classifier, [root / name], how=how, device=device))
         items.append(OverlayItem(image, answer.classes, truth[0].numpy(), Path(name).name))
     overlay_sheet(items, classifier.classes, classifier.colours, sheet)
     return [bars, sheet]
