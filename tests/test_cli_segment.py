@@ -153,7 +153,7 @@ def test_segment_writes_masks_overlays_and_areas(
 
 @pytest.fixture(scope="module")
 def city(work: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data/ in Cityscapes' layout and run/, trained on it for a step."""
+    """A folder with data/ in Cityscapes' layout and run/, trained on it."""
     folder = tmp_path_factory.mktemp("city")
     ids = np.zeros(256, np.uint8)
     ids[:3] = 23, 7, 26  # sky, road, car; else unlabeled
@@ -167,8 +167,7 @@ def city(work: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             drawn = np.asarray(Image.open(scenes / "annotations" / split / source.name))
             Image.fromarray(ids[drawn]).save(mask / f"{name}_gtFine_labelIds.png")
     changes = {"data.path": str(folder / "data"), "segment.test": "slide", "segment.window": [24, 32]}
-    steps = {"schedule.steps": 1, "schedule.warmup_steps": 0}
-    train(load_recipe(work / "street.toml", changes | steps), folder / "run")
+    train(load_recipe(work / "street.toml", changes), folder / "run")
     return folder
 
 
@@ -187,11 +186,10 @@ def test_a_submission_to_cityscapes_is_what_was_scored(
         # The official script looks for CITY_SEQUENCE_FRAME*.png, to the bottom, and stops where there are two.
         (found,) = out.rglob(mask.name.removesuffix("gtFine_labelIds.png") + "*.png")
         truth, answer = (np.asarray(Image.open(path)) for path in (mask, found))
-        assert set(np.unique(answer)) <= set(ids) and len(np.unique(answer)) > 1
         pairs, counts = np.unique(np.stack([truth, answer])[:, truth > 0], axis=1, return_counts=True)
         for i, j, count in zip(*pairs.tolist(), counts.tolist()):
             confusion[ids.index(i), ids.index(j)] += count
-    assert confusion.tolist() == scored["confusion"]
+    assert confusion.tolist() == scored["confusion"] and np.count_nonzero(confusion.sum(0)) > 1
 
 
 def test_the_model_as_an_option(work: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,8 +162,9 @@ def test_two_processes_share_training_and_scoring(scenes: Path, tmp_path: Path, 
 
 
 def test_frozen_batch_norm_is_the_backbones(scenes: Path, tmp_path: Path) -> None:
-    train(street(scenes, {"schedule.steps": 1, "schedule.warmup_steps": 0, "train.batch_norm": "frozen"}), tmp_path)
-    weights = load_checkpoint(tmp_path / "last.pt")["model"]
+    recipe = street(scenes, {"schedule.steps": 1, "schedule.warmup_steps": 0, "train.batch_norm": "frozen"})
+    train(recipe, tmp_path / "run")
+    weights = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
     means = {name: value for name, value in weights.items() if name.endswith("running_mean")}
     assert {name.split(".")[0] for name in means} >= {"backbone", "decode_head", "auxiliary_head"}
     for name, value in means.items():
