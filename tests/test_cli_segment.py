@@ -11,6 +11,9 @@ import pytest
 from PIL import Image
 
 from volo.cli import main
+from volo.config import load_recipe
+from volo.data.segmentation import CITYSCAPES
+from volo.engine.train import train
 
 RECIPE = """
 task = "segment"
@@ -83,6 +86,26 @@ def test_evaluate_knows_masks(work: Path, tmp_path: Path, capsys: pytest.Capture
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"evaluation.json", "iou.png", "confusion.png"}
 
 
+def test_evaluate_other_data_whatever_it_says_of_its_classes(
+    work: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scores(data: Path) -> dict:
+        assert main(["evaluate", str(work / "run"), "--data", str(data), "--json"]) == 0
+        content = json.loads(capsys.readouterr().out)
+        return {key: content[key] for key in ("classes", "confusion", "miou", "boundary_iou", "loss", "count")}
+
+    expected = scores(scenes)
+    other = shutil.copytree(scenes, tmp_path / "other")
+    (other / "classes.csv").unlink()
+    assert scores(other) == expected
+    (other / "classes.txt").write_text("box\nsky\nground\n")
+    number = np.arange(256, dtype=np.uint8)
+    number[:3] = 1, 2, 0
+    for path in (other / "annotations").rglob("*.png"):
+        Image.fromarray(number[np.asarray(Image.open(path))]).save(path)
+    assert scores(other) == expected
+
+
 def test_options_for_the_other_kind_of_model(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "volo_d1.224", "--split", "test"]) == 2
     assert "are for segmentation models" in capsys.readouterr().err
@@ -115,10 +138,71 @@ def test_segment_writes_masks_overlays_and_areas(
         assert mask.shape == (entry["height"], entry["width"]) == (48, 64)
         counted = {area["index"]: area["pixels"] for area in entry["areas"]}
         assert counted == {int(k): int(n) for k, n in zip(*np.unique(mask, return_counts=True))}
+    assert main(["segment", str(work / "run"), str(pictures), "--out", str(pictures)]) == 2
+    assert "would replace the picture" in " ".join(capsys.readouterr().err.split())
+    assert (pictures / "00.png").read_bytes() == (scenes / "images/test/00.png").read_bytes()
     words = ["--no-overlays", "--json", "--on-bad-image", "skip", "--window", "32", "--out", str(tmp_path / "again")]
     assert main(["segment", str(work / "run"), str(pictures), *words]) == 0
     assert json.loads(capsys.readouterr().out)["test"].startswith("windows of 32 x 32")
     assert not list((tmp_path / "again").glob("*overlay*"))
+    words = ["--json", "--on-bad-image", "skip", "--scales", "0.5", "1", "--flip", "--out", str(tmp_path / "several")]
+    assert main(["segment", str(work / "run"), str(pictures), *words]) == 0
+    how = json.loads(capsys.readouterr().out)["test"]
+    assert how == "whole pictures, windows above a megapixel, scales 0.5, 1, mirrored too"
+
+
+@pytest.fixture(scope="module")
+def city(work: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/ in Cityscapes' layout and run/, trained on it."""
+    folder = tmp_path_factory.mktemp("city")
+    ids = np.zeros(256, np.uint8)
+    ids[:3] = 23, 7, 26  # sky, road, car; else unlabeled
+    for split in ("train", "val"):
+        for source in sorted((scenes / "images" / split).glob("*.png")):
+            picture, mask = (folder / "data" / kind / split / "lindau" for kind in ("leftImg8bit", "gtFine"))
+            name = f"lindau_0000{source.stem}_000019"
+            picture.mkdir(parents=True, exist_ok=True)
+            mask.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, picture / f"{name}_leftImg8bit.png")
+            drawn = np.asarray(Image.open(scenes / "annotations" / split / source.name))
+            Image.fromarray(ids[drawn]).save(mask / f"{name}_gtFine_labelIds.png")
+    changes = {"data.path": str(folder / "data"), "segment.test": "slide", "segment.window": [24, 32]}
+    train(load_recipe(work / "street.toml", changes), folder / "run")
+    return folder
+
+
+def test_a_submission_to_cityscapes_is_what_was_scored(
+    city: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    views = ["--scales", "0.75", "1.25", "--flip"]
+    assert main(["evaluate", str(city / "run"), "--json", *views]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    pictures, out = city / "data/leftImg8bit/val", tmp_path / "submission"
+    assert main(["segment", str(city / "run"), str(pictures), "--cityscapes", "--out", str(out), "--json", *views]) == 0
+    assert json.loads(capsys.readouterr().out)["test"] == scored["test"]
+    ids = [label_id for _, label_id, _ in CITYSCAPES]
+    confusion = np.zeros((19, 19), np.int64)
+    for mask in (city / "data/gtFine/val").rglob("*.png"):
+        # The official script looks for CITY_SEQUENCE_FRAME*.png, to the bottom, and stops where there are two.
+        (found,) = out.rglob(mask.name.removesuffix("gtFine_labelIds.png") + "*.png")
+        truth, answer = (np.asarray(Image.open(path)) for path in (mask, found))
+        pairs, counts = np.unique(np.stack([truth, answer])[:, truth > 0], axis=1, return_counts=True)
+        for i, j, count in zip(*pairs.tolist(), counts.tolist()):
+            confusion[ids.index(i), ids.index(j)] += count
+    assert confusion.tolist() == scored["confusion"] and np.count_nonzero(confusion.sum(0)) > 1
+
+
+def test_the_model_as_an_option(work: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures, run = [str(scenes / "images/test" / f"0{i}.png") for i in range(2)], str(work / "run")
+    texts = []
+    for words in ([run, *pictures], [*pictures, "--checkpoint", run], ["--checkpoint", run, *pictures]):
+        assert main(["segment", *words, "--out", str(tmp_path / "out"), "--json"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    assert main(["segment", run, "--out", str(tmp_path / "out")]) == 2
+    assert "name the pictures" in capsys.readouterr().err
+    assert main(["predict", pictures[0], "--checkpoint", run]) == 2
+    assert "volo segment" in capsys.readouterr().err
 
 
 def test_cityscapes_ids_need_cityscapes_classes(work: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,8 @@ def test_head_says_where_the_recipe_comes_from(name: str) -> None:
     assert title
     assert [field for field in HEAD_FIELDS if not fields.get(field)] == []
     assert f"volo train {name}" in fields["command"]
+    if "several scales" in fields["expected"]:
+        assert f"volo evaluate runs/{name} --scales" in fields["command"], "how does one come to that score?"
     assert re.search(r"hour|minute", fields["hardware"]), "how long does it take?"
     assert re.match(r"\d{4}-\d\d-\d\d|not reproduced here", fields["reproduced"])
 

@@ -137,7 +137,7 @@ def train(options: TrainOptions) -> int:
         unit = "pixels" if recipe.task == "segment" else "pictures"
         confusion_matrix(result.confusion, result.classes, pictures[1], unit)
     if recipe.task == "segment" and result.best:
-        pictures += _draw_segmentation(out, result.best)
+        pictures += _draw_segmentation(out, result.best, _device(ModelOptions(device=recipe.train.device)))
     if options.json:
         print((out / "summary.json").read_text(encoding="utf-8"))
     else:
@@ -148,13 +148,13 @@ def train(options: TrainOptions) -> int:
 MAX_OVERLAYS = 6
 
 
-def _draw_segmentation(out: Path, best: dict[str, Any]) -> list[Path]:
+def _draw_segmentation(out: Path, best: dict[str, Any], device: torch.device) -> list[Path]:
     """iou.png and overlays.png of a run: bars for the classes, and some held-out pictures as the best weights see them."""
     from volo.data.segmentation import BadImageError, find_pairs, load_pair, open_classes
     from volo.engine.segment import HowToTest, load_pixel_classifier, segment
     from volo.explain.plots import OverlayItem, class_bars, overlay_sheet
 
-    classifier = load_pixel_classifier(out)
+    classifier = load_pixel_classifier(out, device=device)
     bars, sheet = out / "iou.png", out / "overlays.png"
     class_bars(
         best["per_class_iou"], classifier.classes, classifier.colours, bars, best.get("per_class_boundary_iou", ())
@@ -170,7 +170,7 @@ def _draw_segmentation(out: Path, best: dict[str, Any]) -> list[Path]:
         except BadImageError:  # left out of the training, too
             continue
         how = HowToTest.from_config(classifier.segment, classifier.data.img_size)
-        answer = next(segment(classifier, [root / name], how=how))
+        answer = next(segment(classifier, [root / name], how=how, device=device))
         items.append(OverlayItem(image, answer.classes, truth[0].numpy(), Path(name).name))
     overlay_sheet(items, classifier.classes, classifier.colours, sheet)
     return [bars, sheet]
@@ -357,14 +357,19 @@ def _evaluate_segmentation(options: EvaluateOptions) -> int:
     device = _device(options.how)
     classifier = load_pixel_classifier(options.model, device=device)
     segment, split = classifier.segment, options.split or classifier.segment.val_split
-    data = dataclasses.replace(
-        classifier.data, path=options.data or classifier.data.path, on_bad_image=options.on_bad_image
-    )
+    data = dataclasses.replace(classifier.data, on_bad_image=options.on_bad_image)
+    if options.data is not None:  # another layout than that of the training, and classes in another order, are fine
+        data = dataclasses.replace(data, path=options.data)
+        segment = dataclasses.replace(segment, layout="auto", num_classes=0)
     test = _how_to_test(HowToTest.from_config(segment, data.img_size), options.seen)
     assert test is not None
     with Bar(console) as bar:
         pictures, skipped = open_split(
-            data, segment, split, on_progress=lambda done, total: bar.show("checking pictures", done, total)
+            data,
+            segment,
+            split,
+            known=(classifier.classes, classifier.colours),
+            on_progress=lambda done, total: bar.show("checking pictures", done, total),
         )
         bar.clear()
         for bad in skipped:
@@ -434,15 +439,18 @@ def _how_to_test(default: Any, seen: WindowOptions) -> Any:
 @dataclass(frozen=True)
 class SegmentOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run folder (its best.pt) or a checkpoint of a recipe of task "segment"."""
-    pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]]
+    """A run folder (its best.pt) or a checkpoint of a recipe of task "segment". With --checkpoint, a picture."""
+    pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
     """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """The model by an option: everything that is no option is a picture then."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("segmented")
-    """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there."""
+    """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there. Pictures are never replaced."""
     overlays: bool = True
     """Write overlays: the picture under the colours of its classes, with a legend."""
     cityscapes: bool = False
-    """Masks hold Cityscapes' label ids and are named as its benchmark wants them."""
+    """Masks hold Cityscapes' label ids and are named as its benchmark wants them; pictures are seen as volo evaluate sees
+    them, so that what is submitted is what was scored. No overlays: the benchmark would take them for masks."""
     json: bool = False
     """Print areas.json instead of a table; the rest goes to standard error."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -461,39 +469,41 @@ class SegmentOptions:
 def segment(options: SegmentOptions) -> int:
     """Name every pixel of pictures: masks, coloured overlays with a legend, areas as JSON.
 
-    Pictures of more than a megapixel are seen by overlapping windows, blended smoothly, in bounded memory.
+    Pictures of more than a megapixel are seen by overlapping windows, blended smoothly, in bounded memory; --scales and
+    --flip then look at each window several times.
 
     Examples:
       volo segment runs/camvid_cpu street.jpg
       volo segment runs/camvid_cpu "drive/**/*.png" --out masks --no-overlays
+      volo segment street.jpg drive/ --checkpoint runs/camvid_cpu/last.pt
       volo segment runs/ade20k_volo_d1 huge.tif --window 1024 --batch-size 4 --amp bf16
       volo segment runs/cityscapes_volo_d1 leftImg8bit/test --cityscapes --scales 0.75 1 1.25 --flip --out submission
     """
     from volo.console import Bar, area_line
     from volo.data.segmentation import CITYSCAPES
-    from volo.engine.predict import find_pictures
     from volo.engine.segment import (
         areas_json,
-        cityscapes_name,
         load_pixel_classifier,
-        output_names,
+        output_files,
         write_areas,
         write_cityscapes,
         write_mask,
         write_overlay,
     )
     from volo.engine.segment import segment as run_segmentation
+    from volo.engine.segment_evaluate import HowToTest
 
-    pictures = find_pictures(options.pictures, sys.stdin if "-" in options.pictures else ())
+    model, pictures = _model_and_pictures(options)
     device = _device(ModelOptions(device=options.device, threads=options.threads))
-    classifier = load_pixel_classifier(options.model, device=device)
+    classifier = load_pixel_classifier(model, device=device)
     names, colours = classifier.classes, classifier.colours
     if options.cityscapes and names != tuple(name for name, _, _ in CITYSCAPES):
-        raise ValueError(
-            f"--cityscapes needs a model of Cityscapes' 19 classes; {options.model} knows {len(names)} others"
-        )
-    how = _how_to_test(None, options.seen)
-    stems = [cityscapes_name(path) for path in pictures] if options.cityscapes else output_names(pictures)
+        raise ValueError(f"--cityscapes needs a model of Cityscapes' 19 classes; {model} knows {len(names)} others")
+    # A submission is made as it was scored; other pictures are of any size.
+    trained = HowToTest.from_config(classifier.segment, classifier.data.img_size) if options.cityscapes else None
+    how = _how_to_test(trained, options.seen)
+    views = HowToTest(scales=options.seen.scales or (1.0,), flip=options.seen.flip)
+    targets = output_files(pictures, options.out, cityscapes=options.cityscapes, overlays=options.overlays)
     console, errors = _console(stderr=options.json), _console(stderr=True)
     width = min(60, max(len(str(path)) for path in pictures))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -509,25 +519,24 @@ def segment(options: SegmentOptions) -> int:
             classifier,
             pictures,
             how=how,
+            scales=views.scales,
+            flip=views.flip,
+            as_scored=options.cityscapes,
             batch_size=options.batch_size,
             device=device,
             amp=options.amp,
             on_window=on_window,
         )
-        for stem, result in zip(stems, results):
-            files: dict[str, str] = {}
+        for files, result in zip(targets, results):
             if result.error:
                 failed += 1
                 errors.print(result.error, style="red", soft_wrap=True, markup=False, highlight=False)
             else:
                 if options.cityscapes:
-                    files["mask"] = stem
-                    write_cityscapes(options.out / stem, result.classes)
+                    write_cityscapes(options.out / files["mask"], result.classes)
                 else:
-                    files["mask"] = f"{stem}.png"
                     write_mask(options.out / files["mask"], result.classes, colours)
-                if options.overlays:
-                    files["overlay"] = f"{Path(stem).stem if options.cityscapes else stem}_overlay.png"
+                if "overlay" in files:
                     write_overlay(options.out / files["overlay"], result.image, result.classes, names, colours)
             entries.append(areas_json(result, names, files))
             if not result.error and not options.json:
@@ -535,12 +544,12 @@ def segment(options: SegmentOptions) -> int:
                 console.print(area_line(result.name, shares, width), no_wrap=True, overflow="ellipsis", crop=True)
             bar.show("segmenting", len(entries), len(pictures))
     areas = options.out / "areas.json"
-    write_areas(areas, entries, classifier, str(how) if how else "whole pictures, windows above a megapixel")
+    write_areas(areas, entries, classifier, str(how or f"whole pictures, windows above a megapixel{views.views}"))
     if options.json:
         print(areas.read_text(encoding="utf-8"))
     else:
         console.print(
-            f"{options.out}: masks, {'overlays, ' if options.overlays else ''}areas.json", style="cyan", soft_wrap=True
+            f"{options.out}: {', '.join(f'{kind}s' for kind in targets[0])}, areas.json", style="cyan", soft_wrap=True
         )
     if failed:
         message = f"{failed} of {len(pictures)} pictures could not be read"
@@ -551,9 +560,11 @@ def segment(options: SegmentOptions) -> int:
 @dataclass(frozen=True)
 class PredictOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run folder (its best.pt), a checkpoint, or published weights such as volo_d1.224."""
-    pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]]
+    """A run folder (its best.pt), a checkpoint, or published weights such as volo_d1.224. With --checkpoint, a picture."""
+    pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
     """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """The model by an option: everything that is no option is a picture then."""
     top: int = 3
     """So many classes for each picture."""
     format: Literal["table", "json", "csv"] = "table"
@@ -577,15 +588,16 @@ def predict(options: PredictOptions) -> int:
       volo predict runs/photos new_pictures/ "more/**/*.png" --top 1 --format csv --out answers.csv
       find . -name "*.jpg" | volo predict runs/photos - --format json
       volo predict volo_d1.224 pictures/ --sheet sheet.png
+      volo predict pictures/ --checkpoint runs/photos/last.pt
     """
     from volo.console import Bar, prediction_line
     from volo.data.files import write_atomically
-    from volo.engine.predict import find_pictures, to_csv, to_json
     from volo.engine.predict import predict as run_prediction
+    from volo.engine.predict import to_csv, to_json
 
-    pictures = find_pictures(options.pictures, sys.stdin if "-" in options.pictures else ())
+    model, pictures = _model_and_pictures(options)
     device = _device(options.how)
-    classifier = _load_classifier(options.model, options.how, device)
+    classifier = _load_classifier(model, options.how, device)
     # Only one of the two streams may draw: a bar and lines on the same terminal must know of each other.
     to_terminal = options.out is None and sys.stdout.isatty()
     output, errors = _console(stderr=False), _console(stderr=True)
@@ -1356,6 +1368,16 @@ def _spell_booleans(argv: list[str]) -> list[str]:
             result += [word, following.capitalize()]
             following = next(words, None)
     return result
+
+
+def _model_and_pictures(options: PredictOptions | SegmentOptions) -> tuple[str, list[Path]]:
+    """What was meant by MODEL PICTURE..., or by PICTURE... --checkpoint MODEL."""
+    from volo.engine.predict import find_pictures
+
+    model, words = options.model, options.pictures
+    if options.checkpoint is not None:
+        model, words = options.checkpoint, (model, *words)
+    return model, find_pictures(words, sys.stdin if "-" in words else ())
 
 
 def _load_classifier(model: str, how: ModelOptions, device: torch.device) -> Any:

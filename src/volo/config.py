@@ -134,7 +134,8 @@ class SegmentConfig:
     cat_max_ratio: float = 0.75
     """A crop in which one class has a larger share is drawn anew, up to ten times; 1: off."""
     photometric: float = 1.0
-    """Strength of random brightness, contrast, saturation and hue; 1: as in mmsegmentation and SSD, 0: off."""
+    """Strength of random brightness, contrast, saturation and hue; 1: as torchvision's RandomPhotometricDistort after SSD (but
+    channels keep their places), 0: off."""
     aux_weight: float = 0.4
     """Weight of the auxiliary head's loss."""
     class_weights: Literal["none", "median", "log"] = "none"
@@ -221,7 +222,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long, and how the learning rate goes: linear warm-up, cosine (or line) down to the minimum, cool-down there."""
+    """How long, and how the learning rate goes: linear warm-up, cosine (line, power) down to the minimum, cool-down there."""
 
     epochs: float = 300
     """Passes over the training pictures, warm-up included, cool-down not."""
@@ -231,12 +232,14 @@ class ScheduleConfig:
     """Optimizer steps instead, as segmentation counts, warm-up included; the epochs above then do not matter. 0: epochs."""
     warmup_steps: int = 0
     """Warm-up where `steps` counts."""
-    decay: Literal["cosine", "linear"] = "cosine"
-    """From the peak to min_lr; "linear" is what others call poly with power 1."""
+    decay: Literal["cosine", "linear", "poly"] = "cosine"
+    """From the peak to min_lr; "linear" is "poly" with power 1."""
+    power: float = 1.0
+    """Of "poly": what is above min_lr goes with (share of the steps left) ** power; 0.9 is usual in segmentation."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""
     min_lr: float = 1e-5
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the decay."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,8 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With torchrun: replicate the weights, or shard them (FSDP2, for D5 on small GPUs)."""
     batch_norm: Literal["train", "sync", "frozen"] = "train"
-    """Statistics of BatchNorm: each process's own, synchronised over processes, or fixed."""
+    """Statistics of BatchNorm: each process's own, synchronised over processes, or fixed (task "segment": those of the
+    backbone; neck and decoder, which start afresh, have each process's own)."""
     seed: int = 0
     deterministic: bool = True
     """Ask torch for deterministic kernels: the same seed gives the same weights."""

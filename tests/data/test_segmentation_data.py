@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,13 @@ from volo.data.segmentation import (
     CITYSCAPES,
     IGNORE,
     find_pairs,
+    load_pair,
     open_classes,
     open_segmentation,
     open_split,
     palette,
 )
+from volo.data.sources import available_cores
 
 
 def open_there(path: Path, on_bad_image="error", cache="auto", **segment):
@@ -83,12 +87,46 @@ def test_ade20k_layout_with_zero_as_background(scenes: Path, tmp_path: Path) -> 
 def test_lists_choose_and_order(own: Path) -> None:
     (own / "train.txt").write_text("04\n01.png\n\n02 0.5\n")
     assert [Path(n).stem for n in open_there(own).train.names] == ["04", "01", "02"]
-    (own / "train.txt").write_text("04\n17\n")
-    with pytest.raises(ValueError, match=r"train\.txt names '17', but there is no such picture"):
+    (own / "train.txt").write_text("04\n17\n18.png x.png\n")
+    (own / "annotations/val/01.png").unlink()
+    with pytest.raises(ValueError, match=r"3 of 8 pictures") as error:
         open_there(own)
+    assert "  17: train.txt names it, but images/train/ has no such picture\n  18.png x.png: train" in str(error.value)
+    splits = open_there(own, on_bad_image="skip")
+    assert [Path(n).stem for n in splits.train.names] == ["04"] and len(splits.skipped) == 3
     (own / "train.txt").write_text("04\n04\n")
     with pytest.raises(ValueError, match="twice"):
         open_there(own)
+
+
+def test_names_with_spaces(own: Path) -> None:
+    for kind in ("images", "annotations"):
+        (own / kind / "train/04.png").rename(own / kind / "train/04 b.png")
+    (own / "train.txt").write_text("04 b.png\n02 b.png\n 03 0.5\ntrain/04 b\n")
+    with pytest.raises(ValueError, match="twice"):
+        open_there(own)
+    (own / "train.txt").write_text("04 b.png\n02 b.png\n 03 0.5\n")
+    assert [Path(n).stem for n in open_there(own).train.names] == ["04 b", "02", "03"]
+
+
+def test_few_decoded_pictures_wait(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[weakref.ref] = []
+    most = 0
+
+    def watched(*args):
+        pair = load_pair(*args)
+        decoded.append(weakref.ref(pair[0]))
+        return pair
+
+    def slow(done: int, total: int) -> None:
+        nonlocal most
+        time.sleep(0.02)  # the others could all be decoded meanwhile
+        most = max(most, sum(ref() is not None for ref in decoded))
+
+    monkeypatch.setattr("volo.data.segmentation.load_pair", watched)
+    data = DataConfig(path=str(scenes), cache="none")
+    open_split(data, SegmentConfig(), "train", on_progress=slow)
+    assert len(decoded) == 10 and most <= max(2, available_cores()), "no more than are being decoded"
 
 
 def test_flat_folders_with_lists(scenes: Path, tmp_path: Path) -> None:
@@ -216,6 +254,15 @@ def test_one_split_for_an_evaluation(scenes: Path) -> None:
     pictures, skipped = open_split(DataConfig(path=str(scenes)), SegmentConfig(), "test")
     assert (len(pictures), skipped) == (3, [])
     assert pictures.sizes.tolist() == [[48, 64]] * 3
+
+
+def test_classes_that_are_known_already(own: Path) -> None:
+    known = ("a", "b", "c"), tuple(palette(3))
+    there, _ = open_split(DataConfig(path=str(own)), SegmentConfig(), "test", known=known)
+    assert there.classes.names == ("sky", "ground", "box")
+    (own / "classes.csv").unlink()
+    bare, _ = open_split(DataConfig(path=str(own)), SegmentConfig(), "test", known=known)
+    assert (bare.classes.names, bare.classes.colours) == known
 
 
 def test_palette_never_repeats() -> None:

@@ -59,6 +59,19 @@ def test_schedule_in_steps_with_a_line_for_the_decay() -> None:
     assert rate == LearningRate.from_recipe(recipe, steps_per_epoch=70), "epochs do not matter"
 
 
+def test_poly_is_mmsegmentations() -> None:
+    schedule = {"steps": 160, "warmup_steps": 0, "decay": "poly", "power": 0.9, "min_lr": 1e-4}
+    recipe = recipe_from_dict({"optim": {"lr": 0.01}, "schedule": schedule})
+    rate, lr = LearningRate.from_recipe(recipe, steps_per_epoch=7), 0.01
+    for step in range(160):
+        assert rate.at(step) == pytest.approx(lr)
+        # mmengine's PolyLR, from step to step
+        lr = (lr - 1e-4) * (1 - 1 / (160 - step)) ** 0.9 + 1e-4
+    line, power = ({"steps": 50, "warmup_steps": 5, "decay": name} for name in ("linear", "poly"))
+    one, other = (LearningRate.from_recipe(recipe_from_dict({"schedule": s}), 7) for s in (line, power))
+    assert [one.at(step) for step in range(50)] == [other.at(step) for step in range(50)]
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -66,6 +79,8 @@ def test_schedule_in_steps_with_a_line_for_the_decay() -> None:
         ({"schedule": {"steps": 3, "warmup_steps": 5}}, "warmup_steps from 0 to steps"),
         ({"schedule": {"epochs": 0, "warmup_epochs": 0}}, "epochs > 0"),
         ({"optim": {"lr": 1e-6}}, "min_lr"),
+        ({"schedule": {"decay": "poly", "power": 0.0}}, "power is above 0"),
+        ({"schedule": {"decay": "linear", "power": 0.9}}, "belongs to the decay 'poly'"),
     ],
 )
 def test_schedule_that_contradicts_itself(changed, message) -> None:

@@ -22,6 +22,7 @@ from volo.engine.segment import (
     cityscapes_name,
     default_window,
     load_pixel_classifier,
+    output_files,
     output_names,
     segment,
     write_cityscapes,
@@ -106,6 +107,27 @@ def test_large_pictures_are_seen_by_windows() -> None:
     assert default_window(classifier, (1100, 1000)).window == (512, 512)
 
 
+def test_scales_and_flips_of_large_pictures_are_those_of_windows(
+    picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("volo.engine.segment.WHOLE_PIXELS", 1000)
+    monkeypatch.setattr("volo.engine.segment.WINDOW", 1)
+    classifier = tiny_classifier()
+    seen, done = set(), []
+    classifier.model.register_forward_pre_hook(lambda _, args: seen.add(tuple(args[0].shape[-2:])))
+
+    def result(**options) -> np.ndarray:
+        return next(segment(classifier, [picture], on_window=lambda *n: done.append(n), **options)).classes
+
+    many = result(scales=(0.5, 1.5), flip=True)
+    assert seen == {(32, 32), (96, 96)}, "no more than a window at once"
+    assert done == [(i + 1, 6) for i in range(6)]
+    # A window that covers the picture is the picture.
+    assert (result(how=HowToTest((200, 200), scales=(0.5, 1.5))) == result(how=HowToTest(scales=(0.5, 1.5)))).all()
+    assert (many == result(how=HowToTest.by_windows(64, scales=(0.5, 1.5), flip=True))).all()
+    assert (many != result()).any()
+
+
 def test_a_broken_picture_does_not_stop_the_others(picture: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     results = list(segment(tiny_classifier(), [tmp_path / "broken.png", picture]))
@@ -143,6 +165,25 @@ def test_results_of_pictures_with_the_same_name_stay_apart() -> None:
     assert output_names([Path("a/1.png"), Path("a/1.jpg")]) == ["1_png", "1_jpg"]
 
 
+def test_results_replace_neither_pictures_nor_one_another(tmp_path: Path) -> None:
+    street, overlay, jpeg = tmp_path / "street.png", tmp_path / "street_overlay.png", tmp_path / "street.jpg"
+    assert output_files([jpeg], tmp_path) == [{"mask": "street.png", "overlay": "street_overlay.png"}]
+    with pytest.raises(ValueError, match=r"street\.png, a result of .*street\.png, would replace the picture"):
+        output_files([street], tmp_path / "out" / "..")
+    with pytest.raises(
+        ValueError, match=r"overlay\.png, a result of .*street\.jpg, would replace .*street_overlay\.png"
+    ):
+        output_files([jpeg, overlay], tmp_path)
+    with pytest.raises(
+        ValueError, match=r"street\.png and .*street_overlay\.png would both write .*street_overlay\.png"
+    ):
+        output_files([street, overlay], tmp_path / "out")
+    assert len(output_files([street, overlay], tmp_path / "out", overlays=False)) == 2
+    twice = [tmp_path / part / "a_0_1_leftImg8bit.png" for part in ("x", "y")]
+    with pytest.raises(ValueError, match="would both write .*a_0_1_pred_labelIds"):
+        output_files(twice, tmp_path / "out", cityscapes=True)
+
+
 def test_models_that_are_not_there_or_name_whole_pictures(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="give a run folder"):
         load_pixel_classifier(tmp_path / "nothing.pt")
@@ -153,7 +194,7 @@ def test_models_that_are_not_there_or_name_whole_pictures(tmp_path: Path) -> Non
 MEASURE = """
 import resource, sys
 from volo.cli import main
-code = main(["segment", sys.argv[1], sys.argv[2], "--out", sys.argv[3], "--json", "--threads", "1"])
+code = main(["segment", sys.argv[1], sys.argv[2], "--out", sys.argv[3], "--json", "--threads", "1", *sys.argv[4:]])
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 sys.exit(code)
 """
@@ -161,13 +202,15 @@ sys.exit(code)
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("num_classes", [11, 150])
-def test_a_12_megapixel_picture_within_3_gb(tmp_path: Path, num_classes: int) -> None:
+@pytest.mark.parametrize(
+    ("num_classes", "views"), [(11, []), (150, []), (11, ["--scales", "0.5", "1.25", "--flip"])], ids=str
+)
+def test_a_12_megapixel_picture_within_3_gb(tmp_path: Path, num_classes: int, views: list[str]) -> None:
     run = save_run(tmp_path / "run", num_classes)
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
     coarse.resize((4000, 3000), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg")
-    command = [sys.executable, "-c", MEASURE, str(run), str(tmp_path / "large.jpg"), str(tmp_path / "out")]
+    command = [sys.executable, "-c", MEASURE, str(run), str(tmp_path / "large.jpg"), str(tmp_path / "out"), *views]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.rpartition("peak")[2])

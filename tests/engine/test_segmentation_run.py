@@ -151,7 +151,7 @@ def test_a_killed_process_is_continued_bit_for_bit(scenes: Path, tmp_path: Path,
 
 
 def test_two_processes_share_training_and_scoring(scenes: Path, tmp_path: Path, start_run) -> None:
-    recipe = street(scenes, {"schedule.steps": 4, "train.eval_steps": 4, "train.batch_norm": "frozen"})
+    recipe = street(scenes, {"schedule.steps": 4, "train.eval_steps": 4})
     child = start_run(recipe, tmp_path / "run", processes=2)
     printed, errors = child.communicate(timeout=250)
     assert child.returncode == 0, errors
@@ -159,6 +159,16 @@ def test_two_processes_share_training_and_scoring(scenes: Path, tmp_path: Path, 
     last = load_checkpoint(tmp_path / "run" / "last.pt")
     assert last["metrics"]["count"] == 5, "each held-out picture once, whichever process scored it"
     assert int(last["confusion"].sum()) == sum(int((open_mask(scenes, i) != 255).sum()) for i in range(5))
+
+
+def test_frozen_batch_norm_is_the_backbones(scenes: Path, tmp_path: Path) -> None:
+    recipe = street(scenes, {"schedule.steps": 1, "schedule.warmup_steps": 0, "train.batch_norm": "frozen"})
+    train(recipe, tmp_path / "run")
+    weights = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
+    means = {name: value for name, value in weights.items() if name.endswith("running_mean")}
+    assert {name.split(".")[0] for name in means} >= {"backbone", "decode_head", "auxiliary_head"}
+    for name, value in means.items():
+        assert (value == 0).all() == name.startswith("backbone."), name
 
 
 def open_mask(scenes: Path, number: int) -> np.ndarray:

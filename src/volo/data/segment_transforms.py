@@ -75,10 +75,11 @@ class RandomScaleCrop(v2.Transform):
 
 
 class PhotometricDistort(v2.Transform):
-    """Random brightness, contrast, saturation and hue, each with probability 1/2: SSD's and mmsegmentation's.
+    """Random brightness, contrast, saturation and hue, each with probability 1/2: torchvision's RandomPhotometricDistort,
+    after SSD, without its exchange of channels.
 
-    At `strength` 1: brightness +- 32 of 255, contrast and saturation factors 0.5 to 1.5, hue +- 18 degrees. Contrast
-    comes before or after colour, as chance has it.
+    At `strength` 1: brightness factors 0.875 to 1.125, contrast and saturation factors 0.5 to 1.5, hue +- 18 degrees.
+    Contrast comes before or after colour, as chance has it.
     """
 
     def __init__(self, strength: float = 1.0) -> None:

@@ -9,7 +9,6 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +20,16 @@ from torch import Tensor
 from volo.config import DataConfig, SegmentConfig
 from volo.data.decode import BadImage, BadImageError, decode_image, naming, open_picture_file
 from volo.data.folders import is_image_name
-from volo.data.sources import Names, PixelCache, Progress, available_cores, cache_budget, contents_of, raise_bad
+from volo.data.sources import (
+    Names,
+    PixelCache,
+    Progress,
+    available_cores,
+    cache_budget,
+    contents_of,
+    in_parallel,
+    raise_bad,
+)
 
 IGNORE = 255
 """Void: pixels that count neither in the loss nor in the score."""
@@ -34,6 +42,7 @@ data.path can be, for task "segment",
 Names of classes come from classes.csv (index,name,r,g,b), classes.txt (a name a line) or objectInfo150.txt (ADE20K)."""
 
 Colour = tuple[int, int, int]
+NamesAndColours = tuple[tuple[str, ...], tuple[Colour, ...]]
 
 _ALIASES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
 _IMAGE_FOLDERS, _MASK_FOLDERS = ("images", "imgs", "img"), ("annotations", "masks", "labels", "mask")
@@ -121,7 +130,8 @@ class Pairs:
 
     names: list[str]
     masks: list[str]
-    without_mask: list[str]
+    bad: list[BadImage]
+    """Pictures without a mask, and names in a list without a picture."""
     notes: list[str]
 
 
@@ -141,7 +151,7 @@ def open_segmentation(
     budget = {"auto": float(cache_budget()), "ram": math.inf, "none": 0.0}[data.cache]
     done = 0
     for part, pairs in enumerate(parts):
-        bad += [BadImage(name, "there is no mask for it") for name in pairs.without_mask]
+        bad += pairs.bad
 
         def progress(count: int, before: int = done) -> None:
             if on_progress:
@@ -153,7 +163,7 @@ def open_segmentation(
         done += len(pairs.names)
         if part == 0:
             counts = pixels
-    total += sum(len(pairs.without_mask) for pairs in parts)
+    total += sum(len(pairs.bad) for pairs in parts)
     if data.on_bad_image == "error":
         raise_bad(bad, total, root)
     for pictures, split in zip(opened, (segment.train_split, segment.val_split)):
@@ -166,18 +176,25 @@ def open_segmentation(
 
 
 def open_split(
-    data: DataConfig, segment: SegmentConfig, split: str, *, on_progress: Progress | None = None
+    data: DataConfig,
+    segment: SegmentConfig,
+    split: str,
+    *,
+    known: NamesAndColours | None = None,
+    on_progress: Progress | None = None,
 ) -> tuple[MaskedPictures, list[BadImage]]:
-    """One split, checked as `open_segmentation` does, and what was left out. Raises ValueError."""
-    root, classes = open_classes(data, segment)
+    """One split, checked as `open_segmentation` does, and what was left out. Raises ValueError.
+
+    `known`: the classes where no file beside the pictures names them.
+    """
+    root, classes = open_classes(data, segment, known)
     pairs = find_pairs(root, segment, split)
-    bad = [BadImage(name, "there is no mask for it") for name in pairs.without_mask]
     pictures, wrong, _, _ = _check(
         root, pairs, classes, 0.0, lambda done: on_progress(done, len(pairs.names)) if on_progress else None
     )
-    bad += wrong
+    bad = pairs.bad + wrong
     if data.on_bad_image == "error":
-        raise_bad(bad, len(pairs.names) + len(pairs.without_mask), root)
+        raise_bad(bad, len(pairs.names) + len(pairs.bad), root)
     if not len(pictures):
         raise ValueError(f"no usable pictures in the split {split!r} of {root}.\n{LAYOUTS}")
     return pictures, bad
@@ -186,8 +203,10 @@ def open_split(
 # What lies there
 
 
-def open_classes(data: DataConfig, segment: SegmentConfig) -> tuple[Path, ClassList]:
-    """The folder, and its classes. Raises ValueError."""
+def open_classes(
+    data: DataConfig, segment: SegmentConfig, known: NamesAndColours | None = None
+) -> tuple[Path, ClassList]:
+    """The folder, and its classes, which are `known` where nothing there names them. Raises ValueError."""
     root = Path(data.path).expanduser()
     if not data.path or not root.is_dir():
         raise ValueError(f"data.path is {data.path or 'empty'}, which is no folder.\n{LAYOUTS}")
@@ -200,7 +219,7 @@ def open_classes(data: DataConfig, segment: SegmentConfig) -> tuple[Path, ClassL
             meaning[label_id] = train_id
         allowed = f"Cityscapes' label ids 0 to {_CITYSCAPES_IDS - 1}, and 255"
         return root, ClassList(tuple(c[0] for c in CITYSCAPES), tuple(c[2] for c in CITYSCAPES), meaning, allowed)
-    names, colours = _read_classes(root, segment.num_classes)
+    names, colours = _read_classes(root, segment.num_classes, known)
     num_classes = len(names)
     first = 1 if segment.reduce_zero_label else 0
     if num_classes + first > IGNORE:
@@ -221,8 +240,8 @@ def is_cityscapes(root: Path, segment: SegmentConfig) -> bool:
     )
 
 
-def _read_classes(root: Path, num_classes: int) -> tuple[tuple[str, ...], tuple[Colour, ...]]:
-    """Names and colours, from the file beside the pictures, or numbers if only `num_classes` is known."""
+def _read_classes(root: Path, num_classes: int, known: NamesAndColours | None) -> NamesAndColours:
+    """From the file beside the pictures; else what is `known`, or numbers if that is `num_classes` alone."""
     names: list[str] = []
     colours: list[Colour] = []
     if (path := root / "classes.csv").is_file():
@@ -243,6 +262,8 @@ def _read_classes(root: Path, num_classes: int) -> tuple[tuple[str, ...], tuple[
         names = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
     if names and num_classes and len(names) != num_classes:
         raise ValueError(f"segment.num_classes is {num_classes}, but {path} names {len(names)} classes")
+    if not names and known is not None:
+        return known
     if not names:
         if not num_classes:
             raise ValueError(
@@ -282,40 +303,44 @@ def find_pairs(root: Path, segment: SegmentConfig, split: str) -> Pairs:
             f"{root} has no split {split!r}: neither {images.name}/{' nor '.join(f'{a}/' for a in aliases)} nor {aliases[0]}.txt; "
             f"{images.name}/ holds {contents_of(images)}.\n{LAYOUTS}"
         )
+
+    def relative(path: Path) -> str:
+        return path.relative_to(root).as_posix()
+
     image_root = images / folder if folder else images
     mask_root = next((masks / name for name in aliases if (masks / name).is_dir()), masks) if folder else masks
     pictures, notes = _by_stem(image_root, is_image_name)
     drawn, more = _by_stem(mask_root, lambda name: is_image_name(name) and Path(name).suffix.lower() in _MASK_ENDINGS)
-    stems = sorted(pictures)
+    stems, bad = sorted(pictures), []
     if listing is not None:
-        stems = []
-        for line in listing.read_text(encoding="utf-8").splitlines():
-            if not line.strip():
-                continue
-            stem = Path(line.split()[0]).with_suffix("").as_posix() if _has_ending(line.split()[0]) else line.split()[0]
-            stem = stem.removeprefix(f"{folder}/") if folder else stem
-            if stem not in pictures:
-                raise ValueError(f"{listing} names {line.strip()!r}, but there is no such picture in {image_root}")
-            stems.append(stem)
+        stems, prefix = [], f"{folder}/" if folder else ""
+        for line in filter(None, map(str.strip, listing.read_text(encoding="utf-8").splitlines())):
+            # A name may hold spaces; or something follows it, the name of the mask or a score.
+            named = [_stem(name).removeprefix(prefix) for name in (line, line.split()[0])]
+            if stem := next((name for name in named if name in pictures), None):
+                stems.append(stem)
+            else:
+                bad.append(BadImage(line, f"{listing.name} names it, but {relative(image_root)}/ has no such picture"))
         if len(set(stems)) != len(stems):
             raise ValueError(f"{listing} names a picture twice")
     elif lonely := sorted(drawn.keys() - pictures.keys()):
         notes.append(f"{len(lonely)} masks in {mask_root} have no picture: {', '.join(lonely[:5])}")
     matched = [stem for stem in stems if stem in drawn]
-
-    def relative(path: Path) -> str:
-        return path.relative_to(root).as_posix()
-
+    bad += [_without_mask(relative(pictures[stem])) for stem in stems if stem not in drawn]
     return Pairs(
         [relative(pictures[stem]) for stem in matched],
         [relative(drawn[stem]) for stem in matched],
-        [relative(pictures[stem]) for stem in stems if stem not in drawn],
+        bad,
         notes + more,
     )
 
 
-def _has_ending(name: str) -> bool:
-    return is_image_name(name)
+def _stem(name: str) -> str:
+    return Path(name).with_suffix("").as_posix() if is_image_name(name) else name
+
+
+def _without_mask(name: str) -> BadImage:
+    return BadImage(name, "there is no mask for it")
 
 
 def _by_stem(folder: Path, wanted) -> tuple[dict[str, Path], list[str]]:  # type: ignore[no-untyped-def]
@@ -337,7 +362,7 @@ def _find_cityscapes(root: Path, split: str) -> Pairs:
         raise ValueError(
             f"{root / 'leftImg8bit'} has no {split}/: it holds {contents_of(root / 'leftImg8bit') if (root / 'leftImg8bit').is_dir() else 'nothing'}.\n{LAYOUTS}"
         )
-    names, masks, without = [], [], []
+    names, masks, bad = [], [], []
     for path in sorted(pictures.glob("*/*_leftImg8bit.png")):
         stem = path.name.removesuffix("_leftImg8bit.png")
         mask = root / "gtFine" / split / path.parent.name / f"{stem}_gtFine_labelIds.png"
@@ -346,8 +371,8 @@ def _find_cityscapes(root: Path, split: str) -> Pairs:
             names.append(name)
             masks.append(mask.relative_to(root).as_posix())
         else:
-            without.append(name)
-    return Pairs(names, masks, without, [])
+            bad.append(_without_mask(name))
+    return Pairs(names, masks, bad, [])
 
 
 # Files to tensors
@@ -394,34 +419,35 @@ def _check(
     """Decode all pairs in parallel: the good ones, kept in memory if `budget` bytes suffice; the bad ones; the number of
     pixels of each class; what is left of the budget."""
 
-    def attempt(i: int) -> tuple[Tensor, Tensor] | BadImage:
+    def attempt(i: int) -> tuple[tuple[int, ...], np.ndarray, tuple[Tensor, Tensor] | None] | BadImage:
+        """Height and width, pixels of each value, and the pair itself while pairs are kept."""
         try:
-            return load_pair(root, pairs.names[i], pairs.masks[i], classes)
+            image, mask = load_pair(root, pairs.names[i], pairs.masks[i], classes)
         except BadImageError as error:
             return BadImage(error.name, error.reason)
+        values = np.bincount(mask.numpy().ravel(), minlength=256)
+        return tuple(mask.shape[1:]), values, (image, mask) if kept is not None else None
 
     counts = np.zeros(256, np.int64)
     kept: tuple[list[Tensor], list[Tensor]] | None = ([], []) if budget else None
     good, sizes, bad = [], [], []
-    with ThreadPoolExecutor(max(2, available_cores())) as pool:
-        for start in range(0, len(pairs.names), 64):
-            chunk = range(start, min(start + 64, len(pairs.names)))
-            for i, result in zip(chunk, pool.map(attempt, chunk)):
-                on_progress(i + 1)
-                if isinstance(result, BadImage):
-                    bad.append(result)
-                    continue
-                image, mask = result
-                good.append(i)
-                sizes.append(tuple(mask.shape[1:]))
-                counts += np.bincount(mask.numpy().ravel(), minlength=256)
-                if kept is not None:
-                    budget -= image.numel() + mask.numel()
-                    if budget >= 0:
-                        kept[0].append(image)
-                        kept[1].append(mask)
-                    else:
-                        kept, budget = None, 0.0
+    # Decoded pictures may be large: only a few wait for their turn.
+    for i, result in enumerate(in_parallel(attempt, range(len(pairs.names)), chunk=2 * available_cores())):
+        on_progress(i + 1)
+        if isinstance(result, BadImage):
+            bad.append(result)
+            continue
+        size, values, pair = result
+        good.append(i)
+        sizes.append(size)
+        counts += values
+        if kept is not None and pair is not None:
+            budget -= pair[0].numel() + pair[1].numel()
+            if budget >= 0:
+                kept[0].append(pair[0])
+                kept[1].append(pair[1])
+            else:
+                kept, budget = None, 0.0
     caches = (None, None) if kept is None else tuple(PixelCache.of(part) for part in kept)
     pictures = MaskedPictures(
         root,

@@ -138,7 +138,8 @@ def prepare_batch_norm(task: nn.Module, config: TrainConfig, world: World) -> nn
     if world.device.type != "cuda":
         raise ValueError(
             f"batch_norm = 'sync' needs GPUs, and this run is on {world.device.type} with {world.size} processes. Use --train.batch_norm frozen "
-            "(statistics fixed, as for fine-tuning), or train (each process has its own)"
+            "(statistics fixed, as for fine-tuning; those of a segmentation model's decoder are each process's own), or train (each process "
+            "has its own)"
         )
     return nn.SyncBatchNorm.convert_sync_batchnorm(task)
 

@@ -51,7 +51,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear warm-up, half a cosine or a line from `peak` to `min_lr`, then `min_lr`: a pure function of the step."""
+    """Linear warm-up, half a cosine or a power from `peak` to `min_lr`, then `min_lr`: a pure function of the step."""
 
     peak: float
     warmup_lr: float
@@ -60,7 +60,9 @@ class LearningRate:
     decay_end: int
     total_steps: int
     decay: str = "cosine"
-    """"cosine" or "linear"."""
+    """"cosine", "linear" or "poly"."""
+    power: float = 1.0
+    """Of "poly"."""
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, steps_per_epoch: int) -> LearningRate:
@@ -86,6 +88,11 @@ class LearningRate:
             warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
             decay_end = max(1, round(schedule.epochs * steps_per_epoch))
             total_steps = max(1, round((schedule.epochs + schedule.cooldown_epochs) * steps_per_epoch))
+        if schedule.power <= 0 or (schedule.power != 1 and schedule.decay != "poly"):
+            raise ValueError(
+                f"schedule.power is above 0, and belongs to the decay 'poly'; given: power={schedule.power:g}, "
+                f"decay={schedule.decay!r}"
+            )
         min_lr, warmup_lr = schedule.min_lr * recipe.lr_scale, schedule.warmup_lr * recipe.lr_scale
         if min_lr > recipe.peak_lr:
             raise ValueError(
@@ -100,6 +107,7 @@ class LearningRate:
             decay_end=decay_end,
             total_steps=total_steps,
             decay=schedule.decay,
+            power=schedule.power,
         )
 
     def at(self, step: int) -> float:
@@ -109,7 +117,7 @@ class LearningRate:
         if step >= self.decay_end:
             return self.min_lr
         done = (step - self.warmup_steps) / (self.decay_end - self.warmup_steps)
-        left = 1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        left = 0.5 * (1.0 + math.cos(math.pi * done)) if self.decay == "cosine" else (1.0 - done) ** self.power
         return self.min_lr + (self.peak - self.min_lr) * left
 
 

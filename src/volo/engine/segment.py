@@ -102,6 +102,9 @@ def segment(
     pictures: Iterable[str | Path],
     *,
     how: HowToTest | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    as_scored: bool = False,
     batch_size: int = 1,
     device: torch.device | str = "cpu",
     amp: str = "off",
@@ -110,11 +113,13 @@ def segment(
     """The class of each pixel of each picture, at the picture's own size, one picture after the other.
 
     Windows overlap and are blended smoothly, strip by strip: besides the picture and its answer (4 bytes a pixel) memory
-    holds one row of windows.
+    holds one row of windows. Scales and mirror images are those of each window.
 
     Args:
-        how: windows, scales, mirror images; None: whole for small pictures, else windows (`default_window`). Several
-            scales or mirror images keep the probabilities of the whole picture in memory.
+        how: windows, scales, mirror images; None: whole for small pictures, else windows (`default_window`).
+        scales, flip: as in `HowToTest`, where `how` is None.
+        as_scored: as `evaluate_segmentation` does it: the scaled picture is cut into windows, which are averaged evenly.
+            The probabilities of the whole picture are kept in memory.
         batch_size: windows that pass the model at once.
         amp: "off", "bf16" or "fp16": the type of autocast.
         on_window: called with (windows done, windows of this picture).
@@ -133,11 +138,14 @@ def segment(
             continue
         size = (image.shape[1], image.shape[2])
         scaled = scaled_size(*size, classifier.segment.short_side)
-        chosen = how or default_window(classifier, scaled)
+        chosen = how or dataclasses.replace(default_window(classifier, scaled), scales=tuple(scales), flip=flip)
+        images = scale_to(image, scaled)[None]
         with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
-            classes = _classes(
-                classifier.model, scale_to(image, scaled)[None], size, chosen, pixels, batch_size, device, on_window
-            )
+            if as_scored:
+                log_probs = log_probabilities(classifier.model, pixels(images.to(device)), size, chosen, batch_size)
+                classes = log_probs[0].argmax(0).to("cpu", torch.uint8).numpy()
+            else:
+                classes = _classes(classifier.model, images, size, chosen, pixels, batch_size, device, on_window)
         yield Segmented(str(path), classes, image)
 
 
@@ -153,29 +161,32 @@ def _classes(
 ) -> np.ndarray:
     """uint8 [*size] from one picture, uint8 [1, 3, h, w]."""
     scaled = (images.shape[-2], images.shape[-1])
-    if how.scales == (1.0,) and not how.flip:
-        window, stride = (how.window, how.steps) if how.window is not None else (scaled, scaled)
-        answer = torch.empty(size, dtype=torch.uint8)
-        strips = window_logits(
-            model,
-            images,
-            window,
-            stride,
-            pixels=pixels,
-            smooth=True,
-            batch_size=batch_size,
-            device=device,
-            on_window=on_window,
-        )
-        if scaled != size:
-            # The picture was scaled for the model: logits are scaled back, not the numbers of classes.
-            strips = resized_strips(torch.cat([strip for _, strip in strips], dim=2), size)
-        for top, logits in strips:
-            answer[top : top + logits.shape[2]] = logits[0].argmax(0).to("cpu", torch.uint8)
-            del logits  # before the next strip is made
-        return answer.numpy()
-    log_probs = log_probabilities(model, pixels(images.to(device)), size, how, batch_size)
-    return log_probs[0].argmax(0).to("cpu", torch.uint8).numpy()
+    window, stride = (how.window, how.steps) if how.window is not None else (scaled, scaled)
+    views = dataclasses.replace(how, window=None, stride=None)
+
+    def averaged(crops: Tensor) -> Tensor:
+        # Probabilities, not their logarithms, which may be infinite: they are blended and interpolated.
+        return log_probabilities(model, crops, (crops.shape[-2], crops.shape[-1]), views).exp_()
+
+    answer = torch.empty(size, dtype=torch.uint8)
+    strips = window_logits(
+        model if views == HowToTest() else averaged,
+        images,
+        window,
+        stride,
+        pixels=pixels,
+        smooth=True,
+        batch_size=batch_size,
+        device=device,
+        on_window=on_window,
+    )
+    if scaled != size:
+        # The picture was scaled for the model: logits are scaled back, not the numbers of classes.
+        strips = resized_strips(torch.cat([strip for _, strip in strips], dim=2), size)
+    for top, logits in strips:
+        answer[top : top + logits.shape[2]] = logits[0].argmax(0).to("cpu", torch.uint8)
+        del logits  # before the next strip is made
+    return answer.numpy()
 
 
 # Files
@@ -274,6 +285,36 @@ def output_names(pictures: Sequence[Path]) -> list[str]:
     return names
 
 
+def output_files(
+    pictures: Sequence[Path], out: Path, *, cityscapes: bool = False, overlays: bool = True
+) -> list[dict[str, str]]:
+    """Names in `out` of each picture's files: "mask", and "overlay" if wanted; none of them is written yet.
+
+    For Cityscapes there are masks alone: its script takes whatever is named like a picture for a prediction.
+    Raises ValueError where a file would replace a picture, or one of another picture.
+    """
+    if cityscapes:
+        files = [{"mask": cityscapes_name(path)} for path in pictures]
+    else:
+        files = [
+            {"mask": f"{stem}.png"} | ({"overlay": f"{stem}_overlay.png"} if overlays else {})
+            for stem in output_names(pictures)
+        ]
+    inputs = {path.resolve(): path for path in pictures}
+    taken: dict[str, Path] = {}
+    for path, names in zip(pictures, files):
+        for name in names.values():
+            target = out / name
+            if (picture := inputs.get(target.resolve())) is not None:
+                raise ValueError(
+                    f"{target}, a result of {path}, would replace the picture {picture}; choose another --out"
+                )
+            if name in taken:
+                raise ValueError(f"{taken[name]} and {path} would both write {target}; segment them by and by")
+            taken[name] = path
+    return files
+
+
 def _write_png(path: Path, image: Image.Image) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -304,7 +345,7 @@ def how_to_test(
     scales: Sequence[float],
     flip: bool,
 ) -> HowToTest | None:
-    """What the options of a command line ask for; `default` where they leave it open."""
+    """What the options of a command line ask for; `default` where they leave the window open."""
     if window is None and stride is not None:
         raise ValueError("--stride is from window to window: give --window too")
     wanted = tuple(scales) or (1.0,)
@@ -312,6 +353,4 @@ def how_to_test(
         return HowToTest(scales=wanted, flip=flip)
     if window is not None:
         return HowToTest.by_windows(window, stride or 0, scales=wanted, flip=flip)
-    if default is None:
-        return HowToTest(scales=wanted, flip=flip) if scales or flip else None
-    return dataclasses.replace(default, scales=wanted, flip=flip)
+    return None if default is None else dataclasses.replace(default, scales=wanted, flip=flip)

@@ -52,9 +52,13 @@ class HowToTest:
 
     def __str__(self) -> str:
         how = "whole pictures" if self.window is None else f"windows of {_by(self.window)} every {_by(self.steps)}"
-        if self.scales != (1.0,):
-            how += f", scales {', '.join(f'{scale:g}' for scale in self.scales)}"
-        return how + (", mirrored too" if self.flip else "")
+        return how + self.views
+
+    @property
+    def views(self) -> str:
+        """For people: scales and mirror images, as the end of a sentence; empty for a single look."""
+        scales = f", scales {', '.join(f'{scale:g}' for scale in self.scales)}" if self.scales != (1.0,) else ""
+        return scales + (", mirrored too" if self.flip else "")
 
     @property
     def steps(self) -> tuple[int, int]:

@@ -681,7 +681,8 @@ class _Run:
     def _training_mode(self) -> None:
         self.task.train()
         if self.config.batch_norm == "frozen":
-            for module in self.task.modules():
+            # Of a segmenter the backbone's, as mmsegmentation's norm_eval: neck and decoder start with statistics of nothing.
+            for module in getattr(self.model, "backbone", self.model).modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 STRIP_ROWS = 32
 """Rows of logits that are handed out at once: with many classes even these are large."""
@@ -25,7 +25,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def window_logits(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     images: Tensor,
     window: tuple[int, int],
     stride: tuple[int, int],
@@ -107,7 +107,7 @@ def _ramp(length: int, overlap: int, smooth: bool) -> Tensor:
     return weight
 
 
-def whole_logits(model: nn.Module, images: Tensor, **options: object) -> Tensor:
+def whole_logits(model: Callable[[Tensor], Tensor], images: Tensor, **options: object) -> Tensor:
     """`window_logits` put together: [B, K, H, W]."""
     return torch.cat([strip for _, strip in window_logits(model, images, **options)], dim=2)  # type: ignore[arg-type]
 

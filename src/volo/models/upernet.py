@@ -136,8 +136,8 @@ class UPerHead(nn.Module):
         if bn.training and len(x) == 1 and 1 in self.pool_scales and not isinstance(bn, nn.SyncBatchNorm):
             raise ValueError(
                 "UPerNet's pyramid pooling has a bin that holds one value for each picture, so BatchNorm needs at least two "
-                "pictures a micro batch. Use a larger batch or fewer accumulation steps, train.batch_norm 'sync' with several "
-                "GPUs or 'frozen', or the fpn head"
+                "pictures a micro batch. Use larger micro batches (a larger batch or fewer accumulation steps), "
+                "train.batch_norm 'sync' with several GPUs, or the fpn head"
             )
         pooled = [resize_to(module(x), x) for module in self.psp_modules]
         return self.bottleneck(torch.cat([x, *pooled], dim=1))
