@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from volo.cli import COMMANDS, main
 from volo.config import load_recipe
+from volo.models.volo import create_model
+from volo.models.weights import cached_path
 
 TINY = """
 [model]
@@ -185,6 +188,31 @@ def test_overrides_reach_the_recipe(inside: Path, capsys: pytest.CaptureFixture[
     assert recipe.model.options["outlooker_drop_path"] is True
     assert recipe.model.options["depths"] == [1, 1], "what the recipe says stays"
     assert recipe.optim.lr == 5e-3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "photos_finetune",
+        "photos_cpu --model.name volo_d1 --model.weights volo_d1.224",
+        "photos_cpu --model.name=volo_d1 --model.options.qkv_bias false --model.weights volo_d1.224",
+    ],
+)
+def test_fine_tuning_from_published_weights(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe for it, and another recipe whose [model.options] are not for that model."""
+    monkeypatch.setenv("VOLO_CACHE", str(tmp_path))
+    save_file(create_model("volo_d1").state_dict(), cached_path("volo_d1.224"))
+    for i in range(6):
+        path = tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (40 * i, 0, 0)).save(path)
+    small = ["--data.img_size", "32", "--train.batch_size", "2", "--train.device", "cpu", "--data.num_workers", "0"]
+    assert main(["train", *words.split(), "--data", str(tmp_path / "photos"), "--plan", "--json", *small]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["model"], plan["num_classes"], plan["num_train"]) == ("volo_d1", 2, 4)
+    assert plan["num_parameters"] == 26_632_040 - 2 * 998 * 385 - (14 * 14 - 2 * 2) * 384, "heads and grid have shrunk"
 
 
 def test_interrupted_runs_say_how_to_go_on_and_end_like_others(inside: Path) -> None:

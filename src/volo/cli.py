@@ -84,7 +84,8 @@ def train(options: TrainOptions) -> int:
     """Train a classifier, or a segmentation model: RECIPE is a .toml file, the name of one that ships with volo, or a run folder (to repeat it).
 
     Every key of the recipe can be changed: --section.key VALUE. Arguments of the model that have no key of their own
-    go by --model.options.NAME VALUE, in TOML: --model.options.depths [2,2,3,1]
+    go by --model.options.NAME VALUE, in TOML: --model.options.depths [2,2,3,1]. Those of the recipe hold for its own
+    model and are left out with another --model.name.
 
     Examples:
       volo train digits
@@ -92,7 +93,7 @@ def train(options: TrainOptions) -> int:
       volo train camvid_cpu --data camvid --out runs/camvid
       volo train runs/photos --resume                      after Ctrl-C or a power cut: the same weights, bit for bit
       volo train imagenet_volo_d1_384 --data imagenet --train.batch_size 64 --train.accumulation 8
-      volo train photos_cpu --data photos --model.name volo_d1 --model.weights volo_d1.224 --data.img_size 224
+      volo train photos_finetune --data photos             from published weights; --train.amp bf16 on a GPU
       torchrun --nproc-per-node 8 -m volo train imagenet_volo_d1_224 --data imagenet --train.amp bf16
       volo train cifar10_token_labels --data cifar10       its annotator first, then the label maps, then the training
       volo train imagenet_volo_d1_224 --data imagenet --token_label.maps maps/imagenet --plan
@@ -1264,9 +1265,10 @@ def _run(name: str, argv: list[str]) -> int:
     command, options_type = COMMANDS[name]
     default: Any = tyro.MISSING_NONPROP
     prog = f"volo {name}"
-    model_options: dict[str, Any] = {}
+    of_recipe: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     if name == "train":
-        argv, default, model_options = _prepare_train(argv)
+        argv, default, of_recipe, given = _prepare_train(argv)
         prog += " RECIPE"
     options = tyro.cli(
         options_type,
@@ -1280,19 +1282,22 @@ def _run(name: str, argv: list[str]) -> int:
     )
     if name == "train":
         recipe = options.recipe
-        model = dataclasses.replace(recipe.model, options=model_options)
+        if recipe.model.name != default.recipe.model.name:
+            of_recipe = {}  # they shape the model that the recipe names
+        model = dataclasses.replace(recipe.model, options=of_recipe | given)
         options = dataclasses.replace(options, recipe=dataclasses.replace(recipe, model=model))
     return command(options)
 
 
-def _prepare_train(argv: list[str]) -> tuple[list[str], TrainOptions, dict[str, Any]]:
-    """The words after the recipe, options with the recipe's values for a start, and the arguments of the model."""
+def _prepare_train(argv: list[str]) -> tuple[list[str], TrainOptions, dict[str, Any], dict[str, Any]]:
+    """The words after the recipe, options with the recipe's values for a start, and the arguments of the model: those of
+    the recipe and those given."""
     if not argv:
         raise ValueError("volo train needs a recipe: a .toml file, " + ", ".join(path.stem for path in list_recipes()))
     if argv[0].startswith("-"):
         if not {"-h", "--help"} & set(argv):
             raise ValueError(f"the recipe comes first: volo train RECIPE {' '.join(argv)}")
-        return ["--help"], TrainOptions(), {}
+        return ["--help"], TrainOptions(), {}, {}
     folder = Path(argv[0])
     path = find_recipe(folder / "recipe.toml" if (folder / "recipe.toml").is_file() else argv[0])
     # The recipe a run was started with lies in its folder, where it is also continued.
@@ -1302,7 +1307,7 @@ def _prepare_train(argv: list[str]) -> tuple[list[str], TrainOptions, dict[str, 
     default = TrainOptions(
         out=out, recipe=dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, options={}))
     )
-    return _spell_booleans(argv), default, recipe.model.options | given_options
+    return _spell_booleans(argv), default, recipe.model.options, given_options
 
 
 def _take_model_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
