@@ -293,7 +293,7 @@ def test_more_pictures_move_few_to_the_other_part() -> None:
 
 
 def test_digits() -> None:
-    splits = open_data(config(img_size=(24, 32)))
+    splits = open_data(config(kind="digits", img_size=(24, 32)))
     assert isinstance(splits.train, ArraySource)
     assert splits.classes == tuple("0123456789")
     assert len(splits.train) + len(splits.val) == 1797
@@ -303,6 +303,14 @@ def test_digits() -> None:
     counts = torch.bincount(splits.val.targets, minlength=10)
     assert ((counts >= 17) & (counts <= 19)).all()
     assert not set(splits.train.names) & set(splits.val.names)
+
+
+def test_digits_are_asked_for_by_name(pictures: Path) -> None:
+    """A forgotten path must not train on something else, nor a path be passed over."""
+    with pytest.raises(ValueError, match="name the pictures with --data PATH; --data.kind digits"):
+        open_data(config())
+    with pytest.raises(ValueError, match="data.kind is 'digits'.*leave the path away"):
+        open_data(config(pictures, kind="digits"))
 
 
 # Arrays

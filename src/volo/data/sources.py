@@ -34,7 +34,7 @@ data.path can be
   a folder of tar shards, train-*.tar and val-*.tar, or tar files to be split by data.val_fraction: one, or a list in
   braces such as shards/train-{000000..000127}.tar; each holds KEY.jpg (png, webp, ...) and KEY.cls or KEY.json;
   a folder with torchvision's CIFAR files (data.kind "cifar10" or "cifar100" downloads them);
-  empty: scikit-learn's handwritten digits."""
+  empty with data.kind "digits": scikit-learn's handwritten digits."""
 
 
 class ImageSource(Protocol):
