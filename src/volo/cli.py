@@ -231,7 +231,7 @@ class EvaluateOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A run folder (its best.pt), a checkpoint, or published weights such as volo_d1.224."""
     data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """Class folders, a folder with val/, or an npz file; the pictures held out from the training if left out."""
+    """Class folders, a folder with val/, shards or npz files; the pictures held out from the training if left out."""
     real: Annotated[Path | None, tyro.conf.arg(metavar="real.json")] = None
     """ReaL labels of ImageNet's validation pictures; scored beside the folders' own."""
     on_bad_image: Literal["error", "skip"] = "error"
