@@ -176,7 +176,7 @@ class DataSplits:
     skipped: list[BadImage] = field(default_factory=list)
     """Files left out because they cannot be decoded (only with data.on_bad_image "skip")."""
     notes: list[str] = field(default_factory=list)
-    """What a person should know: ignored files, classes without held-out pictures, checks that were shortened."""
+    """What a person should know: ignored files, classes without held-out pictures."""
     ignored: list[str] = field(default_factory=list)
     """Files in the folders that are no pictures by their ending, or lie in no class folder; relative paths."""
 

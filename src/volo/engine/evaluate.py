@@ -123,10 +123,10 @@ def open_labelled(
     if path is not None and (not data.path or given.resolve() != trained_on.resolve()):
         data = dataclasses.replace(data, path=str(given), kind="auto")
         is_new = True
-    elif data.path or data.kind != "auto" or not wnids:
+    elif data.path or data.kind != "auto":
         is_new = False
     else:
-        raise ValueError("published weights come without pictures; give a folder of class folders with --data")
+        raise ValueError("these weights come without pictures; give a folder of class folders with --data")
 
     val = next((given / name for name in VAL_FOLDERS if (given / name).is_dir()), None)
     is_arrays, is_cifar = is_npz(given), any(given.glob("cifar-*"))
