@@ -283,6 +283,22 @@ def test_predict_prints_a_table(inside: Path, capsys: pytest.CaptureFixture[str]
     assert sum("not read" in line for line in lines) == 1
 
 
+def test_what_one_would_not_expect_is_said_on_stderr(inside: Path) -> None:
+    adapted = "--model.weights runs/tiny/best.pt --data.img_size 24 --schedule.epochs 1 --schedule.warmup_epochs 0"
+    done = volo("train", "tiny.toml", "--out", "runs/wide", *adapted.split(), "--json", cwd=inside)
+    assert json.loads(done.stdout)["status"] == "completed"
+    assert "adapted: pos_embed resampled from 2 x 2 to 3 x 3 tokens" in done.stderr
+    # No engine but the reference computes in half precision on a CPU.
+    done = volo("evaluate", "runs/tiny", "--device", "cpu", "--amp", "fp16", "--json", cwd=inside)
+    assert json.loads(done.stdout)["count"] > 0
+    assert done.stderr.count("outlook attention runs on the reference engine") == 1
+    others = os.environ | {"RANK": "1"}
+    code = "from volo.cli import main; main(['info', '--json']); import logging; logging.getLogger('volo.x').info('said')"
+    for environment, said in ((os.environ, "said\n"), (others, "")):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+        assert done.stderr == said
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m volo info | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100, check=False)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from volo.engine.predict import Prediction
 
+logger = logging.getLogger(__name__)
+
 Amp = Literal["off", "bf16", "fp16"]
 
 HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook attention (arXiv 2106.13112)
@@ -1216,7 +1218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     our output; 2: an error that the message explains; 130: Ctrl-C; 143: SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StderrHandler()])
+    # What was done otherwise than one may think, such as heads left as initialised, is told; by one process of a run.
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    logging.getLogger("volo").setLevel(logging.INFO if is_main else logging.WARNING)
     # Names of files are bytes, of any encoding or none; a terminal that cannot show one is no reason to stop.
     for stream, errors in (
         (sys.stdin, "surrogateescape"),
@@ -1257,6 +1262,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to what is sys.stderr at that moment: while a bar is drawn, rich puts lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def _run(name: str, argv: list[str]) -> int:
     if name not in COMMANDS:
         raise ValueError(
@@ -1280,10 +1292,13 @@ def _run(name: str, argv: list[str]) -> int:
         use_underscores=name == "train",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    if getattr(options, "quiet", False):
+        logging.getLogger("volo").setLevel(logging.WARNING)
     if name == "train":
-        recipe = options.recipe
-        if recipe.model.name != default.recipe.model.name:
-            of_recipe = {}  # they shape the model that the recipe names
+        recipe, own = options.recipe, default.recipe.model.name
+        if of_recipe and recipe.model.name != own:
+            logger.info("model.options of the recipe are left out (%s): they are for %s", ", ".join(of_recipe), own)
+            of_recipe = {}
         model = dataclasses.replace(recipe.model, options=of_recipe | given)
         options = dataclasses.replace(options, recipe=dataclasses.replace(recipe, model=model))
     return command(options)
