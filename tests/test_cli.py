@@ -253,6 +253,14 @@ def test_evaluate(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
+def test_weight_files_of_others_are_models_too(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(create_model("volo_nano").state_dict(), "nano.safetensors")
+    assert main(["predict", "nano.safetensors", "pictures/0.png", "--format", "json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)[0]["predictions"]) == 3
+    assert main(["evaluate", "nano.safetensors", "--json"]) == 2
+    assert "these weights come without pictures" in capsys.readouterr().err
+
+
 def test_predict_reads_paths_from_standard_input(inside: Path) -> None:
     paths = "pictures/0.png\npictures/gone.png\npictures/2.png\n"
     done = volo("predict", "runs/tiny", "-", "--format", "json", "--top", "2", input=paths, cwd=inside)

@@ -51,7 +51,7 @@ HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook 
   volo pack DATA         turn pictures into tar shards, for large sets and slow disks
   volo bench WHAT        measure: the operator, a model, a training step, the training loop, the input pipeline
 
-MODEL is a run folder, a checkpoint in it, or published weights such as volo_d1.224.
+MODEL is a run folder, a checkpoint in it, published weights such as volo_d1.224, or a file of the original's or timm's.
 
 Begin with:
   volo train digits                                     a minute or two
@@ -231,7 +231,7 @@ class WindowOptions:
 @dataclass(frozen=True)
 class EvaluateOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run folder (its best.pt), a checkpoint, or published weights such as volo_d1.224."""
+    """A run folder (its best.pt), a checkpoint, published weights such as volo_d1.224, or a weight file of timm's or the original's."""
     data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
     """Class folders, a folder with val/, shards or npz files; the pictures held out from the training if left out."""
     real: Annotated[Path | None, tyro.conf.arg(metavar="real.json")] = None
@@ -334,12 +334,15 @@ def evaluate(options: EvaluateOptions) -> int:
 
 
 def _is_segmentation(model: str) -> bool:
-    from volo.engine.checkpoint import find_checkpoint, is_segmentation, load_checkpoint
+    from volo.engine.checkpoint import NoCheckpointError, find_checkpoint, is_segmentation, load_checkpoint
 
     path = Path(model)
     if not path.exists():
         return False
-    return is_segmentation(load_checkpoint(find_checkpoint(path)))
+    try:
+        return is_segmentation(load_checkpoint(find_checkpoint(path)))
+    except NoCheckpointError:
+        return False
 
 
 def _evaluate_segmentation(options: EvaluateOptions) -> int:
@@ -554,7 +557,7 @@ def segment(options: SegmentOptions) -> int:
 @dataclass(frozen=True)
 class PredictOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run folder (its best.pt), a checkpoint, or published weights such as volo_d1.224."""
+    """A run folder (its best.pt), a checkpoint, published weights such as volo_d1.224, or a weight file of timm's or the original's."""
     pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]]
     """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
     top: int = 3
