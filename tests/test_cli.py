@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from volo.cli import COMMANDS, main
 from volo.config import load_recipe
+from volo.models.volo import create_model
+from volo.models.weights import cached_path
 
 TINY = """
 [model]
@@ -187,6 +190,31 @@ def test_overrides_reach_the_recipe(inside: Path, capsys: pytest.CaptureFixture[
     assert recipe.optim.lr == 5e-3
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "photos_finetune",
+        "photos_cpu --model.name volo_d1 --model.weights volo_d1.224",
+        "photos_cpu --model.name=volo_d1 --model.options.qkv_bias false --model.weights volo_d1.224",
+    ],
+)
+def test_fine_tuning_from_published_weights(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe for it, and another recipe whose [model.options] are not for that model."""
+    monkeypatch.setenv("VOLO_CACHE", str(tmp_path))
+    save_file(create_model("volo_d1").state_dict(), cached_path("volo_d1.224"))
+    for i in range(6):
+        path = tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (40 * i, 0, 0)).save(path)
+    small = ["--data.img_size", "32", "--train.batch_size", "2", "--train.device", "cpu", "--data.num_workers", "0"]
+    assert main(["train", *words.split(), "--data", str(tmp_path / "photos"), "--plan", "--json", *small]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["model"], plan["num_classes"], plan["num_train"]) == ("volo_d1", 2, 4)
+    assert plan["num_parameters"] == 26_632_040 - 2 * 998 * 385 - (14 * 14 - 2 * 2) * 384, "heads and grid have shrunk"
+
+
 def test_interrupted_runs_say_how_to_go_on_and_end_like_others(inside: Path) -> None:
     """Ctrl-C in a run, resumed by the command it prints, gives the weights of the run that was never interrupted."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -225,6 +253,14 @@ def test_evaluate(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
+def test_weight_files_of_others_are_models_too(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(create_model("volo_nano").state_dict(), "nano.safetensors")
+    assert main(["predict", "nano.safetensors", "pictures/0.png", "--format", "json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)[0]["predictions"]) == 3
+    assert main(["evaluate", "nano.safetensors", "--json"]) == 2
+    assert "these weights come without pictures" in capsys.readouterr().err
+
+
 def test_predict_reads_paths_from_standard_input(inside: Path) -> None:
     paths = "pictures/0.png\npictures/gone.png\npictures/2.png\n"
     done = volo("predict", "runs/tiny", "-", "--format", "json", "--top", "2", input=paths, cwd=inside)
@@ -253,6 +289,22 @@ def test_predict_prints_a_table(inside: Path, capsys: pytest.CaptureFixture[str]
     assert len(lines) == 4
     assert sum(line.endswith(" %") for line in lines) == 3
     assert sum("not read" in line for line in lines) == 1
+
+
+def test_what_one_would_not_expect_is_said_on_stderr(inside: Path) -> None:
+    adapted = "--model.weights runs/tiny/best.pt --data.img_size 24 --schedule.epochs 1 --schedule.warmup_epochs 0"
+    done = volo("train", "tiny.toml", "--out", "runs/wide", *adapted.split(), "--json", cwd=inside)
+    assert json.loads(done.stdout)["status"] == "completed"
+    assert "adapted: pos_embed resampled from 2 x 2 to 3 x 3 tokens" in done.stderr
+    # No engine but the reference computes in half precision on a CPU.
+    done = volo("evaluate", "runs/tiny", "--device", "cpu", "--amp", "fp16", "--json", cwd=inside)
+    assert json.loads(done.stdout)["count"] > 0
+    assert done.stderr.count("outlook attention runs on the reference engine") == 1
+    others = os.environ | {"RANK": "1"}
+    code = "from volo.cli import main; main(['info', '--json']); import logging; logging.getLogger('volo.x').info('said')"
+    for environment, said in ((os.environ, "said\n"), (others, "")):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+        assert done.stderr == said
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from volo.config import find_recipe, list_recipes, load_recipe, recipe_from_dict, recipe_to_toml
+from volo.config import DataConfig, find_recipe, list_recipes, load_recipe, recipe_from_dict, recipe_to_toml
+from volo.data.images import open_data
+from volo.data.pack import pack
 from volo.engine.classification import build_model
 from volo.engine.optim import LearningRate
 from volo.engine.segmentation import build_segmenter, check_recipe
@@ -125,6 +128,20 @@ def test_segmentation_follows_the_nearest_known_recipe(data: str, variant: str) 
     assert (recipe.schedule.steps, recipe.schedule.warmup_steps, recipe.schedule.decay) == (160_000, 1500, "linear")
     assert (recipe.segment.aux_weight, recipe.segment.test, recipe.train.batch_norm) == (0.4, "slide", "sync")
     assert recipe.segment.reduce_zero_label == (data == "ade20k")
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("imagenet_")])
+def test_imagenet_may_lie_in_shards(name: str, tmp_path: Path) -> None:
+    for i in range(8):
+        path = tmp_path / "folder" / ("train", "val")[i // 4] / ("n01440764", "n01443537")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(path)
+    pack(DataConfig(path=str(tmp_path / "folder")), tmp_path / "shards")
+    data = load_recipe(name).data
+    for place in ("folder", "shards"):
+        splits = open_data(dataclasses.replace(data, path=str(tmp_path / place)))
+        assert splits.classes == ("n01440764", "n01443537")
+        assert (len(splits.train), len(splits.val)) == (4, 4)
 
 
 TOKEN_LABELS = [name for name, path in RECIPES.items() if load_recipe(path).task == "token_label"]

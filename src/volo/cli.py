@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from volo.engine.predict import Prediction
 
+logger = logging.getLogger(__name__)
+
 Amp = Literal["off", "bf16", "fp16"]
 
 HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook attention (arXiv 2106.13112)
@@ -49,7 +51,7 @@ HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook 
   volo pack DATA         turn pictures into tar shards, for large sets and slow disks
   volo bench WHAT        measure: the operator, a model, a training step, the training loop, the input pipeline
 
-MODEL is a run folder, a checkpoint in it, or published weights such as volo_d1.224.
+MODEL is a run folder, a checkpoint in it, published weights such as volo_d1.224, or a file of the original's or timm's.
 
 Begin with:
   volo train digits                                     a minute or two
@@ -84,7 +86,8 @@ def train(options: TrainOptions) -> int:
     """Train a classifier, or a segmentation model: RECIPE is a .toml file, the name of one that ships with volo, or a run folder (to repeat it).
 
     Every key of the recipe can be changed: --section.key VALUE. Arguments of the model that have no key of their own
-    go by --model.options.NAME VALUE, in TOML: --model.options.depths [2,2,3,1]
+    go by --model.options.NAME VALUE, in TOML: --model.options.depths [2,2,3,1]. Those of the recipe hold for its own
+    model and are left out with another --model.name.
 
     Examples:
       volo train digits
@@ -92,7 +95,7 @@ def train(options: TrainOptions) -> int:
       volo train camvid_cpu --data camvid --out runs/camvid
       volo train runs/photos --resume                      after Ctrl-C or a power cut: the same weights, bit for bit
       volo train imagenet_volo_d1_384 --data imagenet --train.accumulation 8     8 micro batches of 64 a step
-      volo train photos_cpu --data photos --model.name volo_d1 --model.weights volo_d1.224 --data.img_size 224
+      volo train photos_finetune --data photos             from published weights; --train.amp bf16 on a GPU
       torchrun --nproc-per-node 8 -m volo train imagenet_volo_d1_224 --data imagenet --train.amp bf16
       volo train cifar10_token_labels --data cifar10       its annotator first, then the label maps, then the training
       volo train imagenet_volo_d1_224 --data imagenet --token_label.maps maps/imagenet --plan
@@ -228,9 +231,9 @@ class WindowOptions:
 @dataclass(frozen=True)
 class EvaluateOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run folder (its best.pt), a checkpoint, or published weights such as volo_d1.224."""
+    """A run folder (its best.pt), a checkpoint, published weights such as volo_d1.224, or a weight file of timm's or the original's."""
     data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """Class folders, a folder with val/, or an npz file; the pictures held out from the training if left out."""
+    """Class folders, a folder with val/, shards or npz files; the pictures held out from the training if left out."""
     real: Annotated[Path | None, tyro.conf.arg(metavar="real.json")] = None
     """ReaL labels of ImageNet's validation pictures; scored beside the folders' own."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -331,12 +334,15 @@ def evaluate(options: EvaluateOptions) -> int:
 
 
 def _is_segmentation(model: str) -> bool:
-    from volo.engine.checkpoint import find_checkpoint, is_segmentation, load_checkpoint
+    from volo.engine.checkpoint import NoCheckpointError, find_checkpoint, is_segmentation, load_checkpoint
 
     path = Path(model)
     if not path.exists():
         return False
-    return is_segmentation(load_checkpoint(find_checkpoint(path)))
+    try:
+        return is_segmentation(load_checkpoint(find_checkpoint(path)))
+    except NoCheckpointError:
+        return False
 
 
 def _evaluate_segmentation(options: EvaluateOptions) -> int:
@@ -560,7 +566,8 @@ def segment(options: SegmentOptions) -> int:
 @dataclass(frozen=True)
 class PredictOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run folder (its best.pt), a checkpoint, or published weights such as volo_d1.224. With --checkpoint, a picture."""
+    """A run folder (its best.pt), a checkpoint, published weights such as volo_d1.224, or a weight file of timm's or the
+    original's. With --checkpoint, a picture."""
     pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
     """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
@@ -1230,7 +1237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     our output; 2: an error that the message explains; 130: Ctrl-C; 143: SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StderrHandler()])
+    # What was done otherwise than one may think, such as heads left as initialised, is told; by one process of a run.
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    logging.getLogger("volo").setLevel(logging.INFO if is_main else logging.WARNING)
     # Names of files are bytes, of any encoding or none; a terminal that cannot show one is no reason to stop.
     for stream, errors in (
         (sys.stdin, "surrogateescape"),
@@ -1271,6 +1281,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to what is sys.stderr at that moment: while a bar is drawn, rich puts lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def _run(name: str, argv: list[str]) -> int:
     if name not in COMMANDS:
         raise ValueError(
@@ -1279,9 +1296,10 @@ def _run(name: str, argv: list[str]) -> int:
     command, options_type = COMMANDS[name]
     default: Any = tyro.MISSING_NONPROP
     prog = f"volo {name}"
-    model_options: dict[str, Any] = {}
+    of_recipe: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     if name == "train":
-        argv, default, model_options = _prepare_train(argv)
+        argv, default, of_recipe, given = _prepare_train(argv)
         prog += " RECIPE"
     options = tyro.cli(
         options_type,
@@ -1293,21 +1311,27 @@ def _run(name: str, argv: list[str]) -> int:
         use_underscores=name == "train",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    if getattr(options, "quiet", False):
+        logging.getLogger("volo").setLevel(logging.WARNING)
     if name == "train":
-        recipe = options.recipe
-        model = dataclasses.replace(recipe.model, options=model_options)
+        recipe, own = options.recipe, default.recipe.model.name
+        if of_recipe and recipe.model.name != own:
+            logger.info("model.options of the recipe are left out (%s): they are for %s", ", ".join(of_recipe), own)
+            of_recipe = {}
+        model = dataclasses.replace(recipe.model, options=of_recipe | given)
         options = dataclasses.replace(options, recipe=dataclasses.replace(recipe, model=model))
     return command(options)
 
 
-def _prepare_train(argv: list[str]) -> tuple[list[str], TrainOptions, dict[str, Any]]:
-    """The words after the recipe, options with the recipe's values for a start, and the arguments of the model."""
+def _prepare_train(argv: list[str]) -> tuple[list[str], TrainOptions, dict[str, Any], dict[str, Any]]:
+    """The words after the recipe, options with the recipe's values for a start, and the arguments of the model: those of
+    the recipe and those given."""
     if not argv:
         raise ValueError("volo train needs a recipe: a .toml file, " + ", ".join(path.stem for path in list_recipes()))
     if argv[0].startswith("-"):
         if not {"-h", "--help"} & set(argv):
             raise ValueError(f"the recipe comes first: volo train RECIPE {' '.join(argv)}")
-        return ["--help"], TrainOptions(), {}
+        return ["--help"], TrainOptions(), {}, {}
     folder = Path(argv[0])
     path = find_recipe(folder / "recipe.toml" if (folder / "recipe.toml").is_file() else argv[0])
     # The recipe a run was started with lies in its folder, where it is also continued.
@@ -1317,7 +1341,7 @@ def _prepare_train(argv: list[str]) -> tuple[list[str], TrainOptions, dict[str, 
     default = TrainOptions(
         out=out, recipe=dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, options={}))
     )
-    return _spell_booleans(argv), default, recipe.model.options | given_options
+    return _spell_booleans(argv), default, recipe.model.options, given_options
 
 
 def _take_model_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:

@@ -41,9 +41,10 @@ class DataConfig:
 
     path: str = ""
     """Folder (train/ and val/ of one folder a class, or one folder split by `split_seed`), tar shards (a folder with
-    train-*.tar and val-*.tar, or train-{000000..000127}.tar), or npz folder; empty for the digits."""
+    train-*.tar and val-*.tar, or train-{000000..000127}.tar), or npz folder; empty for what needs none (`kind`)."""
     kind: Literal["auto", "folder", "tar", "cifar10", "cifar100", "npz", "digits"] = "auto"
-    """How `path` is read; "auto" looks at what is there."""
+    """How `path` is read; "auto" looks at what is there. Without a path: "digits", scikit-learn's handwritten digits, or
+    "cifar10" or "cifar100", which are downloaded."""
     img_size: Size = 224
     """Side in pixels, or height and width."""
     val_fraction: float = 0.1

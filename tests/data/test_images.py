@@ -153,13 +153,18 @@ def test_a_class_of_bad_files_only_is_an_error_even_when_skipping(pictures: Path
         open_data(config(pictures, on_bad_image="skip"))
 
 
-def test_big_sets_have_their_headers_checked_only(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "MAX_DECODED_CHECKS", 10)
-    splits = open_data(config(pictures))
-    assert any("only headers were checked" in note for note in splits.notes)
-    (pictures / "train/cat/x.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="train/cat/x.jpg: the file is empty"):
-        open_data(config(pictures))
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_picture_of_a_large_set_is_decoded(tmp_path: Path) -> None:
+    """One damaged file among 200,001 would otherwise stop the run hours later."""
+    whole = save(tmp_path / "whole.png", size=(1, 1))
+    for c in "ab":
+        (tmp_path / "set" / c).mkdir(parents=True)
+        for i in range(100_000):
+            (tmp_path / "set" / c / f"{i}.png").symlink_to(whole)
+    (tmp_path / "set/b/damaged.png").write_bytes(save(tmp_path / "damaged.png").read_bytes()[:100])
+    splits = open_data(config(tmp_path / "set", on_bad_image="skip", cache="none"))
+    assert [bad.name for bad in splits.skipped] == ["b/damaged.png"]
 
 
 def test_what_lies_around_is_ignored_and_told(pictures: Path) -> None:
@@ -293,7 +298,7 @@ def test_more_pictures_move_few_to_the_other_part() -> None:
 
 
 def test_digits() -> None:
-    splits = open_data(config(img_size=(24, 32)))
+    splits = open_data(config(kind="digits", img_size=(24, 32)))
     assert isinstance(splits.train, ArraySource)
     assert splits.classes == tuple("0123456789")
     assert len(splits.train) + len(splits.val) == 1797
@@ -303,6 +308,14 @@ def test_digits() -> None:
     counts = torch.bincount(splits.val.targets, minlength=10)
     assert ((counts >= 17) & (counts <= 19)).all()
     assert not set(splits.train.names) & set(splits.val.names)
+
+
+def test_digits_are_asked_for_by_name(pictures: Path) -> None:
+    """A forgotten path must not train on something else, nor a path be passed over."""
+    with pytest.raises(ValueError, match="name the pictures with --data PATH; --data.kind digits"):
+        open_data(config())
+    with pytest.raises(ValueError, match="data.kind is 'digits'.*leave the path away"):
+        open_data(config(pictures, kind="digits"))
 
 
 # Arrays

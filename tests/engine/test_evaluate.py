@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -122,6 +123,46 @@ def test_without_a_path_the_pictures_held_out_from_training_are_taken(tmp_path: 
     assert list(open_labelled(tmp_path, config, sorted(NAMES)).source.names) == expected
     with pytest.raises(ValueError, match="with --data"):
         open_labelled(None, DataConfig(), NAMES, WNIDS)
+
+
+def test_the_folder_one_is_in_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without a path of its own, such as one of the digits, was not trained on "."."""
+    for i, name in enumerate(NAMES):
+        picture(tmp_path / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    for data in (DataConfig(), DIGITS):
+        labelled = open_labelled(".", data, NAMES, WNIDS)
+        assert sorted(labelled.source.names) == sorted(f"{name}/{i}.png" for i, name in enumerate(NAMES))
+
+
+def npz(path: Path, count: int) -> Path:
+    """`count` pictures of the classes 0, 1, 2, 0, ..."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, images=np.zeros((count, 8, 8, 3), np.uint8), labels=np.arange(count) % 3, classes=np.array(NAMES))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ({"": 30}, 30),
+        ({"val": 6}, 6),
+        ({"test": 7}, 7),
+        ({"train": 20}, 20),
+        ({"train": 20, "val": 6}, 6),
+        ({"data_batch_1": 9, "data_batch_2": 9}, 18),
+        ({"data_batch_1": 9, "test_batch": 5}, 5),
+    ],
+)
+def test_npz_files_are_scored_whole_or_by_their_own_split(tmp_path: Path, files: dict[str, int], count: int) -> None:
+    for name, its in files.items():
+        npz(tmp_path / "new" / f"{name or 'other'}.npz", its)
+    path = tmp_path / "new" / ("" if "" not in files else "other.npz")
+    trained_on = DataConfig(path=str(npz(tmp_path / "trained.npz", 30)), img_size=8)
+    labelled = open_labelled(path, trained_on, tuple(reversed(NAMES)))
+    assert len(labelled.source) == count
+    assert labelled.class_map == [2, 1, 0]
+    assert len(open_labelled(tmp_path / "trained.npz", trained_on, NAMES).source) == 3, "its own: those held out"
 
 
 def test_unknown_folders_and_bad_pictures_are_named(tmp_path: Path) -> None:

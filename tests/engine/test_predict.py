@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -171,6 +172,45 @@ def test_published_weights_know_classes_and_crops(tmp_path: Path, monkeypatch: p
         image = eval_transform(original.data)(decode_image(tmp_path / "red.png"))
         logits = random.eval()(PixelPipeline(original.data).eval()(image[None]))
     assert prediction.top[0][0] == timm.classes[int(logits.argmax())]
+
+
+@pytest.mark.parametrize("name", ["timm.safetensors", "original.pth.tar"])
+def test_weight_files_of_others_are_known_by_their_shapes(tmp_path: Path, name: str) -> None:
+    import timm
+
+    weights = timm.create_model("volo_d1_384").state_dict()
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        save_file(weights, path)
+    else:
+        zeros = {f"module.{key}": torch.zeros_like(value) for key, value in weights.items()}
+        averaged = {f"module.{key}": value for key, value in weights.items()}
+        torch.save({"state_dict": zeros, "state_dict_ema": averaged, "args": argparse.Namespace(lr=1e-3)}, path)
+    found = load_classifier(path)
+    assert not found.model.training
+    assert all(torch.equal(value, weights[key]) for key, value in found.model.state_dict().items())
+    assert (found.data.img_size, found.data.crop_pct) == (384, 1.0)
+    assert load_classifier(path, crop="original").data.crop_pct == 0.96
+    assert (found.classes[0], found.wnids[0]) == ("tench", "n01440764")
+
+
+def test_weight_files_with_other_classes_and_of_other_models(tmp_path: Path) -> None:
+    model = create_model("volo_nano", num_classes=7, img_size=(32, 48)).half()
+    torch.save(model.state_dict(), tmp_path / "nano.pth")
+    found = load_classifier(tmp_path / "nano.pth")
+    assert found.classes == tuple("0123456")
+    assert found.data.img_size == (32, 48)
+    assert found.model.head.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="crop presets belong to published weights"):
+        load_classifier(tmp_path / "nano.pth", crop="timm")
+    for change, message in (
+        ({"depths": (1, 1)}, "none of volo_d1"),
+        ({"num_classes": 0}, "a volo_nano that has no heads"),
+        ({"in_chans": 1}, "takes 1 channels"),
+    ):
+        save_file(create_model("volo_nano", **change).state_dict(), tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_classifier(tmp_path / "other.safetensors")
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:

@@ -68,28 +68,58 @@ def open_torchvision_cifar(kind: str, root: Path | None) -> DataSplits:
 
 def open_npz(path: Path, config: DataConfig, on_progress: Progress | None = None) -> DataSplits:
     """Training and held-out pictures of an npz file or folder; see `volo.data.images.open_data`. Raises ValueError."""
-    if config.path and path.is_dir():
-        train_files = sorted(path.glob("data_batch_*.npz")) or [file for file in [path / "train.npz"] if file.is_file()]
-        val_files = [file for name in ("test_batch", *VAL_FOLDERS) if (file := path / f"{name}.npz").is_file()][:1]
-    else:
-        train_files, val_files = [path] if config.path and path.is_file() else [], []
-    if not train_files:
+    files = _find_npz(path) if config.path else {"train": [], "test": []}
+    if not files["train"]:
         raise ValueError(f"data.path is {config.path or 'empty'}: no training .npz was found there.\n{LAYOUTS}")
-    files = [_read_npz(file) for file in (*train_files, *val_files)]
-    total, done = sum(len(arrays["labels"]) for arrays in files), 0
-    splits: dict[str, list[_NpzPictures]] = {"train": [], "test": []}
-    for i, arrays in enumerate(files):
-        prefix = "train" if i < len(train_files) else "test"
-        first = sum(part.count for part in splits[prefix])
-        splits[prefix].append(_decode_npz(arrays, f"{prefix}/", first, done, total, on_progress))
-        done += len(arrays["labels"])
-    skipped = [bad for parts in splits.values() for part in parts for bad in part.bad]
+    (train, *held), skipped = _open_parts(path, files, [part for part in files if files[part]], config, on_progress)
+    train_source, val_source = (train, held[0]) if held else split_by_seed(train, config)
+    return DataSplits(train_source, val_source, train.classes, skipped)
+
+
+def open_all_npz(
+    path: str | Path, config: DataConfig, *, on_progress: Progress | None = None
+) -> tuple[ArraySource, list[BadImage]]:
+    """All pictures of an npz file or folder in one source (evaluation), and what was left out: of a folder with held-out
+    pictures those, of anything else everything. Raises ValueError as `open_data` does.
+    """
+    path = Path(path).expanduser()
+    files = _find_npz(path)
+    (source,), skipped = _open_parts(path, files, ["test" if files["test"] else "train"], config, on_progress)
+    return source, skipped
+
+
+def is_npz(path: Path) -> bool:
+    """Whether `path` is an npz file, or a folder with some that are called as `open_npz` or `open_all_npz` want them."""
+    return (path.is_dir() or path.suffix.lower() == ".npz") and any(_find_npz(path).values())
+
+
+def _find_npz(path: Path) -> dict[str, list[Path]]:
+    """The files of each part: "train" and, held out, "test"."""
+    if not path.is_dir():
+        return {"train": [path] if path.is_file() else [], "test": []}
+    train = sorted(path.glob("data_batch_*.npz")) or [file for file in [path / "train.npz"] if file.is_file()]
+    held = [file for name in ("test_batch", *VAL_FOLDERS) if (file := path / f"{name}.npz").is_file()]
+    return {"train": train, "test": held[:1]}
+
+
+def _open_parts(
+    path: Path, files: dict[str, list[Path]], parts: list[str], config: DataConfig, on_progress: Progress | None
+) -> tuple[list[ArraySource], list[BadImage]]:
+    """A source for each of `parts`, with the classes of all `files`, and what was left out."""
+    arrays = {part: [_read_npz(file) for file in its] for part, its in files.items()}
+    total, done = sum(len(its["labels"]) for part in parts for its in arrays[part]), 0
+    opened: list[list[_NpzPictures]] = []
+    for part in parts:
+        opened.append([])
+        for its in arrays[part]:
+            first = sum(pictures.count for pictures in opened[-1])
+            opened[-1].append(_decode_npz(its, f"{part}/", first, done, total, on_progress))
+            done += len(its["labels"])
+    skipped = [bad for pictures in opened for its in pictures for bad in its.bad]
     if config.on_bad_image == "error":
         raise_bad(skipped, total, path)
-    classes = _npz_classes(path, files)
-    train, *held = [_join(parts, classes, path) for parts in splits.values() if parts]
-    train_source, val_source = (train, held[0]) if held else split_by_seed(train, config)
-    return DataSplits(train_source, val_source, classes, skipped)
+    classes = _npz_classes(path, [its for part in arrays.values() for its in part])
+    return [_join(pictures, classes, path) for pictures in opened], skipped
 
 
 @dataclass(frozen=True)

@@ -114,19 +114,6 @@ def read_file(path: str | Path, name: str) -> bytes:
         return file.read()
 
 
-def check_header(source: Path | bytes, name: str) -> tuple[int, int]:
-    """Height and width as stored, from the first bytes of a file (or the file in memory); pixels are not decoded.
-
-    Raises BadImageError where the first bytes already show that it is no picture.
-    """
-    with io.BytesIO(source) if isinstance(source, bytes) else open_picture_file(source, name) as file:
-        start = file.read(64)
-        file.seek(0)
-        with naming(name, start), Image.open(file) as image:
-            _check_size(image, name)
-            return image.height, image.width
-
-
 def open_picture_file(path: str | Path, name: str) -> BinaryIO:
     """Open for reading; a file that is not there or may not be read is a BadImageError."""
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from volo.config import DataConfig
-from volo.data.decode import BadImage, BadImageError, check_header, decode_image
+from volo.data.decode import BadImage, BadImageError, decode_image
 from volo.data.sources import (
     LAYOUTS,
     VAL_FOLDERS,
@@ -36,9 +36,6 @@ IMAGE_ENDINGS = frozenset(
     }
 )  # fmt: skip
 """Files with these endings are taken for pictures; HEIC is among them so that it is named and not silently left out."""
-
-MAX_DECODED_CHECKS = 200_000
-"""Sets with more files than this have only their headers checked at the start: decoding a million files takes hours."""
 
 _SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"))
 
@@ -73,10 +70,6 @@ def open_folders(path: Path, config: DataConfig, on_progress: Progress | None = 
 
     source, skipped = _check(scans, path, classes, config, on_progress)
     notes = [_ignored_note(scan) for scan in scans if scan.ignored]
-    if len(source) + len(skipped) > MAX_DECODED_CHECKS:
-        notes.append(
-            f"more than {MAX_DECODED_CHECKS:,} pictures: only headers were checked, other damage shows in the run"
-        )
     train_source: ImageSource
     val_source: ImageSource
     if val is None:
@@ -192,17 +185,13 @@ def _check(
             names += [prefix + file for file in files]
             targets += [number[class_name]] * len(files)
 
-    headers_only = len(names) > MAX_DECODED_CHECKS and config.cache != "ram"
-    budget = 0.0 if headers_only else {"auto": cache_budget(), "ram": math.inf, "none": 0.0}[config.cache]
+    budget = {"auto": cache_budget(), "ram": math.inf, "none": 0.0}[config.cache]
     pictures: list[Tensor] | None = [] if budget else None
     good: list[int] = []
     bad: list[BadImage] = []
 
     def attempt(name: str) -> Tensor | BadImage | None:
         try:
-            if headers_only:
-                check_header(root / name, name)
-                return None
             picture = decode_image(root / name, name)
         except BadImageError as error:
             return BadImage(error.name, error.reason)

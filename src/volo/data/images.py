@@ -51,11 +51,18 @@ def open_data(config: DataConfig, *, on_progress: Progress | None = None) -> Dat
 
 def data_kind(config: DataConfig) -> str:
     """`config.kind`, or what lies at `config.path` where that is "auto". Raises ValueError for what is not understood."""
+    if config.kind == "digits" and config.path:
+        raise ValueError(
+            f"data.path is {config.path}, but data.kind is 'digits', which are scikit-learn's own; leave the path away, or "
+            "have it read with --data.kind auto"
+        )
     if config.kind != "auto":
         return config.kind
     path = Path(config.path).expanduser()
     if not config.path:
-        return "digits"
+        raise ValueError(
+            f"name the pictures with --data PATH; --data.kind digits for the handwritten digits.\n{LAYOUTS}"
+        )
     if path.is_file() and path.suffix.lower() == ".npz":
         return "npz"
     if not path.is_dir() and is_shards(config.path):

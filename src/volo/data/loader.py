@@ -422,7 +422,7 @@ def run_requests(
     with closing(_answers(dataset, requests, num_workers, pin_memory)) as batches:
         for batch in batches:
             if isinstance(batch, BadImageError):
-                reason = f"{batch.reason}. At the start it was readable, or only its header was checked"
+                reason = f"{batch.reason}. At the start it was readable"
                 raise BadImageError(batch.name, reason)
             yield batch
 

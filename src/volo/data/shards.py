@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from volo.config import DataConfig, nearest
-from volo.data.decode import BadImage, BadImageError, check_header, decode_image
+from volo.data.decode import BadImage, BadImageError, decode_image
 from volo.data.files import cache_folder, write_atomically
-from volo.data.folders import IMAGE_ENDINGS, MAX_DECODED_CHECKS
+from volo.data.folders import IMAGE_ENDINGS
 from volo.data.sources import (
     LAYOUTS,
     VAL_FOLDERS,
@@ -45,7 +45,7 @@ from volo.data.sources import (
     split_by_seed,
 )
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 INDEX_ENDING = ".volo-index"
 
 MAX_OPEN_SHARDS = 64
@@ -54,13 +54,7 @@ MAX_OPEN_SHARDS = 64
 MAX_UNLISTED_CLASSES = 1_000_000
 """A class number above this without a classes.txt is a mistake, and would make a list of so many classes."""
 
-_HEAD_BYTES = 64 * 1024
-"""The header of a picture lies in these, unless an embedded thumbnail or colour profile comes before it."""
-
 _PART = re.compile(r"(?:.*[-_.])?(train|training|val|validation|valid|test)[-_.]?\d*\.tar", re.IGNORECASE)
-
-# How far the pictures of an index have been tried.
-_UNTRIED, _HEADERS, _DECODED = 0, 1, 2
 
 
 # The source
@@ -295,13 +289,8 @@ def _open(
     paths = [path for group in groups for path in group]
     indexes = _indexes(paths, on_progress)
     count = sum(len(index) + sum(bool(b.name) for b in index.bad) for index in indexes)
-    level = _HEADERS if count > MAX_DECODED_CHECKS and config.cache != "ram" else _DECODED
-    indexes = _tried(paths, indexes, level, on_progress)
+    indexes = _tried(paths, indexes, on_progress)
     notes = [note for path, index in zip(paths, indexes) for note in index.notes(path)]
-    if level == _HEADERS and any(index.tried < _DECODED for index in indexes):
-        notes.append(
-            f"more than {MAX_DECODED_CHECKS:,} pictures: only headers were checked, other damage shows in the run"
-        )
     bad = [BadImage(f"{path.name}: {b.name}" if b.name else path.name, b.reason) for path, index in zip(paths, indexes) for b in index.bad]  # fmt: skip
     targets, classes, strangers = _classes(paths, indexes, folder)
     usable = targets >= 0
@@ -334,7 +323,7 @@ def _open(
             )
         )
     budget = {"auto": cache_budget(), "ram": math.inf, "none": 0}[config.cache]
-    if level == _DECODED and 3 * int(pixels[usable].sum()) <= budget:
+    if 3 * int(pixels[usable].sum()) <= budget:
         total, done = sum(map(len, sources)), 0
         for i, source in enumerate(sources):
             pictures = []
@@ -451,8 +440,8 @@ class ShardIndex:
     ignored: list[str] = field(default_factory=list)
     """Up to 5 members that are neither pictures nor labels."""
     num_ignored: int = 0
-    tried: int = _UNTRIED
-    """How far the pictures have been tried: headers read, or decoded."""
+    tried: bool = False
+    """Every picture has been decoded once."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -490,27 +479,19 @@ def _indexes(paths: Sequence[Path], on_progress: Progress | None) -> list[ShardI
 
 
 def _tried(
-    paths: Sequence[Path], indexes: Sequence[ShardIndex], level: int, on_progress: Progress | None
+    paths: Sequence[Path], indexes: Sequence[ShardIndex], on_progress: Progress | None
 ) -> list[ShardIndex]:
-    """Indexes whose pictures have been tried up to `level`, and their files, so that the next start is quick."""
-    total, done = sum(len(index) for index in indexes if index.tried < level), 0
+    """Indexes whose pictures have been tried, and their files, so that the next start is quick."""
+    total, done = sum(len(index) for index in indexes if not index.tried), 0
     tried = []
     for path, index in zip(paths, indexes):
-        if index.tried < level:
+        if not index.tried:
             files = ShardFiles([path])
 
             def attempt(i: int, index: ShardIndex = index, files: ShardFiles = files) -> int | str:
                 try:
                     name, offset, size = os.fsdecode(index.names[i]), int(index.offsets[i]), int(index.sizes[i])
-                    if level == _DECODED:
-                        return math.prod(decode_image(files.read(0, offset, size, name), name).shape[1:])
-                    try:
-                        head = files.read(0, offset, min(size, _HEAD_BYTES), name)
-                        return math.prod(check_header(head, name))
-                    except BadImageError:
-                        if size <= _HEAD_BYTES:
-                            raise
-                        return math.prod(check_header(files.read(0, offset, size, name), name))
+                    return math.prod(decode_image(files.read(0, offset, size, name), name).shape[1:])
                 except BadImageError as error:
                     return error.reason
 
@@ -523,7 +504,7 @@ def _tried(
                 done += 1
                 if on_progress:
                     on_progress(done, total)
-            index = replace(index, pixels=pixels, tried=level).without(unusable)
+            index = replace(index, pixels=pixels, tried=True).without(unusable)
             save_index(path, index)
         tried.append(index)
     return tried

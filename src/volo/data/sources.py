@@ -34,7 +34,7 @@ data.path can be
   a folder of tar shards, train-*.tar and val-*.tar, or tar files to be split by data.val_fraction: one, or a list in
   braces such as shards/train-{000000..000127}.tar; each holds KEY.jpg (png, webp, ...) and KEY.cls or KEY.json;
   a folder with torchvision's CIFAR files (data.kind "cifar10" or "cifar100" downloads them);
-  empty: scikit-learn's handwritten digits."""
+  empty with data.kind "digits": scikit-learn's handwritten digits."""
 
 
 class ImageSource(Protocol):
@@ -176,7 +176,7 @@ class DataSplits:
     skipped: list[BadImage] = field(default_factory=list)
     """Files left out because they cannot be decoded (only with data.on_bad_image "skip")."""
     notes: list[str] = field(default_factory=list)
-    """What a person should know: ignored files, classes without held-out pictures, checks that were shortened."""
+    """What a person should know: ignored files, classes without held-out pictures."""
     ignored: list[str] = field(default_factory=list)
     """Files in the folders that are no pictures by their ending, or lie in no class folder; relative paths."""
 

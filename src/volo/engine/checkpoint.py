@@ -16,11 +16,16 @@ from volo.config import Recipe, recipe_from_dict
 from volo.data.files import write_atomically
 from volo.models.segmenter import Segmenter, segmenter_from_dict
 from volo.models.volo import VOLO, VOLOConfig
+from volo.models.weights import is_safetensors, load_plain
 
 FORMAT = 1
 
 
 Model = TypeVar("Model", VOLO, Segmenter)
+
+
+class NoCheckpointError(ValueError):
+    """A file may hold weights, but is no checkpoint of `volo train`."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,17 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of ours onto the CPU.
 
-    Raises FileNotFoundError; ValueError for a truncated file, one with code in it, or one that is not ours.
+    Raises FileNotFoundError; ValueError for a truncated file or one with code in it; NoCheckpointError, which is one, for
+    a file that is not ours.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; a run folder holds last.pt and best.pt")
+    not_ours = f"{path} holds weights but is not a checkpoint of volo; read it with volo.models.weights.load_weights"
+    if is_safetensors(path):
+        raise NoCheckpointError(not_ours)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_plain(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is not a checkpoint of volo, or holds more than plain data; it is not opened, because such a file can run code"
@@ -67,9 +76,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             raise
         raise ValueError(f"{path} is damaged or cut off ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint or "model_config" not in checkpoint:
-        raise ValueError(
-            f"{path} holds weights but is not a checkpoint of volo; read it with volo.models.weights.load_weights"
-        )
+        raise NoCheckpointError(not_ours)
     if checkpoint["format"] != FORMAT:
         raise ValueError(
             f"{path} has checkpoint format {checkpoint['format']}, written by volo {checkpoint.get('volo_version')}; this version reads format {FORMAT}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from volo.config import DataConfig, nearest
+from volo.data.arrays import is_npz, open_all_npz
 from volo.data.decode import BadImage
 from volo.data.folders import open_folder
 from volo.data.images import open_data
@@ -111,30 +112,35 @@ def open_labelled(
     Args:
         path: None: the pictures held out from the training. A folder of class folders, named like the classes, by their
             WordNet id or by their number (ImageNet-V2); or one that has them in val/ (or validation/, valid/, test/);
-            or tar shards, those of val where there are such, else all; or any other data of `volo.data.images.open_data`,
-            whose held-out part is taken.
+            or tar shards or npz files, those of val where there are such, else all; or any other data of
+            `volo.data.images.open_data`, whose held-out part is taken.
         wnids: WordNet ids of the classes, for models of ImageNet.
 
     Raises ValueError as `open_data` does, and for classes that the model does not know.
     """
     given = Path(data.path if path is None else path).expanduser()
     trained_on = Path(data.path).expanduser()
-    if path is not None and given.resolve() != trained_on.resolve():
+    if path is not None and (not data.path or given.resolve() != trained_on.resolve()):
         data = dataclasses.replace(data, path=str(given), kind="auto")
         is_new = True
-    elif data.path or data.kind != "auto" or not wnids:
+    elif data.path or data.kind != "auto":
         is_new = False
     else:
-        raise ValueError("published weights come without pictures; give a folder of class folders with --data")
+        raise ValueError("these weights come without pictures; give a folder of class folders with --data")
 
     val = next((given / name for name in VAL_FOLDERS if (given / name).is_dir()), None)
-    is_packed = any(given.glob("*.npz")) or any(given.glob("cifar-*"))
-    if is_new and not is_packed and is_shards(given):
-        source, skipped = open_all_shards(given, data, on_progress=on_progress)
+    is_arrays, is_cifar = is_npz(given), any(given.glob("cifar-*"))
+    if is_new and (is_arrays or (is_shards(given) and not is_cifar)):
+        source: ImageSource
+        if is_arrays:
+            source, skipped = open_all_npz(given, data, on_progress=on_progress)
+        else:
+            source, skipped = open_all_shards(given, data, on_progress=on_progress)
         known = wnids if wnids and set(source.classes) <= set(wnids) else classes
         class_map = None if source.classes == tuple(known) else match_classes(source.classes, known)
         return LabelledData(source, class_map, skipped, str(given))
-    if data.path and given.is_dir() and data.kind in ("auto", "folder") and not is_packed and (val or is_new):
+    is_folder = data.path and given.is_dir() and data.kind in ("auto", "folder") and not (is_arrays or is_cifar)
+    if is_folder and (val or is_new):
         folder = val or given
         names = {child.name for child in folder.iterdir() if child.is_dir()}
         known = wnids if wnids and names <= set(wnids) else classes

@@ -24,10 +24,10 @@ from volo.config import DataConfig, Size, nearest
 from volo.data.decode import BadImageError, decode_image
 from volo.data.folders import is_image_name
 from volo.data.transforms import PixelPipeline, eval_transform
-from volo.engine.checkpoint import find_checkpoint, load_model
+from volo.engine.checkpoint import NoCheckpointError, find_checkpoint, load_model
 from volo.engine.evaluate import AMP_DTYPES
 from volo.models.volo import VOLO, create_model
-from volo.models.weights import PRETRAINED
+from volo.models.weights import PRETRAINED, create_from_file
 
 
 @dataclass(frozen=True)
@@ -60,40 +60,49 @@ def load_classifier(
     crop: float | Literal["original", "timm"] | None = None,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """A classifier in eval mode from a run folder, a checkpoint of a run, or a pretrained tag ("volo_d1.224").
+    """A classifier in eval mode from a run folder, a checkpoint of a run, a weight file of another's, or a pretrained tag
+    ("volo_d1.224").
 
     Args:
-        source: a run folder stands for its best.pt; a model's bare name ("volo_d1") for its 224 px weights.
+        source: a run folder stands for its best.pt; a model's bare name ("volo_d1") for its 224 px weights. A weight file
+            in the original's or timm's layout is known by its shapes (`volo.models.weights.create_from_file`); its
+            classes are ImageNet's if there are 1000, else numbers.
         img_size: another size than the one it was made for.
-        crop: another crop_pct, or the preset of the original code or of timm (pretrained tags only; timm's is the default).
+        crop: another crop_pct, or the preset of the original code or of timm (for models and sizes that are published;
+            timm's is the default).
 
-    Raises FileNotFoundError where nothing is there, ValueError for what is not a checkpoint and for presets of
-    checkpoints that have none.
+    Raises FileNotFoundError where nothing is there, ValueError for what is neither a checkpoint nor weights that are
+    known, and for presets of models that have none.
     """
     path = find_checkpoint(source)
     tag = str(source) if str(source) in PRETRAINED else f"{source}.224"
     if path.is_file():
-        loaded = load_model(path, device=device)
-        classifier = Classifier(loaded.model, tuple(loaded.classes), loaded.recipe.data, f"{path}, step {loaded.step}")
+        try:
+            loaded = load_model(path, device=device)
+        except NoCheckpointError:
+            tag, classifier = _from_weight_file(path, device)
+        else:
+            origin = f"{path}, step {loaded.step}"
+            classifier = Classifier(loaded.model, tuple(loaded.classes), loaded.recipe.data, origin)
+            tag = ""
     elif tag in PRETRAINED:
-        weights = PRETRAINED[tag]
-        model = create_model(weights.variant, pretrained=tag).to(device).eval()
-        wnids, names = imagenet_classes()
-        data = DataConfig(img_size=weights.img_size, crop_pct=weights.crop_pct_timm, interpolation="bicubic")
-        if crop == "original":
-            data = dataclasses.replace(data, crop_pct=weights.crop_pct_original)
-        classifier = Classifier(model, names, data, f"published weights {tag}", wnids)
+        model = create_model(PRETRAINED[tag].variant, pretrained=tag).to(device).eval()
+        classifier = _with_published_settings(model, tag, f"published weights {tag}")
     else:
         raise FileNotFoundError(
             f"no checkpoint {str(source)!r}{nearest(str(source), PRETRAINED)} (give a run folder, a .pt file of `volo train`, "
             f"or a pretrained tag: {', '.join(PRETRAINED)})"
         )
     data = classifier.data
-    if crop in ("original", "timm") and not classifier.wnids:
-        raise ValueError(
-            f"crop presets belong to published weights; {path} is a checkpoint of a run, whose crop_pct is {data.crop_pct}. "
-            "Leave --crop out, or give a number"
-        )
+    if crop in ("original", "timm"):
+        if tag not in PRETRAINED:
+            raise ValueError(
+                f"crop presets belong to published weights, which {path} does not have; its crop_pct is {data.crop_pct}. "
+                "Leave --crop out, or give a number"
+            )
+        preset = PRETRAINED[tag]
+        share = preset.crop_pct_original if crop == "original" else preset.crop_pct_timm
+        data = dataclasses.replace(data, crop_pct=share)
     if isinstance(crop, float | int):
         if not 0 < crop <= 4:
             raise ValueError(f"crop is img_size / size before the crop, above 0 and at most 4; given: {crop}")
@@ -101,6 +110,29 @@ def load_classifier(
     if img_size is not None:
         data = dataclasses.replace(data, img_size=img_size)
     return dataclasses.replace(classifier, data=data)
+
+
+def _from_weight_file(path: Path, device: torch.device | str) -> tuple[str, Classifier]:
+    """The classifier of a weight file that is no checkpoint of ours, and the tag it would have if it were published."""
+    name, model = create_from_file(path)
+    if not model.num_classes or model.config.in_chans != 3:
+        lacks = "has no heads" if not model.num_classes else f"takes {model.config.in_chans} channels in place of RGB"
+        raise ValueError(f"{path} holds weights of a {name} that {lacks}; it cannot name what is in pictures")
+    height, width = model.config.img_size
+    tag = f"{name}.{height}" if height == width else ""
+    return tag, _with_published_settings(model.to(device).eval(), tag, f"{path}, weights of {name}")
+
+
+def _with_published_settings(model: VOLO, tag: str, origin: str) -> Classifier:
+    """Size by the model, crop by the tag if it is a published one, classes by their number."""
+    height, width = model.config.img_size
+    data = DataConfig(img_size=height if height == width else (height, width), interpolation="bicubic")
+    if tag in PRETRAINED:
+        data = dataclasses.replace(data, crop_pct=PRETRAINED[tag].crop_pct_timm)
+    if model.num_classes != 1000:
+        return Classifier(model, tuple(map(str, range(model.num_classes))), data, origin)
+    wnids, names = imagenet_classes()
+    return Classifier(model, names, data, origin, wnids)
 
 
 @cache

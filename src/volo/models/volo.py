@@ -17,25 +17,46 @@ from torch.utils.checkpoint import checkpoint
 from volo.config import nearest
 from volo.layers import ClassBlock, Downsample, Linear, Outlooker, PatchEmbed, Transformer
 from volo.models.fuse import pack_linear_layers
+from volo.ops.outlook_attention import window_grid
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """Options come from TOML, from JSON and from callers: a list or tuple as a tuple, anything else as an empty one."""
+    return tuple(value) if isinstance(value, (list, tuple)) else ()
 
 
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
+    pair = (value, value) if isinstance(value, int) else _listed(value)
+    if len(pair) != 2 or not all(_is_whole(v, 1) for v in pair):
         raise ValueError(f"{name} is a positive int or (height, width); given: {value!r}")
     return pair  # type: ignore[return-value]
 
 
 def _per_stage(value: Sequence[Any], name: str, num_groups: int) -> tuple[Any, Any]:
     """(stage 1, stage 2) from that pair, or from one entry a block group as the original code writes it."""
-    value = tuple(value)
-    if len(value) == num_groups and len(set(value[1:])) == 1:
-        value = (value[0], value[1])
-    if len(value) != 2:
+    pair = _listed(value)
+    if len(pair) == num_groups and all(value == pair[1] for value in pair[1:]):
+        pair = (pair[0], pair[1])
+    if len(pair) != 2:
         raise ValueError(
-            f"{name} is (stage 1, stage 2), or one entry for each of the {num_groups} depths with all but the first equal; given: {value}"
+            f"{name} is (stage 1, stage 2), or one entry for each of the {num_groups} depths with all but the first equal; given: {value!r}"
         )
-    return value  # type: ignore[return-value]
+    return pair  # type: ignore[return-value]
+
+
+# Whole numbers of a VOLOConfig, and the least they can be.
+_WHOLE = {
+    "stem_dim": 1, "stem_stride": 1, "patch_size": 1, "outlook_kernel": 1, "outlook_stride": 1, "num_class_blocks": 0,
+    "in_chans": 1, "num_classes": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,24 +99,56 @@ class VOLOConfig:
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)  # the way to normalise fields of a frozen dataclass
-        put("depths", tuple(self.depths))
-        if len(self.depths) < 2 or min(self.depths) < 0:
+        depths = _listed(self.depths)
+        if len(depths) < 2 or not all(_is_whole(depth, 0) for depth in depths):
             raise ValueError(
-                f"depths is (outlookers, transformers, ...) with at least two entries, none negative; given: {self.depths}"
+                f"depths is (outlookers, transformers, ...) with at least two whole numbers, none negative; given: {self.depths!r}"
             )
+        put("depths", depths)
         for name in ("embed_dims", "num_heads", "mlp_ratios"):
             put(name, _per_stage(getattr(self, name), name, len(self.depths)))
+        for name in ("embed_dims", "num_heads"):
+            if not all(_is_whole(value, 1) for value in getattr(self, name)):
+                raise ValueError(f"{name} is a pair of whole numbers, at least 1; given: {getattr(self, name)}")
+        if any(dim % heads for dim, heads in zip(self.embed_dims, self.num_heads)):
+            raise ValueError(
+                f"each of embed_dims is a multiple of num_heads; given: embed_dims={self.embed_dims}, num_heads={self.num_heads}"
+            )
+        if not all(_is_number(ratio) and ratio > 0 for ratio in self.mlp_ratios):
+            raise ValueError(f"mlp_ratios is a pair of numbers above 0; given: {self.mlp_ratios}")
+        for name, least in _WHOLE.items():
+            if not _is_whole(getattr(self, name), least):
+                raise ValueError(f"{name} is a whole number, at least {least}; given: {getattr(self, name)!r}")
+        for name in ("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate"):
+            rate = getattr(self, name)
+            if not _is_number(rate) or not 0 <= rate < 1:
+                raise ValueError(f"{name} is a probability, from 0 to below 1; given: {rate!r}")
+        for name in ("qkv_bias", "outlooker_drop_path", "pad_input"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is true or false; given: {getattr(self, name)!r}")
+        if not _is_number(self.norm_eps) or self.norm_eps <= 0:
+            raise ValueError(f"norm_eps is a number above 0; given: {self.norm_eps!r}")
         put("img_size", _pair(self.img_size, "img_size"))
         if self.patch_size not in (2, 4, 8, 16) or self.patch_size % self.stem_stride:
             raise ValueError(
                 f"patch_size is 2, 4, 8 or 16 and a multiple of stem_stride ({self.stem_stride}); given: {self.patch_size}"
             )
-        if self.num_classes < 0 or self.in_chans < 1:
-            raise ValueError(
-                f"num_classes is 0 or more and in_chans at least 1; given: {self.num_classes} and {self.in_chans}"
-            )
         if not self.pad_input and any(size % self.size_multiple for size in self.img_size):
             raise ValueError(_size_message(self.img_size, self.size_multiple))
+        padding = self.outlook_padding
+        if padding is not None and not (_is_whole(padding, 0) and padding < self.outlook_kernel):
+            raise ValueError(
+                f"outlook_padding is None or a whole number from 0 to outlook_kernel - 1 = {self.outlook_kernel - 1}; given: {padding!r}"
+            )
+        H, W = (2 * side for side in self.grid_size)
+        stride = self.outlook_stride
+        windows = window_grid(H, W, self.outlook_kernel, stride, self.window_padding)
+        if windows != (-(-H // stride), -(-W // stride)):
+            raise ValueError(
+                f"outlook_kernel={self.outlook_kernel}, outlook_stride={stride}, outlook_padding={self.window_padding} give "
+                f"{windows} windows on the {H} x {W} tokens of stage 1, but one every {stride} tokens, "
+                f"{(-(-H // stride), -(-W // stride))}, is needed; an odd kernel with outlook_padding=None always fits"
+            )
 
     @property
     def window_padding(self) -> int:

@@ -420,10 +420,8 @@ def _read(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no weight file at {path}")
-    with path.open("rb") as file:
-        start = file.read(9)
     damaged = f"{path} ({path.stat().st_size:,} bytes) is damaged, cut off, or no weight file at all; delete it and fetch it again"
-    if path.suffix == ".safetensors" or start[8:] == b"{":
+    if is_safetensors(path):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -432,9 +430,7 @@ def _read(path: str | Path) -> Any:
         except SafetensorError as error:
             raise ValueError(f"{damaged}: {error}") from error
     try:
-        # The original's training script, like timm's, stores its arguments beside the weights: a plain record.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return load_plain(path)
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
@@ -444,6 +440,19 @@ def _read(path: str | Path) -> Any:
         raise ValueError(damaged) from error
     except _WHAT_TORCH_RAISES_FOR_DAMAGED_FILES as error:
         raise ValueError(f"{damaged}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """By the ending, or the content: eight bytes of length, then JSON."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def load_plain(path: Path) -> Any:
+    """`torch.load` onto the CPU, of plain data alone; it raises what torch raises."""
+    # The original's training script, like timm's, stores its arguments beside the weights: a plain record.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _state_dict_in(content: Any, origin: str) -> dict[str, Tensor]:
@@ -631,6 +640,27 @@ def create_pretrained(name: str, pretrained: bool | str | Path, overrides: Mappi
     )
     logger.info("%s from %s: %s", name, origin, report)
     return model
+
+
+def create_from_file(path: str | Path) -> tuple[str, VOLO]:
+    """The model whose weights lie in a file that does not say so (the original's, timm's, a plain state dict), and its name.
+
+    It is the one of `VARIANTS`, with its own options, that has the file's names and shapes. Picture size, classes and
+    input channels are those of the weights. Raises ValueError where there is none, or as `read_state_dict`.
+    """
+    state_dict = read_state_dict(path)
+    shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+    for name, variant in VARIANTS.items():
+        with torch.device("meta"):  # the weights follow; drawing random ones would only take time
+            model = VOLO(dataclasses.replace(variant, **_sizes_in(state_dict, variant)))
+        if {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes:
+            model.load_state_dict(state_dict, assign=True)
+            return name, model.float()
+    raise ValueError(
+        f"{path} holds {len(shapes)} tensors ({', '.join(list(shapes)[:3])}, ...), which by names and shapes are none of "
+        f"{', '.join(VARIANTS)} with their own options. Other models are known by the checkpoints of `volo train`; in "
+        "Python, volo.create_model(name, pretrained=path, **options) loads them"
+    )
 
 
 def is_segmenter_file(pretrained: str | Path) -> bool:
