@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("cifar10", type=Path, help="folder with data_batch_*.npz and test_batch.npz")
     parser.add_argument("--work", type=Path, required=True, help="where runs, annotator and label maps go")
     parser.add_argument("--minutes", type=float, default=40.0, help="for everything")
+    parser.add_argument("--epochs", type=int, default=0, help="of each run, whatever the minutes; 0: as many as fit")
+    parser.add_argument("--annotator-epochs", type=int, default=0, help="the same for the annotator")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-train", type=int, default=NUM_TRAIN)
     parser.add_argument("--device", default="auto")
@@ -154,6 +156,9 @@ def read_or_measure_epochs(options: argparse.Namespace, data: Path) -> dict[str,
     if kept.is_file():
         return json.loads(kept.read_text())
     budget_seconds = 60 * options.minutes
+    if options.epochs and options.annotator_epochs:
+        budget: dict[str, float] = {"epochs": options.epochs, "annotator_epochs": options.annotator_epochs}
+        return keep_budget(budget, options, data)
     longest = 0.0
     for arm in ("plain", "own"):
         measured = probe(recipe_of(arm, 0, data, 2, options), steps=12)
@@ -164,14 +169,18 @@ def read_or_measure_epochs(options: argparse.Namespace, data: Path) -> dict[str,
     # Reading maps costs a little more than labels do.
     epochs = (1 - ANNOTATOR_SHARE - 0.1) * budget_seconds / runs / (1.1 * longest)
     budget = {
-        "epochs": max(2, int(epochs)),
-        "annotator_epochs": max(3, int(ANNOTATOR_SHARE * budget_seconds / its)),
+        "epochs": options.epochs or max(2, int(epochs)),
+        "annotator_epochs": options.annotator_epochs or max(3, int(ANNOTATOR_SHARE * budget_seconds / its)),
         "seconds_an_epoch": longest,
     }
+    return keep_budget(budget, options, data)
+
+
+def keep_budget(budget: dict[str, float], options: argparse.Namespace, data: Path) -> dict[str, float]:
     recipe = annotator_recipe(data, budget["annotator_epochs"], options)
     text, figures = recipe_to_toml(recipe).encode(), json.dumps(budget).encode()
     write_atomically(options.work / "annotator.toml", lambda file: file.write(text))
-    write_atomically(kept, lambda file: file.write(figures))
+    write_atomically(options.work / "budget.json", lambda file: file.write(figures))
     return budget
 
 
@@ -207,7 +216,8 @@ def write_results(
     recipe = recipe_of("corrected", 0, Path("pictures"), budget["epochs"], options).to_dict()
     result = {
         "what": "token labels against plain labels, CIFAR-10, small budget",
-        "command": f"python benchmarks/token_labels.py CIFAR10 --work DIR --minutes {options.minutes:g} --seeds {options.seeds}",
+        "command": f"python benchmarks/token_labels.py CIFAR10 --work DIR --epochs {budget['epochs']} "
+        f"--annotator-epochs {budget['annotator_epochs']} --seeds {options.seeds}",
         **setting(torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu")),
         "num_train": options.num_train,
         "budget": budget,
