@@ -12,7 +12,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch._subclasses import FakeTensorMode
+
 from volo.bench import kernels
+from volo.ops import triton_kernels
+from volo.ops.outlook_attention import outlook_attention
 
 HERE = Path(__file__).parent
 
@@ -65,6 +69,15 @@ def test_fewest_bytes_of_the_paper() -> None:
     forward = kernels.fewest_bytes(128, 28, 28, 6, 32, torch.bfloat16)
     assert forward["forward"] == pytest.approx(101.4e6, rel=2e-3)
     assert forward["backward"] == pytest.approx(164.4e6, rel=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_fake_tensors_of_a_gpu_that_is_not_here() -> None:
+    with FakeTensorMode():
+        value, logits = torch.empty(1, 8, 8, 2, 16, device="cuda"), torch.empty(1, 4, 4, 2, 9, 9, device="cuda")
+        assert triton_kernels.why_not(value, logits, 3, 2, 1) == "there is no GPU here"
+        out = outlook_attention(value, logits, kernel_size=3, stride=2, padding=1)
+    assert out.shape == value.shape and out.device.type == "cuda"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to measure")
