@@ -87,7 +87,7 @@ def test_measurement_says_that_nothing_was_measured() -> None:
         assert result["rows"] == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_correct_on_the_device() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for result in kernels.check_correctness(2, 12, 11, 3, 32, dtype).values():
