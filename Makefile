@@ -4,9 +4,10 @@ VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.volo-ready
+CONSTRAINTS := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format demo constraints clean
+.PHONY: help setup test test-slow test-lowest lint format demo constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -14,15 +15,15 @@ help: ## this list
 setup: $(READY) ## .venv with pinned versions and this package, installed editable
 
 # uv is several times faster than pip, but nothing depends on it.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "volo needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
 	  echo "python3 -m venv is incomplete here; filling the environment with the outer pip"; \
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
-	@$(BIN)/python -m pip install -q -c constraints.txt uv || echo "uv cannot be had; going on with pip"
-	@{ test -x $(BIN)/uv && $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]'; } \
-	  || $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -q -c $(CONSTRAINTS) uv || echo "uv cannot be had; going on with pip"
+	@{ test -x $(BIN)/uv && $(BIN)/uv pip install --python $(BIN)/python -c $(CONSTRAINTS) -e '.[dev]'; } \
+	  || $(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 test: setup lint ## lint, then all tests but the slow ones
@@ -30,6 +31,13 @@ test: setup lint ## lint, then all tests but the slow ones
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+# Bounds become versions: torch>=2.11 means torch 2.11 with whatever follows a further dot.
+test-lowest: ## all tests but the slow ones with the oldest torch, torchvision and timm, in .venv-lowest
+	@mkdir -p build
+	sed -nE 's/^ *"(torch|torchvision|timm)>=([0-9.]+)",$$/\1==\2.*/p' pyproject.toml > build/lowest.txt
+	@$(MAKE) --no-print-directory setup VENV=$(VENV)-lowest CONSTRAINTS=build/lowest.txt
+	$(VENV)-lowest/bin/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -11,6 +11,11 @@ import torch
 from PIL import Image
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Small tensors gain nothing from more threads, and parallel test processes fight for the cores."""

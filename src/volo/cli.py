@@ -1100,7 +1100,7 @@ class BenchOptions:
     amp: Literal["off", "bf16"] = "off"
     """Of train and labels: autocast of both sides."""
     compiled: bool = False
-    """Of model, train and kernels: torch.compile too; takes minutes."""
+    """Of op, model, train and kernels: torch.compile too; takes minutes."""
     images_per_second: float = 1000.0
     """Of data: what a GPU takes; the cores that this needs are reported."""
     device: str = "auto"
@@ -1120,7 +1120,7 @@ def bench(options: BenchOptions) -> int:
 
     Examples:
       volo bench op
-      volo bench op --batch-size 1 --threads 2 --out op.json
+      volo bench op --batch-size 1 --threads 2 --compiled --out op.json
       volo bench model --model volo_d1 --batch-size 8
       volo bench train --amp bf16 --device cuda --batch-size 128 --compiled
       volo bench loop
@@ -1144,7 +1144,14 @@ def bench(options: BenchOptions) -> int:
     if options.what == "op":
         from volo.bench.op import bench_op
 
-        result = bench_op(name, batch_size=batch_size, img_size=img_size, device=str(device), rounds=rounds)
+        result = bench_op(
+            name,
+            batch_size=batch_size,
+            img_size=img_size,
+            compiled=options.compiled,
+            device=str(device),
+            rounds=rounds,
+        )
     elif options.what == "model":
         from volo.bench.model import bench_model
 
@@ -1206,6 +1213,7 @@ def bench(options: BenchOptions) -> int:
         from volo.bench.loop import bench_loop
 
         result = bench_loop(name, img_size=img_size, batch_size=batch_size, device=str(device), rounds=rounds)
+    result = {"what": result["what"], "command": _bench_command(options)} | result
     report = json.dumps(result, indent=1)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -1215,6 +1223,20 @@ def bench(options: BenchOptions) -> int:
     else:
         show_benchmark(_console(stderr=False), result)
     return 0
+
+
+def _bench_command(options: BenchOptions) -> str:
+    """The command that repeats a measurement: what differs from the defaults. Of files and folders the names alone, since
+    the rest of a path says nothing on another machine."""
+    words = ["volo", "bench", options.what]
+    for option in dataclasses.fields(options):
+        given = getattr(options, option.name)
+        if option.name in ("what", "json", "out") or given == option.default:
+            continue
+        words.append("--" + option.name.replace("_", "-"))
+        if given is not True:
+            words.append(Path(given).name if option.name in ("model", "data", "weights") else str(given))
+    return shlex.join(words)
 
 
 # From words to options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import time
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import volo
 from volo.bench.gpu import GOALS, bench_gpu
 from volo.bench.loop import bench_loop
 from volo.bench.model import _flops, bench_model, bench_train
-from volo.bench.timing import Timing, alternate, peak_memory, speedup
-from volo.cli import main
+from volo.bench import timing
+from volo.bench.timing import Timing, alternate, matrix_rate, peak_memory, speedup
+from volo.cli import BenchOptions, _bench_command, main
+from volo.ops import linear as linear_ops
 
 
 def test_candidates_take_turns_and_ratios_are_within_rounds():
@@ -43,6 +47,26 @@ def test_peak_memory_counts_what_is_freed_again():
     assert 4 << 20 <= peak < 5 << 20
 
 
+def test_matrix_rate_is_that_of_the_fastest_way(monkeypatch: pytest.MonkeyPatch):
+    seconds = {"PyTorch": Timing((4.0, 3.0, 6.0)), "oneDNN": Timing((2.0, 1.0, 5.0))}
+    monkeypatch.setattr(timing, "alternate", lambda candidates, **_: {name: seconds[name] for name in candidates})
+    fastest = 1.0 if torch.float32 in linear_ops._dtypes else 3.0
+    assert matrix_rate(torch.device("cpu"), torch.float32) == 2 * 2048**3 / fastest
+
+
+def test_both_ways_of_the_matrix_rate_multiply(monkeypatch: pytest.MonkeyPatch):
+    products: list[object] = []
+
+    def once(candidates: dict, **_: object) -> dict[str, Timing]:
+        products.extend(run() for run in candidates.values())
+        return dict.fromkeys(candidates, Timing((1.0,)))
+
+    monkeypatch.setattr(timing, "alternate", once)
+    matrix_rate(torch.device("cpu"), torch.float32)
+    assert len(products) == 1 + (torch.float32 in linear_ops._dtypes)
+    assert all(torch.equal(product, torch.full((2048, 2048), 2048.0)) for product in products)
+
+
 def test_without_a_gpu_its_goals_are_not_measured():
     result = bench_gpu(device="cpu")
     assert [row["goal"] for row in result["rows"]] == [goal for goal, *_ in GOALS]
@@ -62,6 +86,7 @@ def test_model_rows_compare_the_same_weights():
     for row in result["rows"]:
         assert row["quartiles"][0] <= row["images_per_second"] <= row["quartiles"][1]
         assert row["of_matrix_rate"] > 0 and row["peak_memory_gib"] > 0
+        assert 0 < row["of_copy_bandwidth"] < 1
     assert result["rows"][1]["memory_times_timm_eager"] == 1.0
 
 
@@ -90,7 +115,15 @@ def test_command_line_writes_json_and_a_table(tmp_path: Path, capsys: pytest.Cap
     assert main(["bench", "loop", "--batch-size", "8", "--rounds", "1", "--device", "cpu", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["what"] == "training loop"
+    assert result["command"] == "volo bench loop --batch-size 8 --rounds 1 --device cpu"
     assert result["threads"] == threads
+    assert result["volo"] == volo.__version__ and result["timm"] == importlib.metadata.version("timm")
     shown = capsys.readouterr().out
     assert "bare loop" in shown
     assert "images per second" in shown
+
+
+def test_the_command_of_a_result_holds_no_paths():
+    options = BenchOptions("labels", model="runs/a b", data="/data/cifar10", json=True, out=Path("/tmp/labels.json"))
+    assert _bench_command(options) == "volo bench labels --model 'a b' --data cifar10"
+    assert _bench_command(BenchOptions("op", threads=2, compiled=True)) == "volo bench op --compiled --threads 2"

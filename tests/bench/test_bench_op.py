@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import pytest
 import torch
 
 from volo.bench.op import bench_op
@@ -21,5 +24,20 @@ def test_every_engine_has_both_passes_and_the_reference_is_the_unit():
         assert 0 < low <= row["milliseconds"] <= high
         if row["candidate"] == "reference float32":
             assert row["times_reference"] == 1.0
+        # The bandwidth that the fraction is of stands in the result: the fewest bytes follow from the two.
+        bandwidth = result["values_copy_gigabytes_per_second"]["float32"] * 1e9
+        moved = row["of_values_copy_bandwidth"] * bandwidth * row["milliseconds"] / 1e3
+        least = 2 * value.nbytes + logits.nbytes
+        expected = least if row["pass"] == "forward" else least + 3 * value.nbytes + 2 * logits.nbytes
+        assert moved == pytest.approx(expected)
     if "cpu" in engines:
         assert 0 < rows["cpu float32", "forward"]["scratch_percent"]
+
+
+def test_the_compiled_reference_is_a_peer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # how fast it is, is not a test
+    result = bench_op("volo_d1", batch_size=1, img_size=32, dtypes=("float32",), compiled=True, rounds=2)
+    peers = [row for row in result["rows"] if row["candidate"] == "compiled reference float32"]
+    assert [row["pass"] for row in peers] == ["forward", "forward + backward"]
+    assert all(row["times_compiled_reference"] == 1.0 for row in peers)
+    assert all("times_compiled_reference" in row for row in result["rows"])

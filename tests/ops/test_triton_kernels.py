@@ -12,7 +12,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch._subclasses import FakeTensorMode
+
 from volo.bench import kernels
+from volo.ops import triton_kernels
+from volo.ops.outlook_attention import outlook_attention
 
 HERE = Path(__file__).parent
 
@@ -67,6 +71,15 @@ def test_fewest_bytes_of_the_paper() -> None:
     assert forward["backward"] == pytest.approx(164.4e6, rel=2e-3)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_fake_tensors_of_a_gpu_that_is_not_here() -> None:
+    with FakeTensorMode():
+        value, logits = torch.empty(1, 8, 8, 2, 16, device="cuda"), torch.empty(1, 4, 4, 2, 9, 9, device="cuda")
+        assert triton_kernels.why_not(value, logits, 3, 2, 1) == "there is no GPU here"
+        out = outlook_attention(value, logits, kernel_size=3, stride=2, padding=1)
+    assert out.shape == value.shape and out.device.type == "cuda"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to measure")
 def test_measurement_says_that_nothing_was_measured() -> None:
     for result in (kernels.bench_kernels(), kernels.tune_kernels()):
@@ -74,7 +87,7 @@ def test_measurement_says_that_nothing_was_measured() -> None:
         assert result["rows"] == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_correct_on_the_device() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for result in kernels.check_correctness(2, 12, 11, 3, 32, dtype).values():

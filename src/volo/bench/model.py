@@ -30,12 +30,15 @@ def bench_model(
 
     Returns a dict with a row for every candidate: images per second (median, quartiles), the speed-up over timm eager
     (float32 if that is measured), over timm in the same dtype, and over timm compiled in the same dtype, the fraction of
-    the measured matrix rate that the model's products make, and the memory that a call takes at its peak.
+    the measured matrix rate that the model's products make, the fraction of the copy bandwidth that reading weights and
+    pictures once makes (of use at batch 1 and on GPUs; otherwise the products are the limit), and the memory that a call
+    takes at its peak.
     """
     where = torch.device(device)
     ours, theirs = _twins(name, img_size, where)
     images = torch.randn(batch_size, 3, img_size, img_size, device=where)
     candidates: dict[str, Callable[[], object]] = {}
+    least: dict[str, int] = {}
     for dtype_name in dtypes:
         dtype = DTYPES[dtype_name]
         fast = create_model(name, img_size=img_size)
@@ -50,8 +53,11 @@ def bench_model(
                 torch.compile(fast), x.contiguous(memory_format=torch.channels_last)
             )
             candidates[f"timm compiled {dtype_name}"] = _inference(torch.compile(peer), x)
+        weights = sum(p.nbytes for p in peer.parameters())
+        least |= {candidate: weights + x.nbytes for candidate in candidates if candidate.endswith(dtype_name)}
     difference = _largest_difference(ours, theirs, images)
-    report = _report("inference", name, batch_size, img_size, candidates, rounds, where, _flops(name, img_size))
+    flops = _flops(name, img_size)
+    report = _report("inference", name, batch_size, img_size, candidates, rounds, where, flops, least=least)
     return report | {"largest_logit_difference": difference}
 
 
@@ -67,8 +73,8 @@ def bench_train(
 ) -> dict[str, Any]:
     """A training step (forward, cross-entropy, backward, AdamW) of ours against timm's, both compiled too if asked for.
 
-    Rows as those of `bench_model`. `peak_memory_gib`: parameters, their AdamW moments, and whatever else the step holds at
-    its peak.
+    Rows as those of `bench_model`, without a fraction of the copy bandwidth: what a step must move depends on what is kept
+    from the forward pass. `peak_memory_gib`: parameters, their AdamW moments, and whatever else the step holds at its peak.
     """
     where = torch.device(device)
     ours, theirs = _twins(name, img_size, where)
@@ -176,14 +182,16 @@ def _report(
     flops: int,
     dtype: str = "",
     kept: Mapping[str, int] | None = None,
+    least: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Time `candidates`. Where `dtype` is empty, the last word of a candidate's name is its dtype. `kept`: bytes that a
-    candidate holds between its runs.
+    candidate holds between its runs; `least`: the fewest that a run must move.
     """
     timings = alternate(candidates, rounds=rounds, device=device)
     eager = next(key for key in timings if key.startswith("timm eager"))
     dtypes = {candidate: dtype or candidate.split()[-1] for candidate in candidates}
     rates = {used: matrix_rate(device, DTYPES[used]) for used in dict.fromkeys(dtypes.values())}
+    bandwidth = copy_bandwidth(device)
     rows = []
     for candidate, timing in timings.items():
         fast, slow = timing.quartiles
@@ -203,6 +211,8 @@ def _report(
             if peer in timings and peer != eager:
                 row[key] = speedup(timing, timings[peer])
         row["of_matrix_rate"] = flops * batch_size / timing.median / rates[dtypes[candidate]]
+        if least is not None:
+            row["of_copy_bandwidth"] = least[candidate] / timing.median / bandwidth
         peak = peak_memory(candidates[candidate], device) + (kept[candidate] if kept is not None else 0)
         row["peak_memory_gib"] = peak / 2**30
         rows.append(row)
@@ -217,7 +227,7 @@ def _report(
         "rounds": rounds,
         **setting(device),
         "gigaflops_per_image": flops / 1e9,
-        "copy_gigabytes_per_second": copy_bandwidth(device) / 1e9,
+        "copy_gigabytes_per_second": bandwidth / 1e9,
         "matrix_gigaflops": {used: rate / 1e9 for used, rate in rates.items()},
         "rows": rows,
     }

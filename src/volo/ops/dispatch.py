@@ -5,27 +5,49 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._C._functorch as functorch
 from torch import Tensor
-from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
+
+# By what is private to PyTorch a kernel learns whether it may serve. A version without one of these gets the reference
+# everywhere: slow and right.
+_MISSING = tuple(
+    name
+    for module, name in (
+        (torch._C, "_are_functorch_transforms_active"),
+        (torch._C, "_has_storage"),
+        (torch._C, "_len_torch_dispatch_stack"),
+        (forward_ad, "_current_level"),
+    )
+    if not hasattr(module, name)
+)
 
 
 def no_kernel() -> str | None:
     """Reasons that hold for every kernel."""
+    if _MISSING:
+        return f"PyTorch {torch.__version__} has no {', no '.join(_MISSING)}, by which kernels know whether they may serve"
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "exported graphs are made of portable operations"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation has no kernel"
-    transforms = torch._C._functorch.get_interpreter_stack() if torch._C._are_functorch_transforms_active() else ()
-    if any(transform.key() != TransformType.Vmap for transform in transforms):
+    if torch._C._are_functorch_transforms_active() and not _is_vmap_alone():
         return "of the transforms of torch.func only vmap has a kernel"
     return None
+
+
+def _is_vmap_alone() -> bool:
+    """Whether vmap is the only transform of torch.func that is active, as far as this version of PyTorch can tell."""
+    if not (hasattr(functorch, "get_interpreter_stack") and hasattr(functorch, "TransformType")):
+        return False
+    return all(transform.key() == functorch.TransformType.Vmap for transform in functorch.get_interpreter_stack() or ())
 
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether these are tensors in memory that nothing watches: no subclasses, no batched ones, no modes or transforms."""
     return (
-        all(type(x) in (Tensor, torch.nn.Parameter) and torch._C._has_storage(x) for x in tensors)
+        not _MISSING
+        and all(type(x) in (Tensor, torch.nn.Parameter) and torch._C._has_storage(x) for x in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )

@@ -4,6 +4,7 @@
 compiled graph see. Schema, behaviour on fake tensors and derivatives are registered here from torch alone. A kernel
 module offers `why_not`, `forward` and `backward` as `volo.ops.cpu_kernel` does; that of the GPU is imported when the
 first CUDA tensor comes. Plain eager calls skip the dispatcher, which would cost more than the kernel on small inputs.
+The dispatcher knows one kernel for each device: of two engines for one device only that one serves what goes through it.
 """
 
 from __future__ import annotations

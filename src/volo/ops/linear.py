@@ -33,8 +33,24 @@ def _is_intel() -> bool:
         return "intel" in platform.processor().lower()
 
 
+# These operators are private to PyTorch, so another version may lack them or want other arguments.
+_ARGUMENTS: dict[str, list[str]] = {
+    "_linear_pointwise": ["Tensor", "Tensor", "Optional[Tensor]", "str", "List[Optional[number]]", "Optional[str]"],
+    "_reorder_linear_weight": ["Tensor", "Optional[int]"],
+    "_is_mkldnn_bf16_supported": [],
+}
+
+
+def _takes(name: str, types: list[str]) -> bool:
+    operator = getattr(torch.ops.mkldnn, name, None)
+    return operator is not None and any(
+        [str(argument.type) for argument in getattr(operator, overload)._schema.arguments] == types
+        for overload in operator.overloads()
+    )
+
+
 def _supported_dtypes() -> tuple[torch.dtype, ...]:
-    if not (_is_x86() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not (_is_x86() and torch.backends.mkldnn.is_available() and all(_takes(*call) for call in _ARGUMENTS.items())):
         return ()
     has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (torch.float32, torch.bfloat16) if has_bfloat16 else (torch.float32,)

@@ -19,7 +19,14 @@ from volo.ops.dispatch import batched, is_plain, no_kernel
 MAX_TOKENS = 4096
 """The kernel reads keys and values of a head from the cache. Measured to be faster than PyTorch's up to this many."""
 
-_HAS_AMX = torch.cpu._is_amx_tile_supported()
+
+def _has_amx() -> bool:
+    # Private to PyTorch: where a version lacks it, the kernel serves bfloat16 too, which can only be slower.
+    is_supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return is_supported is not None and is_supported()
+
+
+_HAS_AMX = _has_amx()
 
 
 def self_attention(qkv: Tensor, num_heads: int, dropout_p: float = 0.0) -> Tensor:

@@ -432,7 +432,9 @@ def why_not(value: Tensor, logits: Tensor, kernel_size: int, stride: int, paddin
             return f"under TRITON_INTERPRET=1 it computes on CPU tensors, these are on {value.device.type}"
     elif value.device.type != "cuda":
         return f"it computes on CUDA devices, the tensors are on {value.device.type}"
-    elif torch.cuda.get_device_capability(value.device) < (8, 0):
+    elif not torch.cuda.is_available():  # fake tensors are on any device
+        return "there is no GPU here"
+    elif torch.cuda.get_device_properties(value.device).major < 8:  # a constant to torch.compile
         return "it needs a GPU of compute capability 8.0 or newer"
     if kernel_size > _LARGEST_KERNEL:
         return f"its kernels hold the windows in registers, up to {_LARGEST_KERNEL} x {_LARGEST_KERNEL} tokens"
