@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import volo
+from volo.bench import timing
 from volo.bench.gpu import GOALS, bench_gpu
 from volo.bench.loop import bench_loop
 from volo.bench.model import _flops, bench_model, bench_train
-from volo.bench import timing
 from volo.bench.timing import Timing, alternate, matrix_rate, peak_memory, speedup
 from volo.cli import BenchOptions, _bench_command, main
 from volo.ops import linear as linear_ops

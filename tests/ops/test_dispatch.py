@@ -77,9 +77,7 @@ def test_without_a_look_at_what_is_active_the_reference_serves(monkeypatch: pyte
     assert torch.equal(out, expected)
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), value)[0] for y in (out, expected)))
     qkv = torch.randn(1, 5, 48)
-    torch.testing.assert_close(
-        self_attention.self_attention(qkv, 2), self_attention.self_attention_reference(qkv, 2)
-    )
+    torch.testing.assert_close(self_attention.self_attention(qkv, 2), self_attention.self_attention_reference(qkv, 2))
     x, weight = torch.randn(100, 24), torch.randn(40, 24)
     torch.testing.assert_close(linear_ops.linear(x, weight, None), F.linear(x, weight))
     with forward_ad.dual_level():

@@ -80,6 +80,18 @@ def test_fake_tensors_of_a_gpu_that_is_not_here() -> None:
     assert out.shape == value.shape and out.device.type == "cuda"
 
 
+def test_whether_the_kernels_serve_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What torch.compile(fullgraph=True) has to get through on a GPU, but for the question to the device.
+    def serves(value: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return value + (triton_kernels.why_not(value, logits, 3, 2, 1) is None)
+
+    value, logits = torch.zeros(1, 8, 8, 2, 16), torch.zeros(1, 4, 4, 2, 9, 9)
+    compiled = torch.compile(serves, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(value, logits), value)
+    monkeypatch.setattr(triton_kernels, "_INTERPRETED", True)
+    assert torch.equal(compiled(value, logits), value + 1)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to measure")
 def test_measurement_says_that_nothing_was_measured() -> None:
     for result in (kernels.bench_kernels(), kernels.tune_kernels()):

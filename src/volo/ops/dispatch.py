@@ -26,7 +26,9 @@ _MISSING = tuple(
 def no_kernel() -> str | None:
     """Reasons that hold for every kernel."""
     if _MISSING:
-        return f"PyTorch {torch.__version__} has no {', no '.join(_MISSING)}, by which kernels know whether they may serve"
+        return (
+            f"PyTorch {torch.__version__} has no {', no '.join(_MISSING)}, by which kernels know whether they may serve"
+        )
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "exported graphs are made of portable operations"
     if forward_ad._current_level >= 0:

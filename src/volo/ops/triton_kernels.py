@@ -446,9 +446,12 @@ def why_not(value: Tensor, logits: Tensor, kernel_size: int, stride: int, paddin
     return None
 
 
+_INTERPRETED = not isinstance(_mix_kernel, triton.JITFunction)  # a constant: torch.compile asks too
+
+
 def is_interpreted() -> bool:
     """Whether the kernels run through Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
-    return not isinstance(_mix_kernel, triton.JITFunction)
+    return _INTERPRETED
 
 
 def _dense_inside(x: Tensor, dims: int) -> Tensor:
