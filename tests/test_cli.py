@@ -301,9 +301,13 @@ def test_what_one_would_not_expect_is_said_on_stderr(inside: Path) -> None:
     assert json.loads(done.stdout)["count"] > 0
     assert done.stderr.count("outlook attention runs on the reference engine") == 1
     others = os.environ | {"RANK": "1"}
-    code = "from volo.cli import main; main(['info', '--json']); import logging; logging.getLogger('volo.x').info('said')"
+    code = (
+        "from volo.cli import main; main(['info', '--json']); import logging; logging.getLogger('volo.x').info('said')"
+    )
     for environment, said in ((os.environ, "said\n"), (others, "")):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100
+        )
         assert done.stderr == said
 
 

@@ -478,9 +478,7 @@ def _indexes(paths: Sequence[Path], on_progress: Progress | None) -> list[ShardI
     return indexes
 
 
-def _tried(
-    paths: Sequence[Path], indexes: Sequence[ShardIndex], on_progress: Progress | None
-) -> list[ShardIndex]:
+def _tried(paths: Sequence[Path], indexes: Sequence[ShardIndex], on_progress: Progress | None) -> list[ShardIndex]:
     """Indexes whose pictures have been tried, and their files, so that the next start is quick."""
     total, done = sum(len(index) for index in indexes if not index.tried), 0
     tried = []
