@@ -153,6 +153,33 @@ def test_a_class_of_bad_files_only_is_an_error_even_when_skipping(pictures: Path
         open_data(config(pictures, on_bad_image="skip"))
 
 
+def test_what_decoding_found_in_a_large_folder_is_kept(pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(folders, "decode_image", lambda path, name: tried.append(name) or decode_image(path, name))
+    monkeypatch.setattr(folders, "REMEMBERED_FROM", 4)
+    monkeypatch.setenv("VOLO_CACHE", str(tmp_path / "cache"))
+    (pictures / "train/dog/text.jpg").write_text("text")
+    damaged = config(pictures, on_bad_image="skip", cache="none")
+    first = open_data(damaged)
+    count = len(tried)
+    assert count == len(first.train) + len(first.val) + 1
+    again = open_data(damaged)
+    assert len(tried) == count
+    assert again.skipped == first.skipped and list(again.train.names) == list(first.train.names)
+    assert torch.equal(again.train.targets, first.train.targets)
+    with pytest.raises(ValueError, match="text.jpg"):
+        open_data(config(pictures, cache="none"))
+    assert len(tried) == count
+    save(pictures / "train/dog/text.jpg")
+    assert not open_data(damaged).skipped
+    assert len(tried) > count
+    count = len(tried)
+    for file in (tmp_path / "cache/tried").iterdir():
+        file.write_text("{")
+    open_data(damaged)
+    assert len(tried) > count, "a damaged cache is no cache"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_picture_of_a_large_set_is_decoded(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from volo.config import DataConfig
 from volo.data.decode import BadImage, BadImageError, decode_image
+from volo.data.files import cache_folder, write_atomically
 from volo.data.sources import (
     LAYOUTS,
     VAL_FOLDERS,
@@ -36,6 +39,9 @@ IMAGE_ENDINGS = frozenset(
     }
 )  # fmt: skip
 """Files with these endings are taken for pictures; HEIC is among them so that it is named and not silently left out."""
+
+REMEMBERED_FROM = 50_000
+"""In a folder of so many pictures what decoding them found is kept in the cache: it takes minutes."""
 
 _SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"))
 
@@ -185,9 +191,18 @@ def _check(
             names += [prefix + file for file in files]
             targets += [number[class_name]] * len(files)
 
+    tried = _Tried([scan.root for scan in scans], root, names) if len(names) >= REMEMBERED_FROM and config.cache != "ram" else None
+    if tried is not None and (known := tried.read()) is not None:
+        if config.on_bad_image == "error":
+            raise_bad(known, len(names), root)
+        left_out = {item.name for item in known}
+        good = [i for i, name in enumerate(names) if name not in left_out]
+        chosen = torch.tensor([targets[i] for i in good], dtype=torch.int64)
+        return FolderSource(root, chosen, Names(names[i] for i in good), classes, None), known
+
     budget = {"auto": cache_budget(), "ram": math.inf, "none": 0.0}[config.cache]
     pictures: list[Tensor] | None = [] if budget else None
-    good: list[int] = []
+    good = []
     bad: list[BadImage] = []
 
     def attempt(name: str) -> Tensor | BadImage | None:
@@ -209,8 +224,43 @@ def _check(
                     pictures = None
         if on_progress:
             on_progress(i + 1, len(names))
+    if tried is not None:
+        tried.write(bad)
     if config.on_bad_image == "error":
         raise_bad(bad, len(names), root)
     cache = PixelCache.of(pictures) if pictures is not None else None
     chosen = torch.tensor([targets[i] for i in good], dtype=torch.int64)
     return FolderSource(root, chosen, Names(names[i] for i in good), classes, cache), bad
+
+
+class _Tried:
+    """What decoding the pictures of a large folder found, kept until a name, a size or a time of change is another."""
+
+    def __init__(self, folders: Sequence[Path], root: Path, names: Sequence[str]) -> None:
+        where = hashlib.blake2b(b"\0".join(os.fsencode(f.resolve()) for f in folders), digest_size=12).hexdigest()
+        self.path = cache_folder() / "tried" / f"{where}.json"
+        listing = hashlib.blake2b(digest_size=16)
+        for name in names:
+            try:
+                stat = os.stat(root / name)
+            except OSError:  # it is named when it is decoded
+                listing.update(os.urandom(8))
+                continue
+            listing.update(os.fsencode(name) + f"\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        self.listing = listing.hexdigest()
+
+    def read(self) -> list[BadImage] | None:
+        """The pictures that cannot be used; None where that is not known."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            return [BadImage(*item) for item in content["bad"]] if content["listing"] == self.listing else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, bad: Sequence[BadImage]) -> None:
+        text = json.dumps({"listing": self.listing, "bad": [[item.name, item.reason] for item in bad]})
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, lambda file: file.write(text.encode()))
+        except OSError:  # a cache that cannot be written costs time, nothing else
+            pass

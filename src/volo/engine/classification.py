@@ -31,10 +31,9 @@ class Classification:
     def __init__(self, recipe: Recipe, world: World, on_progress: Progress | None = None) -> None:
         config = recipe.train
         self.recipe, self.world = recipe, world
-        # One process downloads, or makes the index of shards, and the others find it.
-        with (
-            main_first(world) if data_kind(recipe.data) in ("cifar10", "cifar100", "tar") else contextlib.nullcontext()
-        ):
+        # One process downloads, makes the index of shards or tries the pictures of a folder, and the others find it.
+        waits = data_kind(recipe.data) in ("cifar10", "cifar100", "tar", "folder")
+        with main_first(world) if waits else contextlib.nullcontext():
             splits = open_data(recipe.data, on_progress=on_progress)
         self.classes = splits.classes
         self.extras: dict[str, Any] = {}
