@@ -61,14 +61,15 @@ def bench_op(
         value, logits = (x.to(where, dtype) for x in (value, logits))
         grad = torch.randn_like(value)
         operators: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            b.name: partial(outlook_attention, **geometry, backend=b.name)
+            b.name: partial(outlook_attention, kernel_size=K, stride=stride, padding=padding, backend=b.name)
             for b in list_backends()
             if b.why_not(value, logits, K, stride, padding) is None
         }
         if compiled:
+            reference = torch.compile(outlook_attention_reference)
             scale = value.shape[-1] ** -0.5
-            operators["compiled reference"] = torch.compile(
-                lambda v, a, scale=scale: outlook_attention_reference(v, a, K, stride, padding, scale)
+            operators["compiled reference"] = partial(
+                reference, kernel_size=K, stride=stride, padding=padding, scale=scale
             )
         candidates = {name: _forward(operator, value, logits) for name, operator in operators.items()}
         candidates |= {f"{name} + backward": _both(op, value, logits, grad) for name, op in operators.items()}

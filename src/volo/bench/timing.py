@@ -93,7 +93,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> fl
     with torch.no_grad():
         if packed.serves(a, b):
             candidates["oneDNN"] = lambda: packed.multiply(a, b, None, gelu=False)
-        timings = alternate(candidates, rounds=rounds, device=device)
+        timings = alternate(candidates, rounds=rounds, warmup=1, device=device)
     return 2 * side**3 / min(min(timing.seconds) for timing in timings.values())
 
 
