@@ -61,7 +61,8 @@ def test_few_pictures_are_tried_and_what_they_cost_is_scaled(tiny, tmp_path: Pat
     same = ("steps", "pictures", "steps_per_epoch", "peak_lr", "evaluations", "num_parameters")
     assert all(small[name] == whole[name] for name in same)
     assert "scaled up from 16 pictures to 64" in shown(small)
-    assert "scaled" not in shown(whole)
+    assert "activations and time are scaled" not in shown(whole)
+    assert "scaled up from one micro batch" in shown(whole)
 
 
 def test_a_step_is_as_many_micro_batches_as_the_recipe_has(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +194,7 @@ def test_an_annotator_nobody_knows() -> None:
         outline_annotator(recipe, 1000, is_there=True)
 
 
-def with_annotator(recipe: Recipe, source: str = "maps", **options: Any) -> Recipe:
+def with_annotator(recipe: Recipe, source: str = "maps", /, **options: Any) -> Recipe:
     return dataclasses.replace(
         recipe,
         task="token_label",

@@ -9,6 +9,10 @@ import torch
 from volo.data.sources import free_memory
 
 
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "could not create a primitive")
+"""What allocators say; the last is oneDNN's."""
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that a process may still take on its device, on a CPU its share; None where nothing tells."""
     if device.type == "cuda":
@@ -23,4 +27,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
-    return any(words in text for words in ("out of memory", "allocate memory", "not enough memory", "bad_alloc"))
+    return any(words in text for words in OUT_OF_MEMORY)

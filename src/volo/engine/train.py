@@ -428,7 +428,8 @@ class _Run:
             storage = tensor.untyped_storage()
             if micro_batches == 1 and storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # With its grad_fn an output would keep the graph alive that keeps it, if memory runs out before the end.
+            return tensor.detach()
 
         self.mark = _Mark(self.world.device)
         counting = self.task.register_forward_pre_hook(count)
