@@ -191,7 +191,11 @@ def _check(
             names += [prefix + file for file in files]
             targets += [number[class_name]] * len(files)
 
-    tried = _Tried([scan.root for scan in scans], root, names) if len(names) >= REMEMBERED_FROM and config.cache != "ram" else None
+    tried = (
+        _Tried([scan.root for scan in scans], root, names)
+        if len(names) >= REMEMBERED_FROM and config.cache != "ram"
+        else None
+    )
     if tried is not None and (known := tried.read()) is not None:
         if config.on_bad_image == "error":
             raise_bad(known, len(names), root)
@@ -242,7 +246,7 @@ class _Tried:
         listing = hashlib.blake2b(digest_size=16)
         for name in names:
             try:
-                stat = os.stat(root / name)
+                stat = (root / name).stat()
             except OSError:  # it is named when it is decoded
                 listing.update(os.urandom(8))
                 continue

@@ -8,7 +8,6 @@ import torch
 
 from volo.data.sources import free_memory
 
-
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "could not create a primitive")
 """What allocators say; the last is oneDNN's."""
 
