@@ -176,7 +176,8 @@ def _drawing(
     recipe: Recipe, outline: AnnotatorOutline | None, probe: Probe, annotator: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Grid and size of label maps that are to be drawn, and how long that takes."""
-    size, seconds, count = None, annotator and annotator["seconds_a_picture"], probe.workload.num_train
+    size, count = None, probe.workload.num_train
+    seconds: float | None = annotator["seconds_a_picture"] if annotator else None
     if outline is not None:
         top = min(recipe.annotator.top, outline.num_classes)
         size = round(count * (math.prod(outline.grid) * top * LABEL_MAP_BYTES + INDEX_BYTES))
