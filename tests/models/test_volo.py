@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -444,6 +445,8 @@ def test_overrides_of_a_named_model() -> None:
     assert model.network[0][0].attn.padding == 2
     assert model.network[0][0].attn.attn.out_features == 6 * 5**4
     assert on_meta(volo.create_model, "volo_d1", patch_size=16, img_size=(224, 256)).pos_embed.shape == (1, 7, 8, 384)
+    counted = on_meta(volo.create_model, "volo_d1", num_classes=np.unique([3, 1, 3]).max() + np.int64(1))
+    assert type(counted.config.num_classes) is int and counted.num_classes == 4
 
 
 @pytest.mark.parametrize(

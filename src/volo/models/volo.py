@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -21,7 +22,7 @@ from volo.ops.outlook_attention import window_grid
 
 
 def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _is_number(value: Any) -> bool:
@@ -119,6 +120,7 @@ class VOLOConfig:
         for name, least in _WHOLE.items():
             if not _is_whole(getattr(self, name), least):
                 raise ValueError(f"{name} is a whole number, at least {least}; given: {getattr(self, name)!r}")
+            put(name, int(getattr(self, name)))  # a NumPy integer would not be opened again with the weights
         for name in ("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate"):
             rate = getattr(self, name)
             if not _is_number(rate) or not 0 <= rate < 1:
