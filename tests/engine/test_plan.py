@@ -252,6 +252,8 @@ def test_no_more_classes_are_kept_than_there_are(tiny, its_run: Path, tmp_path: 
         plan_training(with_annotator(tiny(SHORT), model=str(its_run / "run"), top=top), tmp_path, steps=1)
         for top in (5, 10, 50)
     )
+    recipe = with_annotator(tiny(SHORT), model=str(its_run / "run"), encoding="compact")
+    assert plan_training(recipe, tmp_path, steps=1)["label_maps"]["bytes"] < five["label_maps"]["bytes"]
     assert five["label_maps"]["bytes"] < ten["label_maps"]["bytes"] == more["label_maps"]["bytes"]
 
 

@@ -445,8 +445,15 @@ def test_overrides_of_a_named_model() -> None:
     assert model.network[0][0].attn.padding == 2
     assert model.network[0][0].attn.attn.out_features == 6 * 5**4
     assert on_meta(volo.create_model, "volo_d1", patch_size=16, img_size=(224, 256)).pos_embed.shape == (1, 7, 8, 384)
-    counted = on_meta(volo.create_model, "volo_d1", num_classes=np.unique([3, 1, 3]).max() + np.int64(1))
-    assert type(counted.config.num_classes) is int and counted.num_classes == 4
+    counted = on_meta(
+        volo.create_model,
+        "volo_d1",
+        num_classes=np.int64(4),
+        embed_dims=tuple(np.array([96, 192])),
+        img_size=(np.int64(64), 96),
+    )
+    sizes = (counted.config.num_classes, *counted.config.embed_dims, *counted.config.img_size)
+    assert sizes == (4, 96, 192, 64, 96) and all(type(size) is int for size in sizes)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from volo.engine.train import Probe, probe, torch_settings
 
 MOST_PICTURES = 16
 """In a micro batch that is tried out: enough to tell the time, and room for them is nearly everywhere."""
-LABEL_MAP_BYTES = 3.2
-"""Of an exact label map, for each class kept at a position: two for the logit, the rest for the class."""
+LABEL_MAP_BYTES = {"exact": 3.2, "compact": 2.1}
+"""Of a label map, for each class kept at a position, by encoding; surer annotators and few classes take less."""
 INDEX_BYTES = 60
 """For each picture: its name, checksums, and where its map is."""
 EVALUATION_SHARE = 1 / 3
@@ -180,7 +180,7 @@ def _drawing(
     seconds: float | None = annotator["seconds_a_picture"] if annotator else None
     if outline is not None:
         top = min(recipe.annotator.top, outline.num_classes)
-        size = round(count * (math.prod(outline.grid) * top * LABEL_MAP_BYTES + INDEX_BYTES))
+        size = round(count * (math.prod(outline.grid) * top * LABEL_MAP_BYTES[recipe.annotator.encoding] + INDEX_BYTES))
     if seconds is not None:
         # Pictures are read and decoded as for the training, beside the annotator or in turn with it.
         seconds /= probe.world_size

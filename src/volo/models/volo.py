@@ -38,7 +38,7 @@ def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else _listed(value)
     if len(pair) != 2 or not all(_is_whole(v, 1) for v in pair):
         raise ValueError(f"{name} is a positive int or (height, width); given: {value!r}")
-    return pair  # type: ignore[return-value]
+    return int(pair[0]), int(pair[1])
 
 
 def _per_stage(value: Sequence[Any], name: str, num_groups: int) -> tuple[Any, Any]:
@@ -105,12 +105,14 @@ class VOLOConfig:
             raise ValueError(
                 f"depths is (outlookers, transformers, ...) with at least two whole numbers, none negative; given: {self.depths!r}"
             )
-        put("depths", depths)
+        # Here and below: a NumPy integer would not be opened again with the weights.
+        put("depths", tuple(map(int, depths)))
         for name in ("embed_dims", "num_heads", "mlp_ratios"):
             put(name, _per_stage(getattr(self, name), name, len(self.depths)))
         for name in ("embed_dims", "num_heads"):
             if not all(_is_whole(value, 1) for value in getattr(self, name)):
                 raise ValueError(f"{name} is a pair of whole numbers, at least 1; given: {getattr(self, name)}")
+            put(name, tuple(map(int, getattr(self, name))))
         if any(dim % heads for dim, heads in zip(self.embed_dims, self.num_heads)):
             raise ValueError(
                 f"each of embed_dims is a multiple of num_heads; given: embed_dims={self.embed_dims}, num_heads={self.num_heads}"
@@ -120,7 +122,7 @@ class VOLOConfig:
         for name, least in _WHOLE.items():
             if not _is_whole(getattr(self, name), least):
                 raise ValueError(f"{name} is a whole number, at least {least}; given: {getattr(self, name)!r}")
-            put(name, int(getattr(self, name)))  # a NumPy integer would not be opened again with the weights
+            put(name, int(getattr(self, name)))
         for name in ("drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate"):
             rate = getattr(self, name)
             if not _is_number(rate) or not 0 <= rate < 1:
