@@ -247,6 +247,11 @@ def test_evaluate(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(Path("report/evaluation.json").read_text()) == report
     assert Path("report/confusion.png").stat().st_size > 10_000
 
+    assert main(["evaluate", "runs/tiny", "--flip", "--json"]) == 0
+    mirrored = json.loads(capsys.readouterr().out)
+    assert (report["flip"], mirrored["flip"]) == (False, True)
+    assert mirrored["loss"] != report["loss"]
+
     assert main(["evaluate", "runs/tiny/last.pt", "--batch-size", "7"]) == 0
     text = capsys.readouterr().out
     for word in ("top-1", "top-5", "mean of classes", "ECE", "accuracy by class"):

@@ -216,7 +216,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class WindowOptions:
-    """What a segmentation model sees of a picture."""
+    """What a segmentation model sees of a picture; `flip` is for classifiers too."""
 
     window: tuple[int, ...] | None = None
     """Overlapping windows of so many pixels (side, or height and width); 0: the whole picture at once."""
@@ -259,6 +259,7 @@ def evaluate(options: EvaluateOptions) -> int:
     Examples:
       volo evaluate runs/photos                                          on the pictures held out from the training
       volo evaluate runs/photos --data other_photos --out report         report/confusion.png, report/evaluation.json
+      volo evaluate runs/cifar10 --flip                                  averaged with the mirror images
       volo evaluate volo_d1.224 --data imagenet/val --real real.json --amp bf16
       volo evaluate volo_d4.448 --data imagenetv2 --crop original
       volo evaluate runs/camvid_cpu --split test --out report
@@ -266,20 +267,21 @@ def evaluate(options: EvaluateOptions) -> int:
     """
     if _is_segmentation(options.model):
         return _evaluate_segmentation(options)
-    if options.seen != WindowOptions() or options.split:
+    if options.seen != WindowOptions(flip=options.seen.flip) or options.split:
         raise ValueError(
-            f"--split, --window, --stride, --scales and --flip are for segmentation models, which {options.model} is not"
+            f"--split, --window, --stride and --scales are for segmentation models, which {options.model} is not"
         )
     from volo.console import Bar, show_evaluation
     from volo.data.files import write_atomically
     from volo.data.loader import EvalLoader
     from volo.data.transforms import PixelPipeline
+    from volo.engine.evaluate import MirrorAveraged, open_labelled, read_real_labels
     from volo.engine.evaluate import evaluate as run_evaluation
-    from volo.engine.evaluate import open_labelled, read_real_labels
 
     console = _console(stderr=options.json)
     device = _device(options.how)
     classifier = _load_classifier(options.model, options.how, device)
+    model = MirrorAveraged(classifier.model) if options.seen.flip else classifier.model
     data = dataclasses.replace(classifier.data, on_bad_image=options.on_bad_image)
     with Bar(console) as bar:
         labelled = open_labelled(
@@ -299,7 +301,7 @@ def evaluate(options: EvaluateOptions) -> int:
         if options.real is not None:
             label_sets = read_real_labels(options.real, source.names, len(classifier.classes))
         result = run_evaluation(
-            classifier.model,
+            model,
             EvalLoader(source, data, batch_size=options.how.batch_size or 32),
             PixelPipeline(data).to(device),
             num_classes=len(classifier.classes),
@@ -314,6 +316,7 @@ def evaluate(options: EvaluateOptions) -> int:
         "data": labelled.what,
         "img_size": data.img_size,
         "crop_pct": data.crop_pct,
+        "flip": options.seen.flip,
     }
     report = json.dumps({**described, "classes": classifier.classes, **result}, ensure_ascii=False)
     if options.out is not None:

@@ -241,6 +241,11 @@ class ScheduleConfig:
     """Learning rate of the first step."""
     min_lr: float = 1e-5
     """Learning rate at the end of the decay."""
+    small_size: Size = 0
+    """Progressive resizing: side (or height and width) that training pictures are shrunk to in the first `small_epochs`;
+    most of what is learned early does not need the detail, and costs less without. 0: data.img_size from the start."""
+    small_epochs: int = 0
+    """How many of the epochs, from the first on, see pictures of `small_size`."""
 
 
 @dataclass(frozen=True)

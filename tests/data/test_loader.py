@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
 from volo.config import AugmentConfig, DataConfig
 from volo.data.decode import BadImageError
@@ -216,6 +217,25 @@ def test_the_vectorised_path_is_for_plain_augmentation_of_arrays(files: FolderSo
     assert loader(arrays(8), num_workers=-1).num_workers == 0
     assert loader(files, num_workers=-1).num_workers == default_workers() >= 1
     assert TrainLoader(arrays(8), replace(DATA, num_workers=3), PLAIN, batch_size=4).num_workers == 3
+
+
+@pytest.mark.parametrize("augment", [PLAIN, HEAVY], ids=["vectorised", "one by one"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_first_epochs_see_the_same_pictures_smaller(augment: AugmentConfig, workers: int) -> None:
+    source = arrays(8)
+    shrunk = loader(source, augment, small_size=(8, 12), small_epochs=2, num_workers=workers)  # two steps an epoch
+    plain = list(loader(source, augment).batches(0, 6))
+    for step, (batch, full) in enumerate(zip(shrunk.batches(0, 6), plain, strict=True)):
+        wanted = full["image"] if step >= 4 else F.resize(full["image"], [8, 12], antialias=True)
+        assert_same(batch, {**full, "image": wanted})
+    # A resumed run begins where it stopped.
+    assert_same(joined(shrunk.batches(3, 4)), {**plain[3], "image": F.resize(plain[3]["image"], [8, 12], antialias=True)})
+
+
+@pytest.mark.parametrize("size, epochs", [(0, 2), (8, 0), (17, 2), ((8, 24), 2), (8, -1)])
+def test_small_pictures_need_a_size_and_a_time(size: int, epochs: int) -> None:
+    with pytest.raises(ValueError, match="schedule.small_size is from 1 to data.img_size"):
+        loader(arrays(8), small_size=size, small_epochs=epochs)
 
 
 # Sizes that cannot be

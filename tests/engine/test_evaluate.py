@@ -15,7 +15,7 @@ from volo.data.images import open_data
 from volo.data.loader import EvalLoader
 from volo.data.transforms import PixelPipeline
 from volo.engine.classification import build_model
-from volo.engine.evaluate import evaluate, match_classes, open_labelled, read_real_labels
+from volo.engine.evaluate import MirrorAveraged, evaluate, match_classes, open_labelled, read_real_labels
 
 DIGITS = DataConfig(kind="digits", img_size=16, num_workers=0)
 WNIDS = ("n01440764", "n01443537", "n01484850")
@@ -56,6 +56,17 @@ def test_equals_a_loop_written_out(model: torch.nn.Module, loader: EvalLoader) -
     assert got["top1"] == pytest.approx(float((ranks == 0).double().mean()))
     assert got["top5"] == pytest.approx(float((ranks < 5).double().mean()))
     assert got["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, target)), rel=1e-5)
+
+
+def test_mirror_images_are_averaged_as_probabilities(model: torch.nn.Module, loader: EvalLoader) -> None:
+    model.eval()
+    both = MirrorAveraged(model)
+    images = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        wanted = (model(images).softmax(1) + model(images.flip(3)).softmax(1)) / 2
+        torch.testing.assert_close(both(images).exp(), wanted)
+        torch.testing.assert_close(both(images.flip(3)), both(images))
+    assert run(both, loader)["loss"] != run(model, loader)["loss"]
 
 
 def test_classes_in_another_order_and_sets_of_labels(model: torch.nn.Module, loader: EvalLoader) -> None:

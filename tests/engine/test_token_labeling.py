@@ -162,6 +162,19 @@ def test_the_maps_matter(annotated, tmp_path) -> None:
     assert not torch.equal(weights_of(out)["aux_head.weight"], weights_of(tmp_path / "own")["aux_head.weight"])
 
 
+@pytest.mark.parametrize("source", ["maps", "live"])
+def test_small_pictures_of_the_first_epochs_have_smaller_grids(annotated, tmp_path, source) -> None:
+    recipe, out, _ = annotated
+    labels = dataclasses.replace(recipe.token_label, source=source, maps=str(out / "label_maps") if source == "maps" else "")
+    schedule = dataclasses.replace(recipe.schedule, small_size=8, small_epochs=1)
+    annotator = dataclasses.replace(recipe.annotator, recipe="", model=str(out / "annotator"))
+    small = dataclasses.replace(recipe, token_label=labels, schedule=schedule, annotator=annotator)
+    assert train(small, tmp_path / "run").status == "completed"
+    odd = dataclasses.replace(small, schedule=dataclasses.replace(schedule, small_size=12))
+    with pytest.raises(ValueError, match=r"schedule\.small_size is 12 x 12; .* multiples of 8"):
+        train(odd, tmp_path / "odd")
+
+
 def test_without_annotator_it_is_plain_training_with_token_weight(tiny, tmp_path) -> None:
     plain = tiny(SHORT | {"loss.token_weight": 0.5})
     own = tiny(SHORT | {"token_label.source": "own"})

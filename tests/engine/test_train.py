@@ -20,6 +20,7 @@ from volo.engine.distributed import World, join_world, prepare_batch_norm
 from volo.engine.evaluate import evaluate
 from volo.engine.report import NullReporter
 from volo.engine.train import NonFiniteLossError, train
+from volo.models.volo import VOLO
 
 SHORT = {"schedule.epochs": 0.5, "schedule.warmup_epochs": 0.0, "schedule.cooldown_epochs": 0.0}
 
@@ -178,6 +179,17 @@ def test_a_run_may_be_counted_in_steps(tiny, tmp_path) -> None:
     assert [event[1]["step"] for event in recorder.of("eval")] == [3, 6, 7]
 
 
+def test_the_first_epochs_train_on_small_pictures_and_tests_are_large(tiny, tmp_path, monkeypatch) -> None:
+    sides: list[tuple[bool, int]] = []
+    embed = VOLO.forward_embed
+    monkeypatch.setattr(VOLO, "forward_embed", lambda self, x: sides.append((self.training, x.shape[-1])) or embed(self, x))
+    schedule = {"schedule.epochs": 2, "schedule.cooldown_epochs": 0}
+    train(tiny(schedule | {"schedule.small_size": 8, "schedule.small_epochs": 1}), tmp_path / "run")
+    training = [side for is_training, side in sides if is_training]
+    assert training == [8] * (len(training) // 2) + [16] * (len(training) // 2)
+    assert {side for is_training, side in sides if not is_training} == {16}
+
+
 def test_frozen_batch_norm_keeps_its_statistics(tiny, tmp_path) -> None:
     train(tiny(SHORT | {"train.batch_norm": "frozen"}), tmp_path / "frozen")
     train(tiny(SHORT), tmp_path / "moving")
@@ -295,6 +307,7 @@ def test_settings_of_torch_are_put_back(tiny, tmp_path) -> None:
         ({"train.device": "toaster"}, "toaster"),
         ({"train.parallel": "fsdp", "train.amp": "fp16"}, "fsdp"),
         ({"model.options": {"num_classes": 3}}, "num_classes"),
+        ({"schedule.small_size": 20, "schedule.small_epochs": 1}, r"small_size is from 1 to data\.img_size"),
         ({"model.name": "volo_nanno"}, "did you mean 'volo_nano'"),
         ({"optim.ema_decay": 1.5}, "ema_decay"),
     ],

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as F
 
-from volo.config import AugmentConfig, DataConfig
+from volo.config import AugmentConfig, DataConfig, Size
 from volo.data import keyed
 from volo.data.decode import BadImage, BadImageError
 from volo.data.sources import ArraySource, ImageSource, available_cores
@@ -63,9 +64,12 @@ class TrainLoader:
         pin_memory: bool = False,
         label_maps: LabelMapReader | None = None,
         crop_order: str = "corrected",
+        small_size: Size = 0,
+        small_epochs: int = 0,
     ) -> None:
         """`num_workers` None: `data.num_workers`. With `label_maps` batches carry those of their pictures, and frames in
-        `crop_order` (see `PictureFrame`). Raises ValueError where batches cannot be formed."""
+        `crop_order` (see `PictureFrame`). Pictures of the first `small_epochs` are shrunk to `small_size`. Raises
+        ValueError where batches cannot be formed."""
         self.micro_batch_size = micro_batch_size(len(source), batch_size, accumulation, world_size)
         check_augment(data, augment)
         self.source, self.batch_size, self.accumulation, self.seed = source, batch_size, accumulation, seed
@@ -83,6 +87,8 @@ class TrainLoader:
             self.pictures = OneByOne(source, size, transform, seed, frames)
         if label_maps is not None:
             self.pictures = WithLabelMaps(self.pictures, source.names, label_maps)
+        if small_size or small_epochs:
+            self.pictures = SmallAtFirst(self.pictures, data, small_size, small_epochs)
         workers = data.num_workers if num_workers is None else num_workers
         self.num_workers = workers if workers >= 0 else 0 if self.is_vectorised else default_workers()
 
@@ -319,6 +325,26 @@ class ShiftAndFlip:
         flip_first = self.frames == "original"
         steps[flipped] = compose(MIRRORED, steps[flipped]) if flip_first else compose(steps[flipped], MIRRORED)
         return compose(fitted.as_subclass(Tensor)[None], steps[:, None]).float()
+
+
+class SmallAtFirst:
+    """`pictures`, in the first epochs shrunk to `size`: progressive resizing (Tan and Le, arXiv 2104.00298, without the
+    augmentation that grows along). Frames and label maps stay right, for they are shares of the picture's sides."""
+
+    def __init__(self, pictures: Pictures, data: DataConfig, size: Size, epochs: int) -> None:
+        self.pictures, self.size, self.epochs = pictures, list(height_width(size)), epochs
+        full = height_width(data.img_size)
+        if epochs < 1 or not all(1 <= small <= side for small, side in zip(self.size, full)):
+            raise ValueError(
+                f"schedule.small_size is from 1 to data.img_size ({data.img_size}) and schedule.small_epochs at least 1, or both "
+                f"are 0; given: small_size={size}, small_epochs={epochs}"
+            )
+
+    def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
+        batch = self.pictures(epoch, indices)
+        if epoch < self.epochs:
+            batch["image"] = F.resize(batch["image"], self.size, antialias=True).contiguous()
+        return batch
 
 
 class WithLabelMaps:

@@ -51,6 +51,8 @@ class Classification:
             pin_memory=world.device.type == "cuda",
             label_maps=self.open_label_maps(splits),
             crop_order=recipe.token_label.crop_order,
+            small_size=recipe.schedule.small_size,
+            small_epochs=recipe.schedule.small_epochs,
         )
         self.steps_per_epoch, self.num_workers = self.loader.steps_per_epoch, self.loader.num_workers
         self.val_loader = EvalLoader(

@@ -119,6 +119,7 @@ def check_recipe(recipe: Recipe) -> None:
         if getattr(getattr(recipe, section), f.name) != getattr(default, f.name)
         and (section, f.name) != ("augment", "hflip")
     ]
+    idle += [f"schedule.{name}" for name in ("small_size", "small_epochs") if getattr(recipe.schedule, name)]
     if idle:
         known = ", ".join(f.name for f in dataclasses.fields(SegmentConfig))
         raise ValueError(

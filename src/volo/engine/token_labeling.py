@@ -76,13 +76,16 @@ class TokenLabeling(Classification):
 
     def create_task(self, model: nn.Module) -> nn.Module:
         model = cast(VOLO, model)
-        height, width = height_width(self.recipe.data.img_size)
-        multiple = model.config.size_multiple
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"data.img_size is {height} x {width}; with token labels it is in multiples of {multiple}, the side of a token"
-            )
-        self.grid = height // multiple, width // multiple
+        self.token_side = model.config.size_multiple
+        for name, size in (
+            ("data.img_size", self.recipe.data.img_size),
+            ("schedule.small_size", self.recipe.schedule.small_size),
+        ):
+            height, width = height_width(size)
+            if height % self.token_side or width % self.token_side:
+                raise ValueError(
+                    f"{name} is {height} x {width}; with token labels it is in multiples of {self.token_side}, the side of a token"
+                )
         model.set_grad_checkpointing(self.recipe.train.grad_checkpointing)
         return TokenLabelTask(model, self.recipe.loss, self.recipe.augment, self.recipe.token_label)
 
@@ -108,7 +111,9 @@ class TokenLabeling(Classification):
 
         else:
             return prepared
-        return {**prepared, "class_annotation": read((1, 1))[:, 0], "token_annotation": read(self.grid)}
+        height, width = prepared["image"].shape[2:]
+        grid = height // self.token_side, width // self.token_side
+        return {**prepared, "class_annotation": read((1, 1))[:, 0], "token_annotation": read(grid)}
 
 
 class LiveAnnotator:

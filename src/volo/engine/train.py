@@ -191,7 +191,7 @@ def probe(
     recipe: Recipe, *, steps: int = 3, most_pictures: int | None = None, reporter: Reporter | None = None
 ) -> Probe:
     """Open the data of `recipe` and take a few of its steps; nothing is written. Compilation is left out, for it may take
-    longer than all the rest.
+    longer than all the rest, and so are the small pictures of the first epochs, for which less time and memory are needed.
 
     most_pictures: steps of one micro batch a process with no more pictures than these, and fewer where memory is short.
     None: steps as they are.
@@ -199,7 +199,8 @@ def probe(
     Raises ValueError as `train` does.
     """
     reporter = reporter or NullReporter()
-    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile=False))
+    schedule = dataclasses.replace(recipe.schedule, small_size=0, small_epochs=0)
+    recipe = dataclasses.replace(recipe, schedule=schedule, train=dataclasses.replace(recipe.train, compile=False))
     with join_world(recipe.train.device) as world, torch_settings(recipe.train, world.device):
         reporter = reporter if world.is_main else NullReporter()
         workload = _open_workload(recipe, world, reporter)

@@ -17,6 +17,7 @@ _MISSING = tuple(
         (torch._C, "_are_functorch_transforms_active"),
         (torch._C, "_has_storage"),
         (torch._C, "_len_torch_dispatch_stack"),
+        (torch.compiler, "_is_exporting_flag"),
         (forward_ad, "_current_level"),
     )
     if not hasattr(module, name)
@@ -29,7 +30,8 @@ def no_kernel() -> str | None:
         return (
             f"PyTorch {torch.__version__} has no {', no '.join(_MISSING)}, by which kernels know whether they may serve"
         )
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    # The flag itself: torch.compiler.is_exporting() is True under torch.compile as well before torch 2.14.
+    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
         return "exported graphs are made of portable operations"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation has no kernel"
