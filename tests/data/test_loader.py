@@ -229,7 +229,9 @@ def test_the_first_epochs_see_the_same_pictures_smaller(augment: AugmentConfig, 
         wanted = full["image"] if step >= 4 else F.resize(full["image"], [8, 12], antialias=True)
         assert_same(batch, {**full, "image": wanted})
     # A resumed run begins where it stopped.
-    assert_same(joined(shrunk.batches(3, 4)), {**plain[3], "image": F.resize(plain[3]["image"], [8, 12], antialias=True)})
+    assert_same(
+        joined(shrunk.batches(3, 4)), {**plain[3], "image": F.resize(plain[3]["image"], [8, 12], antialias=True)}
+    )
 
 
 @pytest.mark.parametrize("size, epochs", [(0, 2), (8, 0), (17, 2), ((8, 24), 2), (8, -1)])

@@ -180,7 +180,10 @@ def open_mask(scenes: Path, number: int) -> np.ndarray:
     [
         ({"augment.cutmix": 1.0}, r"augment\.cutmix has no effect in task 'segment'"),
         ({"loss.label_smoothing": 0.0}, r"loss\.label_smoothing has no effect"),
-        ({"schedule.small_size": 32, "schedule.small_epochs": 1}, r"schedule\.small_size, schedule\.small_epochs have no effect"),
+        (
+            {"schedule.small_size": 32, "schedule.small_epochs": 1},
+            r"schedule\.small_size, schedule\.small_epochs have no effect",
+        ),
         ({"train.parallel": "fsdp"}, "ddp"),
         ({"model.options": {"num_classes": 4}}, "follows from the data"),
         ({"model.name": "volo_nano"}, "unknown segmentation model 'volo_nano'; did you mean 'fpn_volo_nano'"),

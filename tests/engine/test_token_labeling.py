@@ -165,7 +165,9 @@ def test_the_maps_matter(annotated, tmp_path) -> None:
 @pytest.mark.parametrize("source", ["maps", "live"])
 def test_small_pictures_of_the_first_epochs_have_smaller_grids(annotated, tmp_path, source) -> None:
     recipe, out, _ = annotated
-    labels = dataclasses.replace(recipe.token_label, source=source, maps=str(out / "label_maps") if source == "maps" else "")
+    labels = dataclasses.replace(
+        recipe.token_label, source=source, maps=str(out / "label_maps") if source == "maps" else ""
+    )
     schedule = dataclasses.replace(recipe.schedule, small_size=8, small_epochs=1)
     annotator = dataclasses.replace(recipe.annotator, recipe="", model=str(out / "annotator"))
     small = dataclasses.replace(recipe, token_label=labels, schedule=schedule, annotator=annotator)

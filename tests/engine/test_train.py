@@ -182,7 +182,9 @@ def test_a_run_may_be_counted_in_steps(tiny, tmp_path) -> None:
 def test_the_first_epochs_train_on_small_pictures_and_tests_are_large(tiny, tmp_path, monkeypatch) -> None:
     sides: list[tuple[bool, int]] = []
     embed = VOLO.forward_embed
-    monkeypatch.setattr(VOLO, "forward_embed", lambda self, x: sides.append((self.training, x.shape[-1])) or embed(self, x))
+    monkeypatch.setattr(
+        VOLO, "forward_embed", lambda self, x: sides.append((self.training, x.shape[-1])) or embed(self, x)
+    )
     schedule = {"schedule.epochs": 2, "schedule.cooldown_epochs": 0}
     train(tiny(schedule | {"schedule.small_size": 8, "schedule.small_epochs": 1}), tmp_path / "run")
     training = [side for is_training, side in sides if is_training]
