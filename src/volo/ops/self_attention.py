@@ -18,6 +18,10 @@ from volo.ops.dispatch import batched, is_plain, no_kernel
 
 MAX_TOKENS = 4096
 """The kernel reads keys and values of a head from the cache. Measured to be faster than PyTorch's up to this many."""
+MAX_TOKENS_AMX = 128
+"""In bfloat16 on a processor with a matrix unit (AMX), which PyTorch's uses and the kernel does not: without a gradient."""
+MAX_TOKENS_AMX_TRAINING = 784
+"""The same where a gradient follows: PyTorch's backward pass over few tokens is the slower one, up to tenfold."""
 
 
 def _has_amx() -> bool:
@@ -74,10 +78,11 @@ def why_not(qkv: Tensor, dropout_p: float = 0.0) -> str | None:
         return reason
     if cpu_kernel.instruction_set() == "portable":
         return "without AVX2 it is not known to be faster"
+    most = MAX_TOKENS
     if qkv.dtype == torch.bfloat16 and _HAS_AMX:
-        return "PyTorch's uses the matrix unit (AMX) of this processor"
-    if qkv.shape[1] > MAX_TOKENS:
-        return f"it is made for up to {MAX_TOKENS} tokens"
+        most = MAX_TOKENS_AMX_TRAINING if torch.is_grad_enabled() and qkv.requires_grad else MAX_TOKENS_AMX
+    if qkv.shape[1] > most:
+        return f"it is made for up to {most} tokens here"
     return None
 
 
