@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from volo.ops import cpu_kernel
-from volo.ops.self_attention import MAX_TOKENS, self_attention, self_attention_reference, why_not
+from volo.ops import self_attention as self_attention_module
+from volo.ops.self_attention import (
+    MAX_TOKENS,
+    MAX_TOKENS_AMX,
+    MAX_TOKENS_AMX_TRAINING,
+    self_attention,
+    self_attention_reference,
+    why_not,
+)
 
 pytestmark = pytest.mark.skipif(
     cpu_kernel.LOAD_ERROR is not None and shutil.which("c++") is None, reason=str(cpu_kernel.LOAD_ERROR)
@@ -119,6 +127,22 @@ def test_no_memory_is_kept():
     for _ in range(10_000):
         both_passes()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2048  # KiB; a leaked scratch would be 100 MiB
+
+
+def test_in_bfloat16_with_a_matrix_unit_few_tokens_are_the_kernels(monkeypatch):
+    monkeypatch.setattr(cpu_kernel, "_isa", 1)
+    monkeypatch.setattr(self_attention_module, "_HAS_AMX", True)
+
+    def serves(tokens: int, trains: bool, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return why_not(torch.zeros(1, tokens, 3, dtype=dtype, requires_grad=trains)) is None
+
+    assert serves(MAX_TOKENS_AMX, trains=False) and not serves(MAX_TOKENS_AMX + 1, trains=False)
+    assert serves(MAX_TOKENS_AMX_TRAINING, trains=True) and not serves(MAX_TOKENS_AMX_TRAINING + 1, trains=True)
+    with torch.no_grad():
+        assert not serves(MAX_TOKENS_AMX_TRAINING, trains=True)
+    assert serves(MAX_TOKENS, trains=False, dtype=torch.float32)  # the unit multiplies no float32
+    monkeypatch.setattr(self_attention_module, "_HAS_AMX", False)
+    assert serves(MAX_TOKENS, trains=False)
 
 
 def test_where_pytorchs_own_serves(monkeypatch):
