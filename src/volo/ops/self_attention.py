@@ -18,7 +18,7 @@ from volo.ops.dispatch import batched, is_plain, no_kernel
 
 MAX_TOKENS = 4096
 """The kernel reads keys and values of a head from the cache. Measured to be faster than PyTorch's up to this many."""
-MAX_TOKENS_AMX = 128
+MAX_TOKENS_AMX = 64
 """In bfloat16 on a processor with a matrix unit (AMX), which PyTorch's uses and the kernel does not: without a gradient."""
 MAX_TOKENS_AMX_TRAINING = 784
 """The same where a gradient follows: PyTorch's backward pass over few tokens is the slower one, up to tenfold."""
