@@ -26,14 +26,14 @@ from volo.config import ModelConfig, Recipe, load_recipe
 from volo.data.segment_loader import SegmentEvalLoader
 from volo.data.segmentation import open_split
 from volo.data.transforms import PixelPipeline
-from volo.engine.checkpoint import load_checkpoint, write_atomically
-from volo.engine.distributed import World
-from volo.engine.evaluate import AMP_DTYPES
-from volo.engine.optim import create_optimizer
-from volo.engine.report import NullReporter
-from volo.engine.segment_evaluate import evaluate_segmentation
-from volo.engine.segmentation import Segmentation
-from volo.engine.train import WORKLOADS, train
+from volo.distributed import World
+from volo.inference.evaluate import AMP_DTYPES
+from volo.inference.segment_evaluate import evaluate_segmentation
+from volo.models.checkpoint import load_checkpoint, write_atomically
+from volo.training.loop import WORKLOADS, train
+from volo.training.optim import create_optimizer
+from volo.training.report import NullReporter
+from volo.training.workloads.segmentation import Segmentation
 
 STRIDE = 32
 """The U-Net takes sizes that are multiples of this: others are padded at the right and bottom."""

@@ -36,10 +36,10 @@ from volo.config import DataConfig, Recipe, load_recipe, recipe_from_dict, recip
 from volo.data.files import write_atomically
 from volo.data.images import open_data
 from volo.data.label_maps import LabelMaps
-from volo.engine.distributed import join_world
-from volo.engine.report import NullReporter
-from volo.engine.token_labeling import prepare_annotator
-from volo.engine.train import probe, train
+from volo.distributed import join_world
+from volo.training.loop import probe, train
+from volo.training.report import NullReporter
+from volo.training.workloads.token_labeling import prepare_annotator
 
 NUM_TRAIN = 20_000
 ANNOTATOR_SHARE = 0.2

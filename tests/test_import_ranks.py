@@ -19,10 +19,13 @@ LINES = [
     ("layers",),
     ("data",),
     ("models",),
-    ("__init__",),
+    ("__init__", "distributed"),
     ("tasks",),
-    ("engine", "deploy", "explain"),
-    ("bench", "console"),
+    ("inference",),
+    ("annotation",),
+    ("training", "explain"),
+    ("deploy",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 ]
@@ -83,9 +86,9 @@ def test_imports_go_down(path: Path) -> None:
         ("models/volo.py", "def f():\n    from volo.tasks import classify"),
         ("data/images.py", "from ..models import volo"),
         ("ops/reference.py", "from .. import config"),
-        ("engine/train.py", "from volo.explain.plots import curves"),
+        ("training/loop.py", "from volo.explain.plots import curves"),
         ("models/volo.py", "from volo import create_model"),
-        ("tasks/classify.py", "import importlib\nimportlib.import_module('volo.engine.train')"),
+        ("tasks/classify.py", "import importlib\nimportlib.import_module('volo.training.loop')"),
     ],
 )
 def test_the_walk_sees_imports_that_go_up(module: str, source: str) -> None:
@@ -97,8 +100,8 @@ def test_the_walk_sees_imports_that_go_up(module: str, source: str) -> None:
     [
         ("layers.py", "import torch\nfrom volo.ops.outlook_attention import outlook_attention"),
         ("ops/outlook_attention.py", "from . import reference\nfrom volo.ops.reference import x"),
-        ("engine/checkpoint.py", "from volo import __version__\nfrom volo.config import Recipe"),
-        ("cli.py", "from volo.bench import ops"),
+        ("training/optim.py", "from volo import __version__\nfrom volo.config import Recipe"),
+        ("cli/main.py", "from volo.bench import ops"),
     ],
 )
 def test_the_walk_lets_imports_that_go_down_pass(module: str, source: str) -> None:

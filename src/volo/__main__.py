@@ -2,7 +2,7 @@
 
 import sys
 
-from volo.cli import main
+from volo.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,7 @@ from volo.bench.gpu import GOALS, bench_gpu
 from volo.bench.loop import bench_loop
 from volo.bench.model import _flops, bench_model, bench_train
 from volo.bench.timing import Timing, alternate, matrix_rate, peak_memory, speedup
-from volo.cli import BenchOptions, _bench_command, main
+from volo.cli.main import BenchOptions, _bench_command, main
 from volo.ops import linear as linear_ops
 
 

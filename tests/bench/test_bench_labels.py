@@ -10,7 +10,7 @@ import numpy as np
 import volo
 from volo.bench.labels import bench_labels
 from volo.config import DataConfig, Recipe
-from volo.engine.checkpoint import model_config_dict, save_checkpoint
+from volo.models.checkpoint import model_config_dict, save_checkpoint
 
 
 def test_rows_for_drawing_and_for_each_encoding(tmp_path: Path):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from volo.cli import main
+from volo.cli.main import main
 from volo.config import AugmentConfig, DataConfig
 from volo.data.images import TarSource, open_data
 from volo.data.loader import TrainLoader

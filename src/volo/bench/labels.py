@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from volo.annotation.annotator import draw_label_maps
+from volo.annotation.drawing import AnnotateConfig, OpenedAnnotator, Part, annotate, open_annotator, open_sources
 from volo.bench.timing import setting
 from volo.data.label_maps import Block, LabelMaps, ShardWriter, write_index
 from volo.data.map_codec import COMPACT_STEP, ENCODINGS, Encoding
 from volo.data.sources import ImageSource
 from volo.data.transforms import PixelPipeline, squash_transform
-from volo.engine.annotate import AnnotateConfig, OpenedAnnotator, Part, annotate, open_annotator, open_sources
-from volo.engine.distributed import World
-from volo.engine.evaluate import AMP_DTYPES
-from volo.models.annotators import draw_label_maps
+from volo.distributed import World
+from volo.inference.evaluate import AMP_DTYPES
 
 STORED = 4096
 """Maps that reading, writing and sizes are measured with, at most."""

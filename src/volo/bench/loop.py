@@ -14,11 +14,11 @@ import torch
 
 from volo.bench.timing import setting
 from volo.config import AugmentConfig, DataConfig, OptimConfig, Recipe, ScheduleConfig, TrainConfig
-from volo.engine.classification import build_model
-from volo.engine.optim import create_optimizer
-from volo.engine.report import NullReporter, StepReport
-from volo.engine.train import train
 from volo.tasks.classify import ClassifyTask
+from volo.training.loop import train
+from volo.training.optim import create_optimizer
+from volo.training.report import NullReporter, StepReport
+from volo.training.workloads.classification import build_model
 
 
 def bench_loop(

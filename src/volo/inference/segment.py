@@ -1,0 +1,356 @@
+"""Name the pixels of pictures: index masks, coloured overlays, areas; large pictures piece by piece in bounded memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from volo.config import DataConfig, SegmentConfig, Size, nearest
+from volo.data.decode import BadImageError, decode_image
+from volo.data.segment_transforms import scale_to, scaled_size
+from volo.data.segmentation import CITYSCAPES, Colour, palette
+from volo.data.transforms import PixelPipeline, height_width
+from volo.inference.evaluate import AMP_DTYPES
+from volo.inference.segment_evaluate import HowToTest, log_probabilities
+from volo.inference.windows import resized_strips, window_logits
+from volo.models.checkpoint import find_checkpoint, load_segmenter, write_atomically
+from volo.models.segmenter import Segmenter
+
+WHOLE_PIXELS = 1 << 20
+"""Pictures of up to so many pixels are seen whole unless the user asks for windows."""
+WINDOW = 512
+"""Side of windows at the least: below, too little of the surroundings is seen."""
+OPACITY = 0.55
+
+
+@dataclass(frozen=True)
+class PixelClassifier:
+    """A segmentation model with all it takes to use it."""
+
+    model: Segmenter
+    classes: tuple[str, ...]
+    colours: tuple[Colour, ...]
+    data: DataConfig
+    """Size of crops and normalisation, as trained."""
+    segment: SegmentConfig
+    origin: str
+    """For people: the file, and the step of the training."""
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What the pixels of a picture show; for a picture that could not be read `error` says why."""
+
+    name: str
+    classes: np.ndarray
+    """uint8 [H, W]: the class of each pixel."""
+    image: Tensor
+    """uint8 [3, H, W]."""
+    error: str | None = None
+
+    @property
+    def areas(self) -> list[int]:
+        """Pixels of each class number, up to the highest that occurs."""
+        return np.bincount(self.classes.ravel()).tolist()
+
+
+def load_pixel_classifier(source: str | Path, *, device: torch.device | str = "cpu") -> PixelClassifier:
+    """A segmentation model in eval mode from a run folder (its best.pt) or a checkpoint of a run.
+
+    Raises FileNotFoundError where nothing is there, ValueError for what is not a segmentation checkpoint.
+    """
+    path = find_checkpoint(source)
+    if not path.is_file():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(
+            f"no checkpoint {str(source)!r}{nearest(path.name, beside)} (give a run folder or a .pt file of `volo train` "
+            "with a recipe of task 'segment'; VOLO was never published with weights for segmentation)"
+        )
+    loaded = load_segmenter(path, device=device)
+    colours = loaded.extras.get("colours") or palette(len(loaded.classes))
+    return PixelClassifier(
+        loaded.model,
+        loaded.classes,
+        tuple((int(r), int(g), int(b)) for r, g, b in colours),
+        loaded.recipe.data,
+        loaded.recipe.segment,
+        f"{path}, step {loaded.step}",
+    )
+
+
+def default_window(classifier: PixelClassifier, size: tuple[int, int]) -> HowToTest:
+    """How a picture of so many pixels is looked at where nobody says: whole if it is small, else by windows."""
+    if size[0] * size[1] <= WHOLE_PIXELS:
+        return HowToTest()
+    crop = height_width(classifier.data.img_size)
+    window = (max(WINDOW, crop[0]), max(WINDOW, crop[1]))
+    return HowToTest.by_windows(window)
+
+
+def segment(
+    classifier: PixelClassifier,
+    pictures: Iterable[str | Path],
+    *,
+    how: HowToTest | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    as_scored: bool = False,
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+    amp: str = "off",
+    on_window: Callable[[int, int], None] | None = None,
+) -> Iterator[Segmented]:
+    """The class of each pixel of each picture, at the picture's own size, one picture after the other.
+
+    Windows overlap and are blended smoothly, strip by strip: besides the picture and its answer (4 bytes a pixel) memory
+    holds one row of windows. Scales and mirror images are those of each window.
+
+    Args:
+        how: windows, scales, mirror images; None: whole for small pictures, else windows (`default_window`).
+        scales, flip: as in `HowToTest`, where `how` is None.
+        as_scored: as `evaluate_segmentation` does it: the scaled picture is cut into windows, which are averaged evenly.
+            The probabilities of the whole picture are kept in memory.
+        batch_size: windows that pass the model at once.
+        amp: "off", "bf16" or "fp16": the type of autocast.
+        on_window: called with (windows done, windows of this picture).
+
+    A picture that cannot be read gives a `Segmented` with `error`.
+    """
+    if amp not in AMP_DTYPES:
+        raise ValueError(f"amp is one of {', '.join(AMP_DTYPES)}; given: {amp!r}")
+    device = torch.device(device)
+    pixels = PixelPipeline(classifier.data).to(device).eval()
+    for path in pictures:
+        try:
+            image = decode_image(path)
+        except BadImageError as error:
+            yield Segmented(str(path), np.zeros((0, 0), np.uint8), torch.zeros(3, 0, 0, dtype=torch.uint8), str(error))
+            continue
+        size = (image.shape[1], image.shape[2])
+        scaled = scaled_size(*size, classifier.segment.short_side)
+        chosen = how or dataclasses.replace(default_window(classifier, scaled), scales=tuple(scales), flip=flip)
+        images = scale_to(image, scaled)[None]
+        with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
+            if as_scored:
+                log_probs = log_probabilities(classifier.model, pixels(images.to(device)), size, chosen, batch_size)
+                classes = log_probs[0].argmax(0).to("cpu", torch.uint8).numpy()
+            else:
+                classes = _classes(classifier.model, images, size, chosen, pixels, batch_size, device, on_window)
+        yield Segmented(str(path), classes, image)
+
+
+def _classes(
+    model: nn.Module,
+    images: Tensor,
+    size: tuple[int, int],
+    how: HowToTest,
+    pixels: nn.Module,
+    batch_size: int,
+    device: torch.device,
+    on_window: Callable[[int, int], None] | None,
+) -> np.ndarray:
+    """uint8 [*size] from one picture, uint8 [1, 3, h, w]."""
+    scaled = (images.shape[-2], images.shape[-1])
+    window, stride = (how.window, how.steps) if how.window is not None else (scaled, scaled)
+    views = dataclasses.replace(how, window=None, stride=None)
+
+    def averaged(crops: Tensor) -> Tensor:
+        # Probabilities, not their logarithms, which may be infinite: they are blended and interpolated.
+        return log_probabilities(model, crops, (crops.shape[-2], crops.shape[-1]), views).exp_()
+
+    answer = torch.empty(size, dtype=torch.uint8)
+    strips = window_logits(
+        model if views == HowToTest() else averaged,
+        images,
+        window,
+        stride,
+        pixels=pixels,
+        smooth=True,
+        batch_size=batch_size,
+        device=device,
+        on_window=on_window,
+    )
+    if scaled != size:
+        # The picture was scaled for the model: logits are scaled back, not the numbers of classes.
+        strips = resized_strips(torch.cat([strip for _, strip in strips], dim=2), size)
+    for top, logits in strips:
+        answer[top : top + logits.shape[2]] = logits[0].argmax(0).to("cpu", torch.uint8)
+        del logits  # before the next strip is made
+    return answer.numpy()
+
+
+# Files
+
+
+def write_mask(path: Path, classes: np.ndarray, colours: Sequence[Colour]) -> None:
+    """A PNG whose pixel values are class numbers; its palette shows them in their colours."""
+    image = Image.fromarray(classes)
+    image.putpalette([channel for colour in colours for channel in colour])
+    _write_png(path, image)
+
+
+def write_cityscapes(path: Path, classes: np.ndarray) -> None:
+    """A PNG of Cityscapes' label ids (not train ids), as its benchmark takes it."""
+    ids = np.zeros(256, np.uint8)
+    ids[: len(CITYSCAPES)] = [label_id for _, label_id, _ in CITYSCAPES]
+    _write_png(path, Image.fromarray(ids[classes]))
+
+
+def cityscapes_name(picture: str | Path) -> str:
+    """The file name the benchmark looks for: CITY_SEQUENCE_FRAME*.png."""
+    return f"{Path(picture).stem.removesuffix('_leftImg8bit')}_pred_labelIds.png"
+
+
+def blend(image: Tensor, classes: np.ndarray, colours: Sequence[Colour], opacity: float = OPACITY) -> np.ndarray:
+    """The picture uint8 [3, H, W] under the colours of its classes: uint8 [H, W, 3], strip by strip."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(colours)] = colours
+    pixels = image.permute(1, 2, 0).numpy()
+    mixed = np.empty(pixels.shape, np.uint8)
+    for top in range(0, len(mixed), 256):
+        rows = slice(top, top + 256)
+        mixed[rows] = (1 - opacity) * pixels[rows] + opacity * table[classes[rows]] + 0.5
+    return mixed
+
+
+def write_overlay(
+    path: Path, image: Tensor, classes: np.ndarray, names: Sequence[str], colours: Sequence[Colour]
+) -> None:
+    """A PNG of the picture under the colours of its classes; below it the names and shares of those that occur."""
+    mixed = Image.fromarray(blend(image, classes, colours))
+    areas = np.bincount(classes.ravel(), minlength=len(names))
+    order = [int(i) for i in np.argsort(-areas, kind="stable") if areas[i]]
+    size = max(11, min(48, round(0.016 * max(mixed.size))))
+    font = ImageFont.load_default(size)
+    entries = [f"{names[i]}  {_percent(areas[i] / classes.size)}" for i in order]
+    wide = max(int(font.getlength(entry)) for entry in entries) + 3 * size
+    columns = max(1, mixed.width // wide)
+    rows = -(-len(entries) // columns)
+    line = round(1.6 * size)
+    sheet = Image.new("RGB", (mixed.width, mixed.height + rows * line + size), "white")
+    sheet.paste(mixed, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for place, (i, entry) in enumerate(zip(order, entries)):
+        column, row = divmod(place, rows)
+        x, y = column * (mixed.width // columns) + size // 2, mixed.height + size // 2 + row * line
+        draw.rectangle((x, y + size // 4, x + size, y + size // 4 + size), fill=tuple(colours[i]), outline="#555555")
+        draw.text((x + round(1.6 * size), y + size // 4 + size // 2), entry, fill="#22282f", font=font, anchor="lm")
+    _write_png(path, sheet)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.0005 else "< 0.1 %"
+
+
+def areas_json(result: Segmented, names: Sequence[str], files: dict[str, str]) -> dict[str, Any]:
+    """Pixels and share of each class that occurs, largest first, as JSON takes it."""
+    if result.error:
+        return {"picture": result.name, "error": result.error}
+    H, W = result.classes.shape
+    areas = sorted(((count, i) for i, count in enumerate(result.areas) if count), reverse=True)
+    return {
+        "picture": result.name,
+        "width": W,
+        "height": H,
+        **files,
+        "areas": [{"class": names[i], "index": i, "pixels": n, "share": round(n / (H * W), 6)} for n, i in areas],
+    }
+
+
+def output_names(pictures: Sequence[Path]) -> list[str]:
+    """A name for the files of each picture: its stem, with as many of its folders as it takes to tell all apart."""
+    names = [path.stem for path in pictures]
+    depth = 1
+    while len(set(names)) < len(names) and depth < max((len(p.parts) for p in pictures), default=0):
+        depth += 1
+        twice = {name for name in names if names.count(name) > 1}
+        names = [
+            "__".join([*(part.strip("/.") for part in path.parts[-depth:-1]), path.stem]) if name in twice else name
+            for name, path in zip(names, pictures)
+        ]
+    if len(set(names)) < len(names):  # a.jpg beside a.png
+        names = [path.name.replace(".", "_") if names.count(name) > 1 else name for name, path in zip(names, pictures)]
+    if len(set(names)) < len(names):
+        raise ValueError("some pictures differ in nothing their results could be named after; segment them by and by")
+    return names
+
+
+def output_files(
+    pictures: Sequence[Path], out: Path, *, cityscapes: bool = False, overlays: bool = True
+) -> list[dict[str, str]]:
+    """Names in `out` of each picture's files: "mask", and "overlay" if wanted; none of them is written yet.
+
+    For Cityscapes there are masks alone: its script takes whatever is named like a picture for a prediction.
+    Raises ValueError where a file would replace a picture, or one of another picture.
+    """
+    if cityscapes:
+        files = [{"mask": cityscapes_name(path)} for path in pictures]
+    else:
+        files = [
+            {"mask": f"{stem}.png"} | ({"overlay": f"{stem}_overlay.png"} if overlays else {})
+            for stem in output_names(pictures)
+        ]
+    inputs = {path.resolve(): path for path in pictures}
+    taken: dict[str, Path] = {}
+    for path, names in zip(pictures, files):
+        for name in names.values():
+            target = out / name
+            if (picture := inputs.get(target.resolve())) is not None:
+                raise ValueError(
+                    f"{target}, a result of {path}, would replace the picture {picture}; choose another --out"
+                )
+            if name in taken:
+                raise ValueError(f"{taken[name]} and {path} would both write {target}; segment them by and by")
+            taken[name] = path
+    return files
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=4)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def write_areas(path: Path, entries: Sequence[dict[str, Any]], classifier: PixelClassifier, how: str) -> None:
+    """areas.json: the model, its classes and colours, and the areas in each picture."""
+    content = {
+        "model": classifier.origin,
+        "test": how,
+        "classes": [
+            {"index": i, "class": name, "colour": list(colour)}
+            for i, (name, colour) in enumerate(zip(classifier.classes, classifier.colours))
+        ],
+        "pictures": list(entries),
+    }
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
+def how_to_test(
+    default: HowToTest | None,
+    *,
+    window: Size | None,
+    stride: Size | None,
+    scales: Sequence[float],
+    flip: bool,
+) -> HowToTest | None:
+    """What the options of a command line ask for; `default` where they leave the window open."""
+    if window is None and stride is not None:
+        raise ValueError("--stride is from window to window: give --window too")
+    wanted = tuple(scales) or (1.0,)
+    if window == 0:
+        return HowToTest(scales=wanted, flip=flip)
+    if window is not None:
+        return HowToTest.by_windows(window, stride or 0, scales=wanted, flip=flip)
+    return None if default is None else dataclasses.replace(default, scales=wanted, flip=flip)

@@ -1,0 +1,221 @@
+"""Segmenting pictures of any size: what is written, how large pictures are seen, and how much memory that takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import volo
+from volo.config import DataConfig, Recipe, SegmentConfig
+from volo.data.segmentation import palette
+from volo.inference.segment import (
+    PixelClassifier,
+    blend,
+    cityscapes_name,
+    default_window,
+    load_pixel_classifier,
+    output_files,
+    output_names,
+    segment,
+    write_cityscapes,
+    write_mask,
+    write_overlay,
+)
+from volo.inference.segment_evaluate import HowToTest
+from volo.models.checkpoint import FORMAT, model_config_dict, save_checkpoint
+
+
+def tiny_classifier(num_classes: int = 3, **segment_options) -> PixelClassifier:
+    torch.manual_seed(0)
+    model = volo.create_segmenter(
+        "fpn_volo_nano", num_classes, depths=(1, 1), embed_dims=(16, 32), num_heads=(1, 2), stem_dim=8, channels=16
+    ).eval()
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight, std=1.0)
+    with torch.no_grad():  # every class should occur somewhere
+        model.decode_head.conv_seg.bias -= model(torch.randn(1, 3, 96, 96)).mean(dim=(0, 2, 3))
+    names = tuple(f"class {i}" for i in range(num_classes))
+    data, options = DataConfig(img_size=64), SegmentConfig(**segment_options)
+    return PixelClassifier(model, names, tuple(palette(num_classes)), data, options, "a test")
+
+
+def save_run(folder: Path, num_classes: int, classes: tuple[str, ...] = ()) -> Path:
+    """A checkpoint as a training would leave it."""
+    classifier = tiny_classifier(num_classes)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = {
+        "format": FORMAT,
+        "model": classifier.model.state_dict(),
+        "ema": None,
+        "step": 1,
+        "recipe": Recipe(task="segment", data=classifier.data).to_dict(),
+        "model_config": model_config_dict(classifier.model),
+        "classes": list(classes or classifier.classes),
+        "metrics": {},
+        "extras": {"colours": [list(c) for c in classifier.colours]},
+    }
+    save_checkpoint(folder / "best.pt", checkpoint)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    coarse.resize((150, 101), Image.Resampling.BICUBIC).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_whole_picture_and_windows_agree_in_most_pixels(picture: Path) -> None:
+    classifier = tiny_classifier()
+    whole = next(segment(classifier, [picture]))
+    assert whole.classes.shape == (101, 150) and whole.classes.dtype == np.uint8
+    assert whole.image.shape == (3, 101, 150)
+    assert len(np.unique(whole.classes)) > 1
+    assert sum(whole.areas) == 101 * 150
+    with torch.no_grad():
+        from volo.data.transforms import PixelPipeline
+
+        logits = classifier.model(PixelPipeline(classifier.data).eval()(whole.image[None]))
+    assert (whole.classes == logits[0].argmax(0).numpy()).all()
+    # Windows of random weights see other surroundings than the whole picture does, but the same pixels.
+    windows = next(segment(classifier, [picture], how=HowToTest.by_windows(96)))
+    assert (windows.classes == whole.classes).mean() > 0.5
+
+
+def test_scales_flip_and_pictures_scaled_for_the_model(picture: Path) -> None:
+    classifier = tiny_classifier()
+    many = next(segment(classifier, [picture], how=HowToTest(scales=(0.5, 1.0), flip=True)))
+    assert many.classes.shape == (101, 150)
+    small = tiny_classifier(short_side=50)
+    got = next(segment(small, [picture]))
+    assert got.classes.shape == (101, 150)
+    # Answers have the resolution of the picture, not that of the 50 rows the model saw.
+    rows_alike = (got.classes[0:-1:2] == got.classes[1::2]).all(axis=1).mean()
+    assert rows_alike < 1.0
+
+
+def test_large_pictures_are_seen_by_windows() -> None:
+    classifier = tiny_classifier()
+    assert default_window(classifier, (1000, 1000)).window is None
+    assert default_window(classifier, (1100, 1000)).window == (512, 512)
+
+
+def test_scales_and_flips_of_large_pictures_are_those_of_windows(
+    picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("volo.inference.segment.WHOLE_PIXELS", 1000)
+    monkeypatch.setattr("volo.inference.segment.WINDOW", 1)
+    classifier = tiny_classifier()
+    seen, done = set(), []
+    classifier.model.register_forward_pre_hook(lambda _, args: seen.add(tuple(args[0].shape[-2:])))
+
+    def result(**options) -> np.ndarray:
+        return next(segment(classifier, [picture], on_window=lambda *n: done.append(n), **options)).classes
+
+    many = result(scales=(0.5, 1.5), flip=True)
+    assert seen == {(32, 32), (96, 96)}, "no more than a window at once"
+    assert done == [(i + 1, 6) for i in range(6)]
+    # A window that covers the picture is the picture.
+    assert (result(how=HowToTest((200, 200), scales=(0.5, 1.5))) == result(how=HowToTest(scales=(0.5, 1.5)))).all()
+    assert (many == result(how=HowToTest.by_windows(64, scales=(0.5, 1.5), flip=True))).all()
+    assert (many != result()).any()
+
+
+def test_a_broken_picture_does_not_stop_the_others(picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    results = list(segment(tiny_classifier(), [tmp_path / "broken.png", picture]))
+    assert results[0].error is not None and "broken.png" in results[0].error
+    assert results[1].error is None and results[1].classes.size
+
+
+def test_files(tmp_path: Path) -> None:
+    classes = np.zeros((40, 300), np.uint8)
+    classes[:, 100:200], classes[:, 200:] = 1, 2
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    write_mask(tmp_path / "m.png", classes, colours)
+    with Image.open(tmp_path / "m.png") as mask:
+        assert mask.mode == "P" and (np.asarray(mask) == classes).all()
+        assert mask.convert("RGB").getpixel((150, 5)) == (0, 200, 0)
+    image = torch.full((3, 40, 300), 100, dtype=torch.uint8)
+    mixed = blend(image, classes, colours, opacity=0.5)
+    assert mixed[5, 5].tolist() == [150, 50, 50] and mixed[5, 250].tolist() == [50, 50, 150]
+    write_overlay(tmp_path / "o.png", image, classes, ["sky", "a tree", "car"], colours)
+    with Image.open(tmp_path / "o.png") as overlay:
+        assert overlay.width == 300 and overlay.height > 55
+        below = {tuple(p) for p in np.asarray(overlay)[40:].reshape(-1, 3).tolist()}
+    assert set(colours) <= below  # the legend
+
+
+def test_cityscapes_submission(tmp_path: Path) -> None:
+    write_cityscapes(tmp_path / "c.png", np.array([[0, 18], [13, 10]], np.uint8))
+    assert np.asarray(Image.open(tmp_path / "c.png")).tolist() == [[7, 33], [26, 23]]
+    assert cityscapes_name("x/berlin_000543_000019_leftImg8bit.png") == "berlin_000543_000019_pred_labelIds.png"
+
+
+def test_results_of_pictures_with_the_same_name_stay_apart() -> None:
+    assert output_names([Path("a/1.png"), Path("b/2.png")]) == ["1", "2"]
+    assert output_names([Path("x/a/1.png"), Path("x/b/1.png"), Path("2.png")]) == ["a__1", "b__1", "2"]
+    assert output_names([Path("a/1.png"), Path("a/1.jpg")]) == ["1_png", "1_jpg"]
+
+
+def test_results_replace_neither_pictures_nor_one_another(tmp_path: Path) -> None:
+    street, overlay, jpeg = tmp_path / "street.png", tmp_path / "street_overlay.png", tmp_path / "street.jpg"
+    assert output_files([jpeg], tmp_path) == [{"mask": "street.png", "overlay": "street_overlay.png"}]
+    with pytest.raises(ValueError, match=r"street\.png, a result of .*street\.png, would replace the picture"):
+        output_files([street], tmp_path / "out" / "..")
+    with pytest.raises(
+        ValueError, match=r"overlay\.png, a result of .*street\.jpg, would replace .*street_overlay\.png"
+    ):
+        output_files([jpeg, overlay], tmp_path)
+    with pytest.raises(
+        ValueError, match=r"street\.png and .*street_overlay\.png would both write .*street_overlay\.png"
+    ):
+        output_files([street, overlay], tmp_path / "out")
+    assert len(output_files([street, overlay], tmp_path / "out", overlays=False)) == 2
+    twice = [tmp_path / part / "a_0_1_leftImg8bit.png" for part in ("x", "y")]
+    with pytest.raises(ValueError, match="would both write .*a_0_1_pred_labelIds"):
+        output_files(twice, tmp_path / "out", cityscapes=True)
+
+
+def test_models_that_are_not_there_or_name_whole_pictures(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="give a run folder"):
+        load_pixel_classifier(tmp_path / "nothing.pt")
+    loaded = load_pixel_classifier(save_run(tmp_path / "run", 4))
+    assert len(loaded.classes) == len(loaded.colours) == 4
+
+
+MEASURE = """
+import resource, sys
+from volo.cli.main import main
+code = main(["segment", sys.argv[1], sys.argv[2], "--out", sys.argv[3], "--json", "--threads", "1", *sys.argv[4:]])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("num_classes", "views"), [(11, []), (150, []), (11, ["--scales", "0.5", "1.25", "--flip"])], ids=str
+)
+def test_a_12_megapixel_picture_within_3_gb(tmp_path: Path, num_classes: int, views: list[str]) -> None:
+    run = save_run(tmp_path / "run", num_classes)
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    coarse.resize((4000, 3000), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg")
+    command = [sys.executable, "-c", MEASURE, str(run), str(tmp_path / "large.jpg"), str(tmp_path / "out"), *views]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.rpartition("peak")[2])
+    assert peak < 3000, f"{peak} MB"
+    content = json.loads((tmp_path / "out" / "areas.json").read_text())
+    assert sum(area["pixels"] for area in content["pictures"][0]["areas"]) == 12_000_000
+    with Image.open(tmp_path / "out" / "large.png") as mask:
+        assert mask.size == (4000, 3000)

@@ -1,0 +1,148 @@
+"""Runs of two real processes on a CPU, started by torchrun."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from volo.config import Recipe
+from volo.models.checkpoint import load_checkpoint
+from volo.training.loop import train
+from volo.training.report import NullReporter, StepReport
+
+
+@pytest.fixture(scope="module")
+def recipe_for(tiny, tmp_path_factory) -> Callable[..., Recipe]:
+    """Fine-tuning in which nothing depends on how a batch is shared out: no draws in a micro batch, no statistics of one."""
+    out = tmp_path_factory.mktemp("start") / "run"
+    train(tiny({"schedule.epochs": 3, "augment.mix_token": 0.0}), out)
+    shared = {
+        "model.weights": str(out / "last.pt"),
+        "train.batch_norm": "frozen",
+        "model.drop_path_rate": 0.0,
+        "augment.mix_token": 0.0,
+        "augment.erase_prob": 0.0,
+        "optim.name": "sgd",  # Adam's division by the gradient's own size would blow rounding up
+        "optim.lr": 0.01,  # at 0.03 a ReLU that rounding tips over changes single weights by 1e-4
+        "loss.token_weight": 0.5,  # without it the maximum over tokens is trained, and rounding decides where two nearly tie
+    }
+    return lambda **train_keys: tiny(shared | {f"train.{k}": v for k, v in train_keys.items()})
+
+
+@pytest.fixture(scope="module")
+def alone(recipe_for, tmp_path_factory) -> Path:
+    """The run of one process that all others are held against."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    train(recipe_for(), out)
+    return out
+
+
+def steps_of(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "step"]
+
+
+def assert_same_up_to_rounding(out: Path, reference: Path) -> None:
+    a, b = load_checkpoint(out / "last.pt"), load_checkpoint(reference / "last.pt")
+    assert a["step"] == b["step"] == 26
+    for part in ("model", "ema"):
+        for name in b[part]:
+            torch.testing.assert_close(
+                a[part][name],
+                b[part][name],
+                rtol=1e-4,
+                atol=2e-6,
+                msg=lambda m, part=part, name=name: f"{part} {name}: {m}",
+            )
+    assert [line["step"] for line in steps_of(out)] == list(range(1, 27))
+    for mine, theirs in zip(steps_of(out), steps_of(reference)):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert a["metrics"]["count"] == b["metrics"]["count"]
+
+
+def test_the_reference_learns(alone) -> None:
+    losses = [line["loss"] for line in steps_of(alone)]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_two_processes_are_one_even_when_stopped_amid(recipe_for, tmp_path, alone, start_run) -> None:
+    """SIGTERM to torchrun: both processes agree on the last step, save and leave; continued, they end where one would."""
+    out = tmp_path / "run"
+    child = start_run(recipe_for(accumulation=2), out, "--wait", processes=2)
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").exists() and len(steps_of(out)) >= 5) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    printed, errors = child.communicate(timeout=60)
+    assert child.returncode != 0
+    step = load_checkpoint(out / "last.pt")["step"]
+    assert 5 <= step < 26, errors
+    assert printed.count(f"interrupted {step}") == 2
+    child = start_run(recipe_for(accumulation=2), out, "--resume", processes=2)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert_same_up_to_rounding(out, alone)
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_the_same(recipe_for, tmp_path, alone, start_run) -> None:
+    child = start_run(recipe_for(parallel="fsdp", accumulation=2), tmp_path / "run", processes=2)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert_same_up_to_rounding(tmp_path / "run", alone)
+
+
+def test_death_of_one_process_ends_all_and_the_run_continues(recipe_for, tmp_path, alone, start_run) -> None:
+    """From sharded weights in two processes to whole ones in one."""
+    out = tmp_path / "run"
+    child = start_run(recipe_for(parallel="fsdp"), out, processes=2, RANK_TO_KILL=1)
+    child.communicate(timeout=120)
+    assert child.returncode != 0
+    assert load_checkpoint(out / "last.pt")["step"] == 12
+    train(recipe_for(), out, resume=True)
+    assert_same_up_to_rounding(out, alone)
+
+
+@pytest.mark.slow
+def test_sharded_run_continues(recipe_for, tmp_path, alone, start_run) -> None:
+    out = tmp_path / "run"
+    child = start_run(recipe_for(parallel="fsdp"), out, processes=2, RANK_TO_KILL=0)
+    child.communicate(timeout=120)
+    assert load_checkpoint(out / "last.pt")["step"] == 12
+    child = start_run(recipe_for(parallel="fsdp"), out, "--resume", processes=2)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert_same_up_to_rounding(out, alone)
+
+
+class GivesUp(NullReporter):
+    def on_step(self, report: StepReport) -> None:
+        if report.step == 15:
+            raise ConnectionError("the line is dead")
+
+
+def test_only_the_first_process_needs_to_see_the_run_folder(recipe_for, tmp_path, alone, start_run) -> None:
+    """As on machines without a common disk: the others are sent the checkpoint, and never start anew beside it."""
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with pytest.raises(ConnectionError):
+        train(recipe_for(), out, reporter=GivesUp())
+    assert load_checkpoint(out / "last.pt")["step"] == 12
+
+    child = start_run(recipe_for(), out, "--resume", processes=2, OUT_OF_RANK_0=elsewhere)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode != 0
+    assert "has the checkpoint of this run (last.pt), but the first process" in errors
+    assert load_checkpoint(out / "last.pt")["step"] == 12
+
+    child = start_run(recipe_for(), out, "--resume", processes=2, OUT_OF_RANK_1=elsewhere)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert_same_up_to_rounding(out, alone)
+    assert not elsewhere.exists()

@@ -1,0 +1,220 @@
+"""Training a segmentation model: it learns, the same seed gives the same run, and a killed run ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from volo.config import Recipe, recipe_from_dict
+from volo.data.segment_loader import SegmentEvalLoader
+from volo.data.segmentation import open_split
+from volo.data.transforms import PixelPipeline
+from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
+from volo.models.checkpoint import load_checkpoint, load_model, load_segmenter
+from volo.training.loop import train
+from volo.training.report import NullReporter
+
+
+def street(scenes: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    values: dict[str, Any] = {
+        "task": "segment",
+        "model": {
+            "name": "fpn_volo_nano",
+            "drop_path_rate": 0.1,
+            "options": {
+                "depths": [1, 1],
+                "embed_dims": [16, 32],
+                "num_heads": [1, 2],
+                "stem_dim": 8,
+                "channels": 16,
+                "aux_channels": 8,
+            },
+        },
+        "data": {"path": str(scenes), "img_size": [32, 40], "num_workers": 0},
+        "segment": {"scale": [0.8, 1.25], "class_weights": "log"},
+        "optim": {"lr": 5e-3, "ema_decay": 0.95, "layer_decay": 0.9},
+        "schedule": {"steps": 12, "warmup_steps": 3, "decay": "linear", "min_lr": 0.0},
+        "train": {"batch_size": 4, "threads": 1, "tensorboard": False, "device": "cpu", "eval_steps": 6},
+    }
+    for dotted, value in (overrides or {}).items():
+        section, name = dotted.split(".", 1)
+        values.setdefault(section, {})[name] = value
+    return recipe_from_dict(values)
+
+
+def metrics_lines(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def assert_same_run(out: Path, reference: Path) -> None:
+    a, b = (load_checkpoint(folder / "last.pt") for folder in (out, reference))
+    for part in ("model", "ema"):
+        assert [k for k in a[part] if not torch.equal(a[part][k], b[part][k])] == []
+    assert (a["step"], a["best"], a["metrics"]) == (b["step"], b["best"], b["metrics"])
+    assert metrics_lines(out) == metrics_lines(reference)
+
+
+class StopAt(NullReporter):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, report) -> None:
+        if report.step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def reference(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reference") / "run"
+    assert train(street(scenes), out).status == "completed"
+    return out
+
+
+def test_it_learns(scenes: Path, tmp_path: Path) -> None:
+    recipe = street(scenes, {"schedule.steps": 60, "train.eval_steps": 60, "optim.ema_decay": 0.0})
+    result = train(recipe, tmp_path / "run")
+    losses = [line["loss"] for line in metrics_lines(tmp_path / "run") if line["kind"] == "step"]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert result.best["miou"] > 0.6, result.best
+    assert result.best["pixel_accuracy"] > 0.85
+
+
+def test_what_a_run_leaves_behind(reference: Path, scenes: Path) -> None:
+    summary = json.loads((reference / "summary.json").read_text())
+    assert summary["best"]["per_class_iou"].keys() == {"sky", "ground", "box"}
+    assert summary["best"].keys() >= {"miou", "pixel_accuracy", "mean_class_accuracy", "boundary_iou", "loss", "step"}
+    evaluations = [line for line in metrics_lines(reference) if line["kind"] == "eval"]
+    assert [line["step"] for line in evaluations] == [6, 12]
+    loaded = load_segmenter(reference / "best.pt")
+    assert loaded.classes == ("sky", "ground", "box")
+    assert loaded.extras["colours"][2] == [220, 20, 60]
+    with pytest.raises(ValueError, match="segmentation model.*volo segment"):
+        load_model(reference / "best.pt")
+    # The weights on the disk score what the log says.
+    recipe = loaded.recipe
+    pictures, _ = open_split(recipe.data, recipe.segment, "val")
+    figures = evaluate_segmentation(
+        loaded.model,
+        SegmentEvalLoader(pictures, recipe.data, recipe.segment, batch_size=1),
+        PixelPipeline(recipe.data),
+        num_classes=3,
+        device="cpu",
+        how=HowToTest.from_config(recipe.segment, recipe.data.img_size),
+    )
+    assert figures["miou"] == pytest.approx(loaded.metrics["miou"], abs=1e-9)
+
+
+def test_the_same_seed_gives_the_same_run_whatever_the_workers(scenes: Path, tmp_path: Path, reference: Path) -> None:
+    train(street(scenes, {"data.num_workers": 2}), tmp_path / "run")
+    assert_same_run(tmp_path / "run", reference)
+    train(street(scenes, {"train.seed": 1, "schedule.steps": 3, "schedule.warmup_steps": 1}), tmp_path / "other")
+    assert metrics_lines(tmp_path / "other")[0]["loss"] != metrics_lines(reference)[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"train.amp": "bf16", "train.accumulation": 2, "segment.ohem": 0.7, "segment.ohem_min_kept": 200},
+        {"model.name": "upernet_volo_nano", "optim.name": "nmuon", "segment.test": "slide", "optim.layer_decay": 1.0},
+    ],
+    ids=["fpn", "bf16-ohem", "upernet-muon-slide"],
+)
+def test_resume_is_bit_for_bit(scenes: Path, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    recipe = street(scenes, {"schedule.steps": 6, "train.eval_steps": 3} | overrides)
+    train(recipe, tmp_path / "whole")
+    assert train(recipe, tmp_path / "cut", reporter=StopAt(4)).status == "interrupted"
+    assert train(recipe, tmp_path / "cut", resume=True).status == "completed"
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_killed_process_is_continued_bit_for_bit(scenes: Path, tmp_path: Path, reference: Path, start_run) -> None:
+    out = tmp_path / "run"
+    child = start_run(street(scenes, {"train.checkpoint_minutes": 0.0}), out)
+    deadline = time.monotonic() + 200
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count('"step"') < 7:
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=60)
+    train(street(scenes), out, resume=True)
+    assert_same_run(out, reference)
+
+
+def test_two_processes_share_training_and_scoring(scenes: Path, tmp_path: Path, start_run) -> None:
+    recipe = street(scenes, {"schedule.steps": 4, "train.eval_steps": 4})
+    child = start_run(recipe, tmp_path / "run", processes=2)
+    printed, errors = child.communicate(timeout=250)
+    assert child.returncode == 0, errors
+    assert printed.split() == ["completed", "4"] * 2
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert last["metrics"]["count"] == 5, "each held-out picture once, whichever process scored it"
+    assert int(last["confusion"].sum()) == sum(int((open_mask(scenes, i) != 255).sum()) for i in range(5))
+
+
+def test_frozen_batch_norm_is_the_backbones(scenes: Path, tmp_path: Path) -> None:
+    recipe = street(scenes, {"schedule.steps": 1, "schedule.warmup_steps": 0, "train.batch_norm": "frozen"})
+    train(recipe, tmp_path / "run")
+    weights = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
+    means = {name: value for name, value in weights.items() if name.endswith("running_mean")}
+    assert {name.split(".")[0] for name in means} >= {"backbone", "decode_head", "auxiliary_head"}
+    for name, value in means.items():
+        assert (value == 0).all() == name.startswith("backbone."), name
+
+
+def open_mask(scenes: Path, number: int) -> np.ndarray:
+    return np.asarray(Image.open(scenes / "annotations" / "val" / f"{number:02}.png"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"augment.cutmix": 1.0}, r"augment\.cutmix has no effect in task 'segment'"),
+        ({"loss.label_smoothing": 0.0}, r"loss\.label_smoothing has no effect"),
+        (
+            {"schedule.small_size": 32, "schedule.small_epochs": 1},
+            r"schedule\.small_size, schedule\.small_epochs have no effect",
+        ),
+        ({"train.parallel": "fsdp"}, "ddp"),
+        ({"model.options": {"num_classes": 4}}, "follows from the data"),
+        ({"model.name": "volo_nano"}, "unknown segmentation model 'volo_nano'; did you mean 'fpn_volo_nano'"),
+        ({"segment.stride": 100, "segment.test": "slide"}, "the stride is from 1 to the window"),
+    ],
+)
+def test_recipes_that_cannot_be_meant(scenes: Path, tmp_path: Path, overrides, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(street(scenes, overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_starts_from_a_segmentation_run_and_from_a_classifier(
+    scenes: Path, tmp_path: Path, reference: Path, tiny
+) -> None:
+    recipe = street(
+        scenes,
+        {
+            "model.weights": str(reference / "best.pt"),
+            "schedule.steps": 2,
+            "schedule.warmup_steps": 0,
+            "optim.lr": 1e-9,
+        },
+    )
+    recipe = recipe_from_dict({**recipe.to_dict(), "optim": {**recipe.to_dict()["optim"], "ema_decay": 0.0}})
+    result = train(recipe, tmp_path / "again")
+    assert result.best["miou"] > 0.9 * load_checkpoint(reference / "best.pt")["best"]["miou"]
+    train(
+        tiny({"schedule.epochs": 0.2, "schedule.warmup_epochs": 0.0, "schedule.cooldown_epochs": 0.0}), tmp_path / "c"
+    )
+    start = street(
+        scenes, {"model.weights": str(tmp_path / "c" / "last.pt"), "schedule.steps": 1, "schedule.warmup_steps": 0}
+    )
+    assert train(start, tmp_path / "from_classifier").status == "completed"
