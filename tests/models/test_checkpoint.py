@@ -89,16 +89,20 @@ def test_only_whole_files_are_ever_seen(tmp_path) -> None:
     assert len(set(seen)) > 2
 
 
-def test_full_disk_keeps_the_old_file(tmp_path) -> None:
-    """/dev/full answers every write with "no space left on device", as a full disk does."""
+def test_a_save_that_fails_keeps_the_old_file(tmp_path) -> None:
+    """A limit on the size of files cuts the write off, as a full disk does."""
     model = volo.create_model("volo_nano", **SMALL)
     path = tmp_path / "last.pt"
     save_checkpoint(path, checkpoint_of(model, step=1))
     before = path.read_bytes()
-    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"No space left.*old last\.pt is unchanged.*--resume") as raised:
-        save_checkpoint(path, checkpoint_of(model, step=2))
-    assert raised.value.errno == errno.ENOSPC
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large.*old last\.pt is unchanged.*--resume") as raised:
+            save_checkpoint(path, checkpoint_of(model, step=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 

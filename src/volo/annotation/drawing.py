@@ -625,12 +625,13 @@ def _prepare_folder(out: Path, plan: _Plan, resume: bool, overwrite: bool, say: 
     """Make the folder ready; the plan that all processes follow, None where all is done already."""
     out.mkdir(parents=True, exist_ok=True)
     content = list(out.iterdir())
-    ours = [p for p in content if p.name.removesuffix(".tmp") in (INDEX, PLAN) or p.match("maps-*")]
+    # With what a killed process left half written.
+    ours = [p for p in content if p.name in (INDEX, PLAN) or p.match("maps-*") or p.match(".*.tmp")]
     if strange := [p.name for p in content if p not in ours]:
         raise ValueError(
             f"{out} holds other things ({', '.join(sorted(strange)[:5])}); label maps get a folder of their own"
         )
-    maps_there = [p for p in ours if p.name != PLAN]
+    maps_there = [p for p in ours if p.name != PLAN and p.suffix != ".tmp"]
     if maps_there and not (resume or overwrite):
         state = "holds label maps" if (out / INDEX).is_file() else "holds label maps that were begun"
         raise ValueError(f"{out} {state}; --resume goes on with them, --overwrite begins anew, or choose another --out")
