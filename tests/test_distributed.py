@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from volo.config import Recipe
+from volo.distributed import is_main_process, launched_by_torchrun
 from volo.models.checkpoint import load_checkpoint
 from volo.training.loop import train
 from volo.training.report import NullReporter, StepReport
@@ -146,3 +147,22 @@ def test_only_the_first_process_needs_to_see_the_run_folder(recipe_for, tmp_path
     assert child.returncode == 0, errors
     assert_same_up_to_rounding(out, alone)
     assert not elsewhere.exists()
+
+
+@pytest.mark.parametrize(
+    "outside", [{"RANK": "3"}, {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "7"}, {"RANK": "", "WORLD_SIZE": "many"}]
+)
+def test_some_of_torchruns_variables_are_no_torchrun(tiny, tmp_path, monkeypatch, outside) -> None:
+    """As batch systems set them for purposes of their own: the run is alone, and the one that writes and reports."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in outside.items():
+        monkeypatch.setenv(name, value)
+    assert not launched_by_torchrun() and is_main_process()
+    recipe = tiny({"schedule.epochs": 0.1, "schedule.warmup_epochs": 0.0, "schedule.cooldown_epochs": 0.0})
+    train(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "last.pt").is_file()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for name, value in {"MASTER_PORT": "29500", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched_by_torchrun() and not is_main_process()

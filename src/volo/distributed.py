@@ -36,6 +36,20 @@ class World:
         return self.rank == 0
 
 
+def launched_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun (or whoever sets all its variables) started.
+
+    A batch system may set RANK or WORLD_SIZE for purposes of its own: some of the variables mean nothing.
+    """
+    numbers = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    return all(number.isdecimal() for number in numbers) and bool(os.environ.get("MASTER_ADDR"))
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes for all: the first of those that torchrun started, or the only one."""
+    return not launched_by_torchrun() or os.environ["RANK"] == "0"
+
+
 @contextmanager
 def join_world(device: str = "auto", *, patience: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     """Join the other processes where torchrun (or the caller) started some, and leave them at the end.
@@ -51,7 +65,8 @@ def join_world(device: str = "auto", *, patience: timedelta = timedelta(minutes=
         raise ValueError(f"device {device!r} is not known to torch; use auto, cpu, cuda or cuda:N") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no GPU here; use --train.device cpu, or auto")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    is_launched = launched_by_torchrun()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if is_launched else 0
     if chosen.type == "cuda":
         index = chosen.index if chosen.index is not None else local_rank
         if index >= torch.cuda.device_count():
@@ -61,7 +76,7 @@ def join_world(device: str = "auto", *, patience: timedelta = timedelta(minutes=
             )
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
-    mine = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    mine = is_launched and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized()
     if mine:
         # gloo beside nccl: decisions are taken between the host programs, without waiting for the GPUs.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
