@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import inspect
 import json
 import time
 from pathlib import Path
@@ -16,7 +18,8 @@ from volo.bench.gpu import GOALS, bench_gpu
 from volo.bench.loop import bench_loop
 from volo.bench.model import _flops, bench_model, bench_train
 from volo.bench.timing import Timing, alternate, matrix_rate, peak_memory, speedup
-from volo.cli.main import BenchOptions, _bench_command, main
+from volo.cli.bench import BENCHMARKS, Labels, Op, command_of
+from volo.cli.main import main
 from volo.ops import linear as linear_ops
 
 
@@ -124,6 +127,26 @@ def test_command_line_writes_json_and_a_table(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_command_of_a_result_holds_no_paths():
-    options = BenchOptions("labels", model="runs/a b", data="/data/cifar10", json=True, out=Path("/tmp/labels.json"))
-    assert _bench_command(options) == "volo bench labels --model 'a b' --data cifar10"
-    assert _bench_command(BenchOptions("op", threads=2, compiled=True)) == "volo bench op --compiled --threads 2"
+    options = Labels(model="runs/a b", data="/data/cifar10", json=True, out=Path("/tmp/labels.json"))
+    assert command_of("labels", options) == "volo bench labels --model 'a b' --data cifar10"
+    assert command_of("op", Op(threads=2, compiled=True)) == "volo bench op --threads 2 --compiled"
+
+
+def test_each_measurement_has_its_own_options_and_help(capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "--help"]) == 0
+    overview = capsys.readouterr().out
+    for name, (kind, function) in BENCHMARKS.items():
+        assert f"volo bench {name}" in overview
+        with pytest.raises(SystemExit) as end:
+            main(["bench", name, "--help"])
+        assert end.value.code == 0
+        assert f"  volo bench {name}" in capsys.readouterr().out
+        module, _, function = function.partition(":")
+        takes = list(inspect.signature(getattr(importlib.import_module(module), function)).parameters)
+        own = {field.name for field in dataclasses.fields(kind)} - {"json", "out", "threads", "model"}
+        assert own <= set(takes), name
+    with pytest.raises(SystemExit):
+        main(["bench", "data", "--compiled"])
+    capsys.readouterr()
+    assert main(["bench", "modle"]) == 2
+    assert "did you mean 'model'?" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from volo.cli.console import show_plan
+from volo.cli.plan import show_plan
 from volo.config import Recipe, load_recipe, recipe_from_dict, recipe_to_toml
 from volo.data import loader
 from volo.tasks.classify import ClassifyTask

@@ -52,7 +52,7 @@ def compile_report(
         "stride": _STRIDE,
         "padding": _PADDING,
         "head_dim": head_dim,
-        "speed": "see bench_kernels" if torch.cuda.is_available() else NOT_MEASURED["status"],
+        "speed": NOT_MEASURED["status"],
         "fewest_megabytes_of_d1_at_batch_128_in_bf16": {name: n / 1e6 for name, n in d1.items()},
         "rows": [
             inspect_kernel(name, dtype, capability, head_dim=head_dim)
@@ -178,6 +178,7 @@ def bench_kernels(
     dtype: torch.dtype = torch.bfloat16,
     compiled: bool = True,
     rounds: int = 15,
+    device: str = "cuda",
 ) -> dict[str, Any]:
     """Outlook attention of D1's stage 1 on the current CUDA device, against unfold/fold eager and compiled.
 
@@ -185,10 +186,10 @@ def bench_kernels(
     CUDA graphs over four input sets, which do not fit in the cache together; `copy_fraction` is the fewest bytes over
     the time, relative to a large copy on the device (bytes read plus written) in the same process.
 
-    Returns NOT_MEASURED where there is no CUDA device.
+    Returns `compile_report()` where there is no CUDA device, or `device` is another.
     """
-    if not torch.cuda.is_available():
-        return NOT_MEASURED
+    if not torch.cuda.is_available() or torch.device(device).type != "cuda":
+        return compile_report()
     correctness = check_correctness(min(batch_size, 4), height, width, heads, head_dim, dtype)
     for name, error in correctness.items():
         assert error["error"] <= error["allowed"], f"{name} misses the error budget: {error}"

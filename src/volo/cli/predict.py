@@ -1,0 +1,152 @@
+"""`volo predict`: name what is in pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.text import Text
+
+from volo.cli.console import Bar, note, results
+from volo.cli.options import ModelOptions, load_classifier, model_and_pictures, open_device, run
+
+if TYPE_CHECKING:
+    from volo.inference.predictor import Prediction
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A run folder (its best.pt), a checkpoint, published weights such as volo_d1.224, or a weight file of timm's or the
+    original's. With --checkpoint, a picture."""
+    pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
+    """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """The model by an option: everything that is no option is a picture then."""
+    top: int = 3
+    """So many classes for each picture."""
+    format: Literal["table", "json", "csv"] = "table"
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write there instead of standard output; the file appears when it is complete."""
+    sheet: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
+    """Draw the first 48 pictures with their classes; if all lie in folders named like classes, right and wrong show."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Pictures that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
+    how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
+
+
+MAX_SHEET = 48
+
+
+def predict(options: PredictOptions) -> int:
+    """Name what is in pictures. The class names come with the model.
+
+    Examples:
+      volo predict runs/photos holiday.jpg
+      volo predict runs/photos new_pictures/ "more/**/*.png" --top 1 --format csv --out answers.csv
+      find . -name "*.jpg" | volo predict runs/photos - --format json
+      volo predict volo_d1.224 pictures/ --sheet sheet.png
+      volo predict pictures/ --checkpoint runs/photos/last.pt
+    """
+    from volo.data.files import write_atomically
+    from volo.inference.predictor import predict as run_prediction
+    from volo.inference.predictor import to_csv, to_json
+
+    model, pictures = model_and_pictures(options.model, options.pictures, options.checkpoint)
+    device = open_device(options.how.device, options.how.threads)
+    classifier = load_classifier(model, options.how, device)
+    # Only one of the two streams may draw: a bar and lines on the same terminal must know of each other.
+    to_terminal = options.out is None and sys.stdout.isatty()
+    output = results()
+    bar = Bar(results(json=not to_terminal))
+    for_sheet: list[Prediction] = []
+    failed = 0
+
+    def watched() -> Iterator[Prediction]:
+        nonlocal failed
+        answers = run_prediction(
+            classifier,
+            pictures,
+            top=options.top,
+            batch_size=options.how.batch_size or 32,
+            device=device,
+            amp=options.how.amp,
+        )
+        for done, prediction in enumerate(answers, start=1):
+            if prediction.error:
+                failed += 1
+                if options.format != "table" or options.out is not None:
+                    bar.console.print(prediction.error, style="red", soft_wrap=True, markup=False, highlight=False)
+            elif len(for_sheet) < MAX_SHEET:
+                for_sheet.append(prediction)
+            yield prediction
+            bar.show("predicting", done, len(pictures))
+
+    def table() -> Iterator[str]:
+        name_width = min(60, max(len(str(path)) for path in pictures))
+        class_width = min(28, max(len(name) for name in classifier.classes))
+        for prediction in watched():
+            line = prediction_line(prediction, name_width, class_width)
+            if to_terminal:
+                output.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+            else:
+                yield line.plain.rstrip() + "\n"
+
+    lines = {"table": table, "json": lambda: to_json(watched()), "csv": lambda: to_csv(watched())}[options.format]()
+    with bar:
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(
+                options.out, lambda file: file.writelines(line.encode(errors="backslashreplace") for line in lines)
+            )
+        else:
+            for line in lines:
+                sys.stdout.write(line)
+            sys.stdout.flush()
+    if options.sheet is not None and for_sheet:
+        _draw_sheet(for_sheet, classifier.classes, options.sheet)
+    if failed:
+        is_error = options.on_bad_image == "error"
+        note(f"{failed} of {len(pictures)} pictures could not be read", "red" if is_error else "yellow")
+        return int(is_error)
+    return 0
+
+
+def _draw_sheet(predictions: Sequence[Prediction], classes: Sequence[str], out: Path) -> None:
+    from volo.data.decode import decode_image
+    from volo.data.transforms import ResizeAndCenterCrop
+    from volo.explain.plots import SheetItem, prediction_sheet
+
+    def thumbnail(path: str) -> Any:
+        image = decode_image(path)
+        H, W = image.shape[1:]
+        scale = min(1.0, 400 / max(H, W))
+        size = (max(1, round(H * scale)), max(1, round(W * scale)))
+        return ResizeAndCenterCrop(size)(image) if scale < 1 else image
+
+    folders = [Path(p.name).absolute().parent.name for p in predictions]
+    truths: Sequence[str | None] = folders if set(folders) <= set(classes) else [None] * len(folders)
+    items = [SheetItem(thumbnail(p.name), p.top, p.name, truth) for p, truth in zip(predictions, truths)]
+    prediction_sheet(items, out)
+
+
+def prediction_line(prediction: Prediction, name_width: int, class_width: int) -> Text:
+    """One picture of a table of predictions; the widths align it with the others."""
+    name = prediction.name if len(prediction.name) <= name_width else "…" + prediction.name[1 - name_width :]
+    line = Text(f"{name:<{name_width}}  ")
+    if prediction.error:
+        reason = prediction.error.removeprefix(f"{prediction.name}: ")
+        return line.append(f"not read: {reason}", style="red")
+    for rank, (label, probability) in enumerate(prediction.top):
+        label = label if len(label) <= class_width else label[: class_width - 1] + "…"
+        line.append(f"{label:<{class_width}} {100 * probability:5.1f} %  ", style="bold" if rank == 0 else "dim")
+    line.rstrip()
+    return line
+
+
+main = partial(run, predict)

@@ -1,0 +1,146 @@
+"""`volo segment`: a class for every pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.text import Text
+
+from volo.cli.console import Bar, note, results
+from volo.cli.options import DeviceOptions, WindowOptions, how_to_test, model_and_pictures, open_device, run
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A run folder (its best.pt) or a checkpoint of a recipe of task "segment". With --checkpoint, a picture."""
+    pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
+    """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """The model by an option: everything that is no option is a picture then."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("segmented")
+    """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there. Pictures are never replaced."""
+    overlays: bool = True
+    """Write overlays: the picture under the colours of its classes, with a legend."""
+    cityscapes: bool = False
+    """Masks hold Cityscapes' label ids and are named as its benchmark wants them; pictures are seen as volo evaluate sees
+    them, so that what is submitted is what was scored. No overlays: the benchmark would take them for masks."""
+    json: bool = False
+    """Print areas.json instead of a table; the rest goes to standard error."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Pictures that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
+    batch_size: int = 1
+    """Windows at once."""
+    seen: Annotated[WindowOptions, tyro.conf.arg(name="")] = field(default_factory=WindowOptions)
+    how: Annotated[DeviceOptions, tyro.conf.arg(name="")] = field(default_factory=DeviceOptions)
+
+
+def segment(options: SegmentOptions) -> int:
+    """Name every pixel of pictures: masks, coloured overlays with a legend, areas as JSON.
+
+    Pictures of more than a megapixel are seen by overlapping windows, blended smoothly, in bounded memory; --scales and
+    --flip then look at each window several times.
+
+    Examples:
+      volo segment runs/camvid_cpu street.jpg
+      volo segment runs/camvid_cpu "drive/**/*.png" --out masks --no-overlays
+      volo segment street.jpg drive/ --checkpoint runs/camvid_cpu/last.pt
+      volo segment runs/ade20k_volo_d1 huge.tif --window 1024 --batch-size 4 --amp bf16
+      volo segment runs/cityscapes_volo_d1 leftImg8bit/test --cityscapes --scales 0.75 1 1.25 --flip --out submission
+    """
+    from volo.data.segmentation import CITYSCAPES
+    from volo.inference.segment import (
+        areas_json,
+        load_pixel_classifier,
+        output_files,
+        write_areas,
+        write_cityscapes,
+        write_mask,
+        write_overlay,
+    )
+    from volo.inference.segment import segment as run_segmentation
+    from volo.inference.segment_evaluate import HowToTest
+
+    model, pictures = model_and_pictures(options.model, options.pictures, options.checkpoint)
+    device = open_device(options.how.device, options.how.threads)
+    classifier = load_pixel_classifier(model, device=device)
+    names, colours = classifier.classes, classifier.colours
+    if options.cityscapes and names != tuple(name for name, _, _ in CITYSCAPES):
+        raise ValueError(f"--cityscapes needs a model of Cityscapes' 19 classes; {model} knows {len(names)} others")
+    # A submission is made as it was scored; other pictures are of any size.
+    trained = HowToTest.from_config(classifier.segment, classifier.data.img_size) if options.cityscapes else None
+    how = how_to_test(trained, options.seen)
+    views = HowToTest(scales=options.seen.scales or (1.0,), flip=options.seen.flip)
+    targets = output_files(pictures, options.out, cityscapes=options.cityscapes, overlays=options.overlays)
+    console = results(options.json)
+    width = min(60, max(len(str(path)) for path in pictures))
+    options.out.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    failed = 0
+    with Bar(console) as bar:
+
+        def on_window(done: int, total: int) -> None:
+            if total > 1:
+                bar.show(f"picture {len(entries) + 1} of {len(pictures)}, windows", done, total)
+
+        answers = run_segmentation(
+            classifier,
+            pictures,
+            how=how,
+            scales=views.scales,
+            flip=views.flip,
+            as_scored=options.cityscapes,
+            batch_size=options.batch_size,
+            device=device,
+            amp=options.how.amp,
+            on_window=on_window,
+        )
+        for files, result in zip(targets, answers):
+            if result.error:
+                failed += 1
+                note(result.error, "red")
+            else:
+                if options.cityscapes:
+                    write_cityscapes(options.out / files["mask"], result.classes)
+                else:
+                    write_mask(options.out / files["mask"], result.classes, colours)
+                if "overlay" in files:
+                    write_overlay(options.out / files["overlay"], result.image, result.classes, names, colours)
+            entries.append(areas_json(result, names, files))
+            if not result.error and not options.json:
+                shares = [(area["class"], area["share"]) for area in entries[-1]["areas"]]
+                console.print(area_line(result.name, shares, width), no_wrap=True, overflow="ellipsis", crop=True)
+            bar.show("segmenting", len(entries), len(pictures))
+    areas = options.out / "areas.json"
+    write_areas(areas, entries, classifier, str(how or f"whole pictures, windows above a megapixel{views.views}"))
+    if options.json:
+        print(areas.read_text(encoding="utf-8"))
+    else:
+        console.print(
+            f"{options.out}: {', '.join(f'{kind}s' for kind in targets[0])}, areas.json", style="cyan", soft_wrap=True
+        )
+    if failed:
+        is_error = options.on_bad_image == "error"
+        note(f"{failed} of {len(pictures)} pictures could not be read", "red" if is_error else "yellow")
+        return int(is_error)
+    return 0
+
+
+def area_line(name: str, areas: Sequence[tuple[str, float]], name_width: int, most: int = 5) -> Text:
+    """One picture of a table of areas: the classes with the largest shares, in the order given."""
+    name = name if len(name) <= name_width else "…" + name[1 - name_width :]
+    line = Text(f"{name:<{name_width}}  ")
+    for rank, (label, share) in enumerate(areas[:most]):
+        line.append(f"{label} {100 * share:.1f} %  ", style="bold" if rank == 0 else "dim")
+    if len(areas) > most:
+        line.append(f"and {len(areas) - most} more", style="dim")
+    line.rstrip()
+    return line
+
+
+main = partial(run, segment)

@@ -1,0 +1,247 @@
+"""`volo train`: from a recipe and its changes to a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shlex
+import tomllib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from volo.cli.console import is_main_process, note, process_rank, results
+from volo.cli.options import open_device, parse_as
+from volo.config import Recipe, find_recipe, list_recipes, load_recipe
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """Where the pictures are: short for --data.path."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Run folder; runs/NAME of the recipe if left out."""
+    on_bad_image: Literal["error", "skip"] | None = None
+    """Pictures that cannot be decoded: stop and name them all, or leave them out. Short for --data.on_bad_image."""
+    resume: bool = False
+    """Continue the run in --out where it stopped (or begin it, if there is none)."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+    plan: bool = False
+    """Only say what the run would take: steps, pictures, memory, time (tried out with a few pictures), label maps."""
+    json: bool = False
+    """Print the summary (with --plan, the plan) as one JSON object; everything else goes to standard error."""
+    quiet: bool = False
+    """No progress, only the result."""
+    recipe: Annotated[tyro.conf.FlagConversionOff[Recipe], tyro.conf.arg(name="")] = field(default_factory=Recipe)
+
+
+def train(options: TrainOptions) -> int:
+    """Train a classifier, or a segmentation model: RECIPE is a .toml file, the name of one that ships with volo, or a run folder (to repeat it).
+
+    Every key of the recipe can be changed: --section.key VALUE. Arguments of the model that have no key of their own
+    go by --model.options.NAME VALUE, in TOML: --model.options.depths [2,2,3,1]. Those of the recipe hold for its own
+    model and are left out with another --model.name.
+
+    Examples:
+      volo train digits
+      volo train photos_cpu --data photos --out runs/photos --schedule.epochs 60
+      volo train camvid_cpu --data camvid --out runs/camvid
+      volo train runs/photos --resume                      after Ctrl-C or a power cut: the same weights, bit for bit
+      volo train imagenet_volo_d1_384 --data imagenet --train.accumulation 8     8 micro batches of 64 a step
+      volo train photos_finetune --data photos             from published weights; --train.amp bf16 on a GPU
+      torchrun --nproc-per-node 8 -m volo train imagenet_volo_d1_224 --data imagenet --train.amp bf16
+      volo train cifar10_token_labels --data cifar10       its annotator first, then the label maps, then the training
+      volo train imagenet_volo_d1_224 --data imagenet --token_label.maps maps/imagenet --plan
+      volo train photos_cpu --help                         all keys, with the values of that recipe
+    """
+    from volo.cli.progress import TrainReporter, show_result
+    from volo.training.loop import train as run_training
+
+    recipe, out = options.recipe, options.out
+    assert out is not None
+    if options.data is not None:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=options.data))
+    if options.on_bad_image is not None:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, on_bad_image=options.on_bad_image))
+    is_main = is_main_process()
+    console = results(options.json)
+    reporter = None if options.quiet or not is_main else TrainReporter(console)
+    if options.plan:
+        return _show_plan(recipe, out, options)
+    program = "volo" if process_rank() is None else "torchrun ... -m volo"
+    resume_command = f"{program} train {shlex.quote(str(out))} --resume"
+    try:
+        with reporter or contextlib.nullcontext():
+            result = run_training(recipe, out, resume=options.resume, overwrite=options.overwrite, reporter=reporter)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(resume_command) from None
+    if not is_main:
+        return 128 + result.signal if result.signal else 0
+    if result.status == "interrupted":
+        if options.json:  # of the annotator's training, if it was that
+            print((result.out / "summary.json").read_text(encoding="utf-8"))
+        note(f"stopped after step {result.step:,} of {result.total_steps:,}; go on with: {resume_command}")
+        return 128 + result.signal
+
+    from volo.explain.plots import confusion_matrix, training_curves
+
+    pictures = [out / "curves.png"]
+    training_curves(out / "metrics.jsonl", pictures[0])
+    if result.confusion:
+        pictures.append(out / "confusion.png")
+        unit = "pixels" if recipe.task == "segment" else "pictures"
+        confusion_matrix(result.confusion, result.classes, pictures[1], unit)
+    if recipe.task == "segment" and result.best:
+        pictures += _draw_segmentation(out, result.best, open_device(recipe.train.device))
+    if options.json:
+        print((out / "summary.json").read_text(encoding="utf-8"))
+    else:
+        show_result(console, result, pictures)
+    return 0
+
+
+MAX_OVERLAYS = 6
+
+
+def _draw_segmentation(out: Path, best: dict[str, Any], device: torch.device) -> list[Path]:
+    """iou.png and overlays.png of a run: bars for the classes, and some held-out pictures as the best weights see them."""
+    from volo.data.segmentation import BadImageError, find_pairs, load_pair, open_classes
+    from volo.explain.plots import OverlayItem, class_bars, overlay_sheet
+    from volo.inference.segment import HowToTest, load_pixel_classifier, segment
+
+    classifier = load_pixel_classifier(out, device=device)
+    bars, sheet = out / "iou.png", out / "overlays.png"
+    class_bars(
+        best["per_class_iou"], classifier.classes, classifier.colours, bars, best.get("per_class_boundary_iou", ())
+    )
+    root, classes = open_classes(classifier.data, classifier.segment)
+    pairs = find_pairs(root, classifier.segment, classifier.segment.val_split)
+    count = len(pairs.names)
+    items = []
+    for i in sorted({(2 * k + 1) * count // (2 * MAX_OVERLAYS) for k in range(MAX_OVERLAYS)}):
+        name = pairs.names[i]
+        try:
+            image, truth = load_pair(root, name, pairs.masks[i], classes)
+        except BadImageError:  # left out of the training, too
+            continue
+        how = HowToTest.from_config(classifier.segment, classifier.data.img_size)
+        answer = next(segment(classifier, [root / name], how=how, device=device))
+        items.append(OverlayItem(image, answer.classes, truth[0].numpy(), Path(name).name))
+    overlay_sheet(items, classifier.classes, classifier.colours, sheet)
+    return [bars, sheet]
+
+
+def _show_plan(recipe: Recipe, out: Path, options: TrainOptions) -> int:
+    from volo.cli.plan import show_plan
+    from volo.cli.progress import TrainReporter
+    from volo.training.plan import plan_training
+
+    is_main = is_main_process()
+    console = results(options.json)
+    reporter = None if options.quiet or not is_main else TrainReporter(console)
+    with reporter or contextlib.nullcontext():
+        plan = plan_training(recipe, out, reporter=reporter)
+    if is_main and options.json:
+        print(json.dumps(plan, indent=1))
+    elif is_main:
+        show_plan(console, plan)
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    words, default, of_recipe, given = _prepare(argv)
+    # Recipe keys are shown as they are written in recipes.
+    options = parse_as(
+        TrainOptions, words, "volo train RECIPE", train.__doc__ or "", default=default, use_underscores=True
+    )
+    if options.quiet:
+        logging.getLogger("volo").setLevel(logging.WARNING)
+    recipe, own = options.recipe, default.recipe.model.name
+    if of_recipe and recipe.model.name != own:
+        logger.info("model.options of the recipe are left out (%s): they are for %s", ", ".join(of_recipe), own)
+        of_recipe = {}
+    model = dataclasses.replace(recipe.model, options=of_recipe | given)
+    return train(dataclasses.replace(options, recipe=dataclasses.replace(recipe, model=model)))
+
+
+def _prepare(argv: Sequence[str]) -> tuple[list[str], TrainOptions, dict[str, Any], dict[str, Any]]:
+    """The words after the recipe, options with the recipe's values for a start, and the arguments of the model: those of
+    the recipe and those given."""
+    if not argv:
+        raise ValueError("volo train needs a recipe: a .toml file, " + ", ".join(path.stem for path in list_recipes()))
+    if argv[0].startswith("-"):
+        if not {"-h", "--help"} & set(argv):
+            raise ValueError(f"the recipe comes first: volo train RECIPE {' '.join(argv)}")
+        return ["--help"], TrainOptions(), {}, {}
+    folder = Path(argv[0])
+    path = find_recipe(folder / "recipe.toml" if (folder / "recipe.toml").is_file() else argv[0])
+    # The recipe a run was started with lies in its folder, where it is also continued.
+    out = folder if (folder / "recipe.toml").is_file() else Path("runs") / path.stem
+    recipe = load_recipe(path)
+    argv, given_options = _take_model_options(argv[1:])
+    default = TrainOptions(
+        out=out, recipe=dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, options={}))
+    )
+    return _spell_booleans(argv), default, recipe.model.options, given_options
+
+
+def _take_model_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Split off --model.options.NAME VALUE (or NAME=VALUE): their types are the model's business, so they are TOML."""
+    prefix, rest, options = "--model.options.", [], {}
+    words = iter(argv)
+    for word in words:
+        if not word.startswith(prefix):
+            rest.append(word)
+            continue
+        name, has_value, text = word.removeprefix(prefix).partition("=")
+        if not has_value:
+            try:
+                text = next(words)
+            except StopIteration:
+                raise ValueError(f"{word} needs a value in TOML, such as 2, true, [2, 2, 3, 1] or text") from None
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text  # bare words are text: quotes would have to be quoted in a shell
+        options[name.replace("-", "_")] = value
+    return rest, options
+
+
+def _spell_booleans(argv: list[str]) -> list[str]:
+    """--train.compile true (as in TOML), or without a value, as the parser wants it: --train.compile True."""
+    hints = typing.get_type_hints(Recipe)
+    switches = {
+        f"--{section}.{key.name}"
+        for section, hint in hints.items()
+        if dataclasses.is_dataclass(hint)
+        for key in dataclasses.fields(hint)
+        if typing.get_type_hints(hint)[key.name] is bool
+    }
+    result: list[str] = []
+    words = iter(argv)
+    following = next(words, None)
+    while following is not None:
+        word, following = following, next(words, None)
+        name, has_value, value = word.partition("=")
+        if "--" + name[2:].replace("-", "_") not in switches:
+            result.append(word)
+        elif has_value:
+            result.append(f"{name}={value.capitalize()}")
+        elif following is None or following.startswith("--"):
+            result += [word, "True"]
+        else:
+            result += [word, following.capitalize()]
+            following = next(words, None)
+    return result
