@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from volo.ops.gelu import gelu
-from volo.ops.linear import linear
 from volo.ops.outlook_attention import outlook_attention, window_grid
 from volo.ops.reference import outlook_attention_reference
 from volo.ops.self_attention import self_attention
@@ -35,28 +33,14 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.4g}"
 
 
-class Linear(nn.Linear):
-    """nn.Linear with the matrix product that is fastest on the processor at hand."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class GELU(nn.GELU):
-    """nn.GELU with the backward pass that is fastest on the processor at hand."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gelu(x) if self.approximate == "none" else super().forward(x)
-
-
 class Mlp(nn.Module):
     """Linear, GELU, Linear; shapes [..., dim] -> [..., dim]."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
-        self.act = GELU()
-        self.fc2 = Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,10 +83,10 @@ class OutlookAttention(nn.Module):
         self.stride = stride
         self.padding = padding
         self.scale = (dim // num_heads) ** -0.5
-        self.v = Linear(dim, dim, bias=qkv_bias)
-        self.attn = Linear(dim, num_heads * kernel_size**4)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.attn = nn.Linear(dim, num_heads * kernel_size**4)
         self.attn_drop = attn_drop
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,18 +98,28 @@ class OutlookAttention(nn.Module):
             # A permuted view of contiguous tokens is a channels-last picture: pooling it copies nothing.
             pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), s, s, ceil_mode=True).permute(0, 2, 3, 1)
         logits = self.attn(pooled).unflatten(-1, (self.num_heads, K * K, K * K))  # [B, h, w, heads, K*K, K*K]
+        if torch.jit.is_scripting():  # TorchScript knows neither the checks nor the kernels
+            dropout = self.attn_drop if self.training else 0.0
+            out = outlook_attention_reference(value, logits, K, s, p, self.scale, dropout)
+        else:
+            out = self._attend(value, logits)
+        return self.proj_drop(self.proj(out.reshape(B, H, W, C)))
+
+    @torch.jit.unused
+    def _attend(self, value: Tensor, logits: Tensor) -> Tensor:
+        """value [B, H, W, heads, head_dim], logits [B, h, w, heads, K*K, K*K] -> [B, H, W, heads, head_dim]."""
+        H, W = value.shape[1:3]
+        K, s, p = self.kernel_size, self.stride, self.padding
         if logits.shape[1:3] != window_grid(H, W, K, s, p):
             raise ValueError(
                 f"kernel_size={K}, stride={s}, padding={p} give {window_grid(H, W, K, s, p)} windows on a {H} x {W} grid, but outlook attention "
                 f"needs {tuple(logits.shape[1:3])} = ceil(size / stride); padding = (kernel_size - 1) // 2 with an odd kernel always fits"
             )
         if self.training and self.attn_drop > 0.0:
-            if torch.is_autocast_enabled(x.device.type):
-                value, logits = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (value, logits))
-            out = outlook_attention_reference(value, logits, K, s, p, self.scale, self.attn_drop)
-        else:
-            out = outlook_attention(value, logits, kernel_size=K, stride=s, padding=p, scale=self.scale)
-        return self.proj_drop(self.proj(out.reshape(B, H, W, C)))
+            if torch.is_autocast_enabled(value.device.type):
+                value, logits = (t.to(torch.get_autocast_dtype(value.device.type)) for t in (value, logits))
+            return outlook_attention_reference(value, logits, K, s, p, self.scale, self.attn_drop)
+        return outlook_attention(value, logits, kernel_size=K, stride=s, padding=p, scale=self.scale)
 
     def extra_repr(self) -> str:
         return (
@@ -144,8 +138,8 @@ class SelfAttention(nn.Module):
             raise ValueError(f"dim must be a multiple of num_heads; given: dim={dim}, num_heads={num_heads}")
         self.num_heads = num_heads
         self.attn_drop = attn_drop
-        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,9 +160,9 @@ class ClassAttention(nn.Module):
             raise ValueError(f"dim must be a multiple of num_heads; given: dim={dim}, num_heads={num_heads}")
         self.num_heads = num_heads
         self.attn_drop = attn_drop
-        self.kv = Linear(dim, dim * 2, bias=qkv_bias)
-        self.q = Linear(dim, dim, bias=qkv_bias)
-        self.proj = Linear(dim, dim)
+        self.kv = nn.Linear(dim, dim * 2, bias=qkv_bias)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -86,9 +86,131 @@ def test_what_does_not_fit_is_left_and_named():
     model = nn.ModuleDict({"good": good, "bad": bad})
     report = volo.fuse(model)
     assert report.replaced == ("good",) and model["bad"] is bad
-    assert "324" in report.left["bad"] and "bad" in str(report)
+    assert "attn has 5" in report.left["bad"] and "bad" in str(report)
     with pytest.raises(ValueError, match="itself an outlook attention"):
         volo.fuse(bad)
+
+
+class Halved(OriginalOutlookAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+class NoisyInTraining(OriginalOutlookAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out + torch.randn_like(out) if self.training else out
+
+
+class Gated(OriginalOutlookAttention):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, num_heads)
+        self.gate = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gate
+
+
+class Dilated(OriginalOutlookAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        self.stride, unfold = 1, F.unfold
+        B, H, W, C = x.shape
+        windows = unfold(self.v(x).permute(0, 3, 1, 2), 3, padding=2, dilation=2)
+        windows = windows.reshape(B, self.num_heads, -1, 9, H * W).permute(0, 1, 4, 3, 2)
+        attn = self.attn(x).reshape(B, -1, self.num_heads, 9, 9).transpose(1, 2) * self.scale
+        mixed = (attn.softmax(-1) @ windows).permute(0, 1, 4, 3, 2).reshape(B, C * 9, -1)
+        return self.proj(F.fold(mixed, (H, W), 3, padding=2, dilation=2).permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        (Halved, "something else"),
+        (NoisyInTraining, "something else"),
+        (Gated, "further parameters: gate"),
+        (Dilated, "something else"),
+    ],
+)
+def test_other_functions_are_left_and_named(kind: type[OriginalOutlookAttention], reason: str):
+    torch.manual_seed(0)
+    module = kind(32, 4)
+    nn.init.zeros_(module.proj.weight)  # what the weights are now must not hide a difference
+    model = nn.Sequential(module).eval()
+    x = torch.randn(1, 6, 10, 32)
+    expected = model(x)
+    report = volo.fuse(model)
+    assert report.replaced == () and model[0] is module and reason in report.left["0"]
+    assert torch.equal(model(x), expected)
+
+
+class ChannelsFirst(OriginalOutlookAttention):
+    """As detectors' plug-ins have it: [B, C, H, W] in and out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("side", [20, 32])
+def test_channels_first_copies_keep_their_layout(side: int):
+    torch.manual_seed(0)
+    model = nn.Sequential(ChannelsFirst(32, 4))
+    x = torch.randn(1, 32, side, side)
+    expected = model(x)
+    assert volo.fuse(model).replaced == ("0",) and isinstance(model[0], OutlookAttention)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=0)
+
+
+class OutlookAttentionOfOthers(nn.Module):
+    """The same mathematics under the names that another collection gave it, dropout inside its projection."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.1))
+        self.to_attn = nn.Linear(dim, heads * 81)
+        self.v_pj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        windows = F.unfold(self.v_pj(x).permute(0, 3, 1, 2), 3, padding=1)
+        windows = windows.reshape(B, self.heads, C // self.heads, 9, H * W).permute(0, 1, 4, 3, 2)
+        attn = self.to_attn(x).reshape(B, H * W, self.heads, 9, 9).transpose(1, 2) * (C // self.heads) ** -0.5
+        mixed = (attn.softmax(-1) @ windows).permute(0, 1, 4, 3, 2).reshape(B, C * 9, -1)
+        return self.to_out(F.fold(mixed, (H, W), 3, padding=1).permute(0, 2, 3, 1))
+
+
+def test_copies_under_other_names_are_recognised_and_keep_their_names():
+    torch.manual_seed(0)
+    model = nn.Sequential(OutlookAttentionOfOthers(32, 4)).eval()
+    names, x = set(model.state_dict()), torch.randn(2, 6, 9, 32)
+    expected = model(x)
+    assert volo.fuse(model).replaced == ("0",) and isinstance(model[0], OutlookAttention)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=0)
+    assert set(model.state_dict()) == names and model[0].to_out[1].p == 0.1
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected, atol=1e-5, rtol=0)
+
+
+def test_hooks_stay_and_can_be_removed():
+    model, seen = nn.Sequential(OriginalOutlookAttention(32, 4)), []
+    handle = model[0].register_forward_hook(lambda *_: seen.append("after"))
+    model[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    volo.fuse(model)
+    assert seen == []  # trying the module out is no forward pass of the user's
+    model(torch.randn(1, 4, 4, 32))
+    assert seen == ["before", "after"]
+    handle.remove()
+    model(torch.randn(1, 4, 4, 32))
+    assert seen == ["before", "after", "before"]
+
+
+def test_what_is_left_can_be_scripted():
+    torch.manual_seed(0)
+    model = VOLO(layers=(1, 1, 1, 1), embed_dims=(64,) * 4, num_heads=(2,) * 4, img_size=64, num_classes=7).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images)
+        volo.fuse(model)
+        torch.testing.assert_close(torch.jit.script(model)(images), expected, atol=1e-5, rtol=0)
 
 
 def test_training_mode_and_dropout_rates_stay():

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -219,47 +220,35 @@ def test_pad_input() -> None:
     assert torch.equal(padding(padded), plain(padded))
 
 
-def test_pos_embed_cache() -> None:
-    model = small_model().eval()
-    images = pictures(1, 3, 96, 80)
+@pytest.mark.parametrize("size", [(6, 5), (2, 2), (3, 9), (4, 4)])
+def test_the_position_embedding_is_resampled_as_interpolate_does(size: tuple[int, int]) -> None:
+    pos_embed = torch.randn(1, 4, 4, 8, generator=torch.Generator().manual_seed(0))
+    grid = F.interpolate(pos_embed.permute(0, 3, 1, 2), size, mode="bicubic", antialias=min(size) < 4)
+    expected = grid.permute(0, 2, 3, 1)
+    torch.testing.assert_close(resample_pos_embed(pos_embed, size), expected, atol=1e-5, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(resample_pos_embed(pos_embed, size), expected, atol=1e-5, rtol=0)
 
-    def expected() -> Tensor:
-        return resample_pos_embed(model.pos_embed, (6, 5))
 
+@pytest.mark.parametrize("write", ["data.copy_", "data = ", "vector_to_parameters", "mul_"])
+def test_new_weights_are_used_at_once_at_any_size(write: str) -> None:
+    """Averaging codes write through .data, which raises no version; the model stays in eval mode all the while."""
+    model, images = small_model().eval(), pictures(1, 3, 96, 80)
     with torch.no_grad():
         model(images)
-        assert model._pos_embed_for(6, 5) is model._pos_embed_for(6, 5)  # computed once
-        assert torch.equal(model._pos_embed_for(6, 5), expected())
-
-        model.pos_embed.mul_(2)  # an EMA update or an optimiser step
-        assert torch.equal(model._pos_embed_for(6, 5), expected())
-
-        model.load_state_dict(small_model().state_dict())
-        assert torch.equal(model._pos_embed_for(6, 5), expected())
-
-        model.load_state_dict({k: v * 3 for k, v in small_model().state_dict().items()}, assign=True)
-        assert torch.equal(model._pos_embed_for(6, 5), expected())
-
-        model.pos_embed.data = model.pos_embed.data + 1  # unseen by autograd, but training starts with train()
-        model.train().eval()
-        assert torch.equal(model._pos_embed_for(6, 5), expected())
-
-        assert model.double()._pos_embed_for(6, 5).dtype == torch.float64
-        model.float()
-
-        other = copy.deepcopy(model)
-        other.pos_embed.zero_()
-        assert other._pos_embed_for(6, 5).abs().max() == 0
-        assert model._pos_embed_for(6, 5).abs().max() > 0
-
-        for rows in range(1, 60):
-            model._pos_embed_for(rows, 7)
-        assert len(model._pos_embed_cache) <= 16
-    assert model._pos_embed_for(6, 5).requires_grad  # never the cached one where gradients flow
-    with torch.inference_mode():
-        model._pos_embed_for(6, 5)
-    with torch.no_grad():
-        model(images)
+        new = [torch.randn_like(p) * 0.1 for p in model.parameters()]
+        if write == "vector_to_parameters":
+            torch.nn.utils.vector_to_parameters(torch.cat([n.flatten() for n in new]), model.parameters())
+        for parameter, values in zip(model.parameters(), new):
+            if write == "data.copy_":
+                parameter.data.copy_(values)
+            elif write == "data = ":
+                parameter.data = values
+            elif write == "mul_":
+                parameter.mul_(0).add_(values)
+        fresh = small_model().eval()
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(model(images), fresh(images))
     model(images).sum().backward()
     assert model.pos_embed.grad.abs().max() > 0
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from volo.layers import Linear, Mlp
+from volo.layers import Mlp
 from volo.models.fuse import pack_linear_layers
 from volo.ops import cpu_kernel, dispatch, self_attention
 from volo.ops import linear as linear_ops
@@ -142,7 +142,7 @@ def test_without_onednns_operators_linear_layers_are_pytorchs(
     assert linear_ops._dtypes == ()
     x, weight = torch.randn(100, 24), torch.randn(40, 24)
     torch.testing.assert_close(linear_ops.linear(x, weight, None), F.linear(x, weight))
-    model = nn.Sequential(Mlp(24, 72), Linear(24, 10)).eval()
+    model = nn.Sequential(Mlp(24, 72), nn.Linear(24, 10)).eval()
     with torch.inference_mode():
         expected = model(x)
         pack_linear_layers(model)

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
-from volo.layers import Linear, Mlp
-from volo.models.fuse import PackedLinear, pack_linear_layers
+import volo
+from volo.layers import Mlp
+from volo.models.fuse import FastLinear, PackedLinear, pack_linear_layers, use_training_kernels
 from volo.ops import linear as linear_ops
 from volo.ops.linear import MIN_ROWS, linear
 
@@ -32,6 +34,12 @@ def inputs(has_bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((3, 5, 7, 24), (40, 24), (40,)))
     return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_() if has_bias else None
+
+
+def use_fast(layer: nn.Linear) -> nn.Linear:
+    use_training_kernels(layer)
+    assert type(layer) is FastLinear
+    return layer
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -82,7 +90,7 @@ def test_everything_else_goes_to_pytorch(taken):
     torch.testing.assert_close(many, F.linear(x, weight, bias))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         linear(x[..., :23].contiguous(), weight, bias)
-    exported = torch.export.export(Linear(24, 40), (x,))
+    exported = torch.export.export(use_fast(nn.Linear(24, 40)), (x,))
     assert all(str(n.target).startswith("aten.") for n in exported.graph.nodes if n.op == "call_function")
     compiled = torch.compile(linear, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, weight, bias), F.linear(x, weight, bias))
@@ -91,7 +99,7 @@ def test_everything_else_goes_to_pytorch(taken):
 
 def test_packed_layers_share_their_parameters_and_keep_the_outputs():
     torch.manual_seed(0)
-    model = nn.Sequential(Mlp(24, 72), Linear(24, 10, bias=False)).eval()
+    model = nn.Sequential(Mlp(24, 72), nn.Linear(24, 10, bias=False)).eval()
     parameters = dict(model.named_parameters())
     x = torch.randn(2, 3, 5, 24)
     with torch.inference_mode():
@@ -108,7 +116,7 @@ def test_packed_layers_share_their_parameters_and_keep_the_outputs():
 
 
 def test_a_packed_layer_follows_its_weight():
-    layer = PackedLinear(Linear(24, 10))
+    layer = PackedLinear(nn.Linear(24, 10))
     x = torch.randn(6, 24)
     with torch.no_grad():
         first = layer(x)
@@ -123,7 +131,7 @@ def test_a_packed_layer_follows_its_weight():
 
 
 def test_a_packed_layer_can_be_copied_pickled_compiled_and_exported():
-    layer = PackedLinear(Linear(24, 10), gelu=True).eval()
+    layer = PackedLinear(nn.Linear(24, 10), gelu=True).eval()
     x = torch.randn(6, 24)
     with torch.no_grad():
         expected = layer(x)
@@ -133,3 +141,69 @@ def test_a_packed_layer_can_be_copied_pickled_compiled_and_exported():
         exported = torch.export.export(layer, (x,))
     assert all(str(n.target).startswith("aten.") for n in exported.graph.nodes if n.op == "call_function")
     torch.testing.assert_close(exported.module()(x), expected)
+
+
+@pytest.mark.parametrize("write", ["mul_", "data.mul_", "data.copy_", "data = ", "vector_to_parameters"])
+def test_a_packed_layer_sees_every_way_to_write_a_weight(write):
+    torch.manual_seed(0)
+    layer, x = PackedLinear(nn.Linear(96, 288)), torch.randn(70, 96)
+    with torch.no_grad():
+        layer(x)
+        new = torch.randn(288, 96)
+        if write == "mul_":
+            new = layer.weight.mul_(0.5).clone()
+        elif write == "data.mul_":
+            new = layer.weight.data.mul_(0.5).clone()
+        elif write == "data.copy_":
+            layer.weight.data.copy_(new)
+        elif write == "data = ":
+            layer.weight.data = new
+        else:
+            torch.nn.utils.vector_to_parameters(new.flatten(), [layer.weight])
+        torch.testing.assert_close(layer(x), F.linear(x, new, layer.bias), atol=1e-4, rtol=1e-4)
+
+
+def test_only_plain_layers_are_packed():
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model, x = nn.Sequential(Doubled(24, 24), nn.Linear(24, 24)), torch.randn(70, 24)
+    torch.nn.utils.parametrizations.weight_norm(model[1])
+    seen: list[int] = []
+    model.append(nn.Linear(24, 8))
+    model[2].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        expected = model(x)
+        pack_linear_layers(model)
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    assert [isinstance(layer, PackedLinear) for layer in model] == [False, False, True] and seen == [1, 1]
+
+
+def test_models_are_built_of_plain_layers_that_tools_find():
+    model = volo.create_model("volo_nano")
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert linears and all(type(m) is nn.Linear for m in linears)
+    assert all(type(m) is nn.GELU for m in model.modules() if isinstance(m, nn.GELU))
+    names, parameters = list(model.state_dict()), {id(p) for p in model.parameters()}
+    use_training_kernels(model)
+    assert all(type(m) is FastLinear for m in linears)
+    assert list(model.state_dict()) == names and {id(p) for p in model.parameters()} == parameters
+
+
+@pytest.mark.parametrize("is_slow", [True, False], ids=["other makers", "Intel"])
+def test_graphs_do_not_depend_on_the_processor(monkeypatch, is_slow):
+    """A free batch size stays free, in exported and in compiled graphs, whatever the maker of the processor."""
+    monkeypatch.setattr(linear_ops, "_mkl_is_slow", is_slow)
+    model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 8)).eval()
+    use_training_kernels(model)
+    batch = torch.export.Dim("batch", min=1, max=512)
+    program = torch.export.export(model, (torch.randn(2, 5, 24),), dynamic_shapes=({0: batch},))
+    assert [str(bounds) for bounds in program.range_constraints.values()] == ["VR[1, 512]"]
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for count in (2, 3, 8, 40, 64):
+            compiled(torch.randn(count, 5, 24))
+    assert counter.frame_count == 1

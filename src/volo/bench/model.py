@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from volo.bench.timing import alternate, copy_bandwidth, matrix_rate, peak_memory, setting, speedup
+from volo.models.fuse import use_training_kernels
 from volo.models.volo import VOLO, create_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,6 +79,8 @@ def bench_train(
     """
     where = torch.device(device)
     ours, theirs = _twins(name, img_size, where)
+    if where.type == "cpu":
+        use_training_kernels(ours)
     images = torch.randn(batch_size, 3, img_size, img_size, device=where)
     target = torch.arange(batch_size, device=where) % 1000
     ours = ours.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

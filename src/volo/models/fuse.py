@@ -1,9 +1,14 @@
 """Change a finished model for speed, in place: `volo.fuse(model)` gives one that somebody else wrote our outlook attention;
-`pack_linear_layers` is what `VOLO.fuse_for_inference` does to the Linear layers.
+`use_training_kernels` is what the trainer does to Linear layers and GELUs, `pack_linear_layers` what
+`VOLO.fuse_for_inference` does.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volo.layers import Mlp, OutlookAttention
-from volo.ops.linear import PackedWeight
+from volo.ops.gelu import gelu
+from volo.ops.linear import PackedWeight, is_faster_than_pytorch, linear
 
-_ATTRIBUTES = ("v", "attn", "proj", "kernel_size", "stride", "padding", "num_heads", "scale")
+_ROLES = ("v", "attn", "proj")
+_LOOKS = re.compile(r"outlook_?att", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,13 +42,15 @@ class FuseReport:
 def fuse(model: nn.Module) -> FuseReport:
     """Replace the outlook attention inside `model` by `volo.layers.OutlookAttention`, weights shared, nothing copied.
 
-    Works on timm's VOLO (and what is built on it, MiVOLO for example), on the original code's, and on any module with the
-    attributes v, attn, proj (Linear), kernel_size, stride, padding, num_heads and scale. Outputs stay the same, state
-    dicts too. Modules of ours are left as they are.
+    Works on timm's VOLO (and what is built on it, MiVOLO for example), on the original code's, and on copies of the module
+    under other names, on [B, H, W, C] or [B, C, H, W]: a module is replaced only if it is the same function, which is tried
+    out with random weights in float64, and has no parameters besides its three Linear layers. Outputs, names in state dicts
+    and hooks stay. What looks like outlook attention and is not is left and named in the report; modules of ours are left as
+    they are.
 
     Raises ValueError where `model` itself is one outlook attention module: it cannot be replaced from inside.
     """
-    if _looks_like_outlook_attention(model) and not isinstance(model, OutlookAttention):
+    if not isinstance(model, OutlookAttention) and _looks_like_outlook_attention(model):
         raise ValueError("this module is itself an outlook attention; fuse the model around it, or use fused(module)")
     replaced: list[str] = []
     left: dict[str, str] = {}
@@ -51,67 +60,226 @@ def fuse(model: nn.Module) -> FuseReport:
             name = f"{parent_name}.{child_name}" if parent_name else child_name
             if child is None or isinstance(child, OutlookAttention) or not _looks_like_outlook_attention(child):
                 continue
-            reason = _why_not(child)
-            if reason is not None:
-                left[name] = reason
-                continue
             if child not in done:
-                done[child] = fused(child)
+                try:
+                    done[child] = fused(child)
+                except ValueError as error:
+                    left[name] = str(error)
+                    continue
             parent._modules[child_name] = done[child]
             replaced.append(name)
     return FuseReport(tuple(replaced), left)
 
 
 def fused(module: nn.Module) -> OutlookAttention:
-    """Our outlook attention around the very Linear layers of `module`. Raises ValueError where they do not fit."""
-    reason = _why_not(module)
-    if reason is not None:
-        raise ValueError(f"{type(module).__name__} cannot be replaced: {reason}")
-    assert isinstance(module.v, nn.Linear)
+    """Our outlook attention around the very Linear layers of `module`, with its hooks.
+
+    Raises ValueError, which says why, where `module` is another function than outlook attention, or may be.
+    """
+    layers = {name: layer for name, child in module.named_children() if (layer := _only_linear(child)) is not None}
+    owned = {id(p) for layer in layers.values() for p in layer.parameters()}
+    if further := [name for name, p in module.named_parameters() if id(p) not in owned]:
+        raise ValueError(f"{type(module).__name__} has further parameters: {', '.join(further)}")
+    if buffers := [name for name, _ in module.named_buffers()]:
+        raise ValueError(f"{type(module).__name__} has buffers: {', '.join(buffers)}")
+    if len(layers) != len(_ROLES):
+        kinds = ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children())
+        raise ValueError(
+            f"{type(module).__name__} has {len(layers)} Linear layers of its own, where outlook attention has three (value, "
+            f"logits, projection); its children are {kinds}"
+        )
+    if any(p.is_meta for p in module.parameters()):
+        raise ValueError("its weights are on the meta device, where nothing can be compared; load them first")
+    reasons = []
+    for roles in _assignments(layers):
+        for geometry in _geometries(module, layers[roles["v"]], layers[roles["attn"]]):
+            reason = _difference(module, roles, geometry)
+            if reason is None:
+                return _rebuilt(module, roles, geometry)
+            reasons.append(reason)
+    if reasons:
+        raise ValueError(reasons[0])
+    heads, kernel = (getattr(module, name, name) for name in ("num_heads", "kernel_size"))
+    outputs = ", ".join(f"{name} has {layer.out_features}" for name, layer in layers.items())
+    raise ValueError(
+        f"none of its Linear layers can give the logits, num_heads * kernel_size^4 with num_heads={heads} and "
+        f"kernel_size={kernel}: {outputs} outputs"
+    )
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    num_heads: int
+    kernel_size: int
+    stride: int
+    padding: int
+    scale: float
+    channels_first: bool
+
+
+class _Renamed(OutlookAttention):
+    """Outlook attention whose layers keep the names that a copy of the module gave them, and the layout of its tensors."""
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(self.__dict__.get("_names", {}).get(name, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._channels_first:
+            return super().forward(x)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [B, C, H, W]
+
+
+def _rebuilt(module: nn.Module, roles: Mapping[str, str], geometry: _Geometry) -> OutlookAttention:
+    """Ours with the layers, hooks and mode of `module`."""
+    is_plain = not geometry.channels_first and all(roles[role] == role for role in _ROLES)
+    value = _only_linear(module.get_submodule(roles["v"]))
+    assert value is not None
     with torch.device("meta"):  # the layers made here are thrown away
-        ours = OutlookAttention(
-            module.v.in_features,
-            module.num_heads,  # type: ignore[arg-type]
-            _one(module.kernel_size),
-            _one(module.stride),
-            _one(module.padding),
-            qkv_bias=module.v.bias is not None,
+        ours = (OutlookAttention if is_plain else _Renamed)(
+            value.in_features,
+            geometry.num_heads,
+            geometry.kernel_size,
+            geometry.stride,
+            geometry.padding,
             attn_drop=_rate(getattr(module, "attn_drop", 0.0)),
             proj_drop=_rate(getattr(module, "proj_drop", 0.0)),
         )
-    ours.scale = float(module.scale)  # type: ignore[arg-type]
-    ours.v, ours.attn, ours.proj = module.v, module.attn, module.proj  # type: ignore[assignment]
+    ours.scale = geometry.scale
+    for role in _ROLES:
+        del ours._modules[role]
+    for role in _ROLES:
+        ours.add_module(roles[role], module.get_submodule(roles[role]))
+    if not is_plain:
+        vars(ours).update(_names=dict(roles), _channels_first=geometry.channels_first)
+    _take_hooks(ours, module)
     return ours.train(module.training)
 
 
+def _take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """The very containers, so that handles which remove a hook go on working."""
+    vars(new).update({name: value for name, value in vars(old).items() if "_hooks" in name and name in vars(new)})
+
+
 def _looks_like_outlook_attention(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in _ATTRIBUTES)
+    named = _LOOKS.search(type(module).__name__) is not None and any(True for _ in module.children())
+    return named or all(hasattr(module, name) for name in (*_ROLES, "kernel_size", "stride", "padding", "num_heads"))
 
 
-def _why_not(module: nn.Module) -> str | None:
-    for name in ("v", "attn", "proj"):
-        if not isinstance(getattr(module, name, None), nn.Linear):
-            return f"its {name} is {type(getattr(module, name, None)).__name__}, not Linear"
-    v, attn, proj = module.v, module.attn, module.proj
-    assert isinstance(v, nn.Linear) and isinstance(attn, nn.Linear) and isinstance(proj, nn.Linear)
-    for name in ("kernel_size", "stride", "padding"):
-        value = getattr(module, name)
-        if isinstance(value, (tuple, list)) and len(set(value)) != 1:
-            return f"its {name} is {value}, ours is the same in both directions"
-    outputs = module.num_heads * _one(module.kernel_size) ** 4  # type: ignore[operator]
-    if attn.out_features != outputs:
-        return f"its attn has {attn.out_features} outputs, not num_heads * kernel_size^4 = {outputs}"
-    if not v.in_features == v.out_features == proj.in_features:
-        return f"its v maps {v.in_features} to {v.out_features} channels and proj takes {proj.in_features}"
+def _only_linear(child: nn.Module) -> nn.Linear | None:
+    """The Linear that `child` is, or is together with dropout."""
+    inner = [m for m in child.children() if not isinstance(m, (nn.Dropout, nn.Identity))]
+    if isinstance(child, nn.Sequential) and len(inner) == 1:
+        child = inner[0]
+    return child if isinstance(child, nn.Linear) else None
+
+
+def _assignments(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, str]]:
+    """Which of three Linear layers may be which, the likeliest first."""
+    orders = sorted(itertools.permutations(layers), key=lambda names: names != tuple(n for n in _ROLES if n in layers))
+    for v, attn, proj in orders:
+        dim = layers[v].in_features
+        if {layers[v].out_features, layers[attn].in_features, layers[proj].in_features, layers[proj].out_features} == {
+            dim
+        }:
+            yield {"v": v, "attn": attn, "proj": proj}
+
+
+def _geometries(module: nn.Module, value: nn.Linear, logits: nn.Linear) -> Iterator[_Geometry]:
+    """What kernel, stride, padding, heads and scale may be, from attributes where they have the usual names."""
+
+    def said(*names: str) -> Any:
+        given = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+        if isinstance(given, (tuple, list)):
+            if len(set(given)) != 1:
+                raise ValueError(f"its {names[0]} is {given}, ours is the same in both directions")
+            given = given[0]
+        return given
+
+    kernel, stride, padding = said("kernel_size", "kernel"), said("stride"), said("padding", "pad")
+    heads, scale = said("num_heads", "heads"), said("scale")
+    for K in (3, 5, 7) if kernel is None else (int(kernel),):
+        count = logits.out_features // K**4
+        if not count or logits.out_features != count * K**4 or value.in_features % count or heads not in (None, count):
+            continue
+        own_scale = (value.in_features // count) ** -0.5 if scale is None else float(scale)
+        for s in (1, 2) if stride is None else (int(stride),):
+            for channels_first in (False, True):
+                p = (K - 1) // 2 if padding is None else int(padding)
+                yield _Geometry(count, K, s, p, own_scale, channels_first)
+
+
+def _difference(module: nn.Module, roles: Mapping[str, str], geometry: _Geometry) -> str | None:
+    """None where `module` computes outlook attention in float64, with random weights; otherwise what differs."""
+    name = type(module).__name__
+    try:
+        theirs = copy.deepcopy(module).to("cpu", torch.float64)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name} cannot be copied, and so not be tried out: {error}") from error
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    for part in theirs.modules():
+        for hooks in [value for key, value in vars(part).items() if "_hooks" in key and isinstance(value, dict)]:
+            hooks.clear()
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    ours = _rebuilt(theirs, roles, geometry)
+    ours.attn_drop = ours.proj_drop.p = 0.0
+    C, s = theirs.get_submodule(roles["v"]), geometry.stride
+    dim = next(C.parameters()).shape[1]
+    for is_training in (False, True):
+        # Sides that are multiples of the stride, other than the channels; then odd ones, if that module takes them.
+        for H, W in ((3 * s, 5 * s), (7, 5)):
+            x = torch.randn(2, H, W, dim, generator=generator, dtype=torch.float64)
+            x = x.permute(0, 3, 1, 2) if geometry.channels_first else x
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                expected = ours.train(is_training)(x)
+                try:
+                    got = theirs.train(is_training)(x)
+                except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+                    if H % s == 0 and W % s == 0:
+                        return f"{name} does not take {tuple(x.shape)} as outlook attention does: {str(error).splitlines()[0]}"
+                    continue
+            if not isinstance(got, Tensor) or got.shape != expected.shape:
+                return (
+                    f"{name} does not return what outlook attention does, {tuple(expected.shape)} from {tuple(x.shape)}"
+                )
+            difference = float((got - expected).abs().max() / expected.abs().max())
+            if not difference < 1e-9:
+                return f"{name} computes something else than outlook attention (relative difference {difference:.2g})"
     return None
-
-
-def _one(value: object) -> int:
-    return int(value[0]) if isinstance(value, (tuple, list)) else int(value)  # type: ignore[call-overload]
 
 
 def _rate(drop: object) -> float:
     return float(getattr(drop, "p", drop))  # type: ignore[arg-type]
+
+
+class FastLinear(nn.Linear):
+    """nn.Linear with the matrix product that is fastest on the processor at hand, in training too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class FastGELU(nn.GELU):
+    """nn.GELU with the backward pass that is fastest on the processor at hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x) if self.approximate == "none" else super().forward(x)
+
+
+def use_training_kernels(model: nn.Module) -> None:
+    """Let the Linear and GELU modules inside `model` compute with the kernels for CPUs, in place.
+
+    They stay the very modules: parameters, names, hooks and state dicts do not change. Models are built of plain nn.Linear
+    and nn.GELU, so that tools which go by the exact type (quantisation, pruning, counters) find them.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and is_faster_than_pytorch():
+            module.__class__ = FastLinear
+        elif type(module) is nn.GELU:
+            module.__class__ = FastGELU
 
 
 class PackedLinear(nn.Linear):
@@ -123,11 +291,9 @@ class PackedLinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        vars(self).update(vars(linear))  # parameters, hooks and mode
         self.gelu = gelu
         self._packed = PackedWeight()
-        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._packed.serves(x, self.weight):
@@ -144,12 +310,16 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linear_layers(model: nn.Module) -> None:
-    """Replace every Linear inside `model` by a `PackedLinear` around its parameters; GELUs of MLPs go into it."""
+    """Replace every Linear inside `model` by a `PackedLinear` around its parameters; GELUs of MLPs go into it.
+
+    Only plain ones: what others derived from nn.Linear (adapters, parametrizations) computes something else.
+    """
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, nn.Linear) and not isinstance(child, PackedLinear):
-                parent._modules[name] = PackedLinear(child)
-        if isinstance(parent, Mlp) and isinstance(parent.act, nn.GELU) and parent.act.approximate == "none":
-            assert isinstance(parent.fc1, PackedLinear)
+            if type(child) in (nn.Linear, FastLinear):
+                parent._modules[name] = PackedLinear(child)  # type: ignore[arg-type]
+        if not isinstance(parent, Mlp) or type(parent.fc1) is not PackedLinear:
+            continue
+        if type(parent.act) in (nn.GELU, FastGELU) and parent.act.approximate == "none":
             parent.fc1.gelu = True
             parent._modules["act"] = nn.Identity()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from volo.config import nearest
-from volo.layers import ClassBlock, Downsample, Linear, Outlooker, PatchEmbed, Transformer
+from volo.layers import ClassBlock, Downsample, Outlooker, PatchEmbed, Transformer
 from volo.models.fuse import pack_linear_layers
 from volo.ops.outlook_attention import window_grid
 
@@ -319,14 +319,13 @@ class VOLO(nn.Module):
             }
             for level in range(len(config.depths))
         ]
-        self._pos_embed_cache: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(cls_token, std=0.02)
         self.apply(_init_weights)
 
     def _make_heads(self, num_classes: int) -> None:
-        self.head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.aux_head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.aux_head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     # From pictures to tokens
 
@@ -389,26 +388,7 @@ class VOLO(nn.Module):
         made_for = self.pos_embed.shape[1:3]
         if (height, width) == tuple(made_for):
             return self.pos_embed
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return resample_pos_embed(self.pos_embed, (height, width))
-        # The version counts changes in place: loading, or an EMA update of a model that stays in eval mode.
-        source, version = self.pos_embed, 0 if self.pos_embed.is_inference() else self.pos_embed._version
-        cached = self._pos_embed_cache.get((height, width))
-        if cached is not None and cached[0] is source and cached[1] == version:
-            return cached[2]
-        if len(self._pos_embed_cache) >= 16:  # pictures of ever new sizes must not fill the memory
-            self._pos_embed_cache.clear()
-        resampled = resample_pos_embed(source, (height, width))
-        self._pos_embed_cache[height, width] = source, version, resampled
-        return resampled
-
-    def train(self, mode: bool = True) -> VOLO:
-        self._pos_embed_cache.clear()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> VOLO:  # to(), half(), cuda() ...
-        self._pos_embed_cache.clear()
-        return super()._apply(*args, **kwargs)
+        return resample_pos_embed(self.pos_embed, (height, width))
 
     # From tokens to logits
 
@@ -535,10 +515,20 @@ class VOLO(nn.Module):
 
 def resample_pos_embed(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
     """[1, H, W, C] -> [1, *size, C], bicubic, antialiased where it shrinks; computed in float32."""
-    shrinks = size[0] < pos_embed.shape[1] or size[1] < pos_embed.shape[2]
-    grid = pos_embed.permute(0, 3, 1, 2).float()
-    grid = F.interpolate(grid, size=size, mode="bicubic", antialias=shrinks, align_corners=False)
-    return grid.permute(0, 2, 3, 1).to(pos_embed.dtype)
+    H, W = pos_embed.shape[1:3]
+    shrinks = size[0] < H or size[1] < W
+    # One axis after the other, as matrix products: several times as fast as interpolating all channels.
+    rows, columns = (_interpolation(n, m, shrinks, pos_embed.device) for n, m in zip((H, W), size))
+    device = "cpu" if pos_embed.device.type == "meta" else pos_embed.device.type
+    with torch.autocast(device, enabled=False):
+        grid = (rows @ pos_embed[0].float().flatten(1)).unflatten(1, (W, -1))  # [h, W, C]
+        return (columns @ grid)[None].to(pos_embed.dtype)
+
+
+def _interpolation(length: int, new_length: int, antialias: bool, device: torch.device) -> Tensor:
+    """What bicubic interpolation multiplies an axis by: [new_length, length]."""
+    unit = torch.eye(length, device=device)[None, None]
+    return F.interpolate(unit, size=(new_length, length), mode="bicubic", antialias=antialias)[0, 0]
 
 
 def _size_message(size: tuple[int, int], multiple: int) -> str:

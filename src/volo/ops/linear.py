@@ -60,6 +60,11 @@ _dtypes = _supported_dtypes()
 _mkl_is_slow = _is_x86() and not _is_intel()
 
 
+def is_faster_than_pytorch() -> bool:
+    """Whether `linear` has anything to offer on this processor."""
+    return _mkl_is_slow and bool(_dtypes)
+
+
 def _may_serve(x: Tensor, weight: Tensor) -> bool:
     return bool(
         not torch.compiler.is_compiling()
@@ -82,11 +87,12 @@ def _may_serve(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] -> x weight^T + bias [..., out]; weight [out, in], bias [out]."""
+    # Sizes are asked for last: in a graph that is being made they may be free, and a comparison would fix them.
     if (
         _mkl_is_slow
         and x.dtype == torch.float32
-        and x.numel() >= MIN_ROWS * x.shape[-1]
         and _may_serve(x, weight)
+        and x.numel() >= MIN_ROWS * x.shape[-1]
         and (bias is None or (bias.dtype == x.dtype and is_plain(bias)))
     ):
         if torch.is_grad_enabled() and (
@@ -128,10 +134,17 @@ class _Linear(torch.autograd.Function):
 
 
 class PackedWeight:
-    """A weight [out, in] in the layout of oneDNN's kernels, made when it is first needed and whenever the weight changed."""
+    """A weight [out, in] in the layout of oneDNN's kernels, made when it is first needed and whenever the weight changed.
+
+    A change is seen by the tensor's version, its place in memory, and `SAMPLES` of its values: writing through `.data`
+    (averages of weights, `vector_to_parameters`) does not raise the version. Only what changes a few single values in that
+    way goes unseen; call `forget` after it.
+    """
+
+    SAMPLES = 256
 
     def __init__(self) -> None:
-        self._made: tuple[Tensor, int, Tensor] | None = None
+        self._made: tuple[tuple[Any, ...], Tensor, Tensor] | None = None  # identity, samples, packed
 
     def serves(self, x: Tensor, weight: Tensor) -> bool:
         """Whether `multiply` can compute x weight^T without anybody asking for gradients."""
@@ -139,10 +152,14 @@ class PackedWeight:
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         """x [..., in] -> x weight^T + bias [..., out], through GELU (erf) if asked for."""
-        version = 0 if weight.is_inference() else weight._version
-        if self._made is None or self._made[0] is not weight or self._made[1] != version:
+        identity = weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
+        flat = weight.detach().view(-1) if weight.is_contiguous() else weight.detach().reshape(-1)
+        # An odd step is coprime to the usual widths, so the samples come from all columns.
+        samples = flat[:: max(1, flat.numel() // self.SAMPLES) | 1]
+        if self._made is None or self._made[0] != identity or not torch.equal(self._made[1], samples):
             rows = x.numel() // x.shape[-1]
-            self._made = weight, version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            self._made = identity, samples.clone(), packed
         activation, variant = ("gelu", "none") if gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(x, self._made[2], bias, activation, [], variant)
 

@@ -21,7 +21,7 @@ def outlook_attention_reference(
     # [B, heads, h*w, key offset, head_dim]
     windows = windows.view(B, heads, head_dim, K2, h * w).permute(0, 1, 4, 3, 2)
     attn = (logits * scale).softmax(dim=-1).flatten(1, 2).permute(0, 2, 1, 3, 4)  # [B, heads, h*w, query, key offset]
-    if dropout_p:
+    if dropout_p > 0.0:
         attn = F.dropout(attn, dropout_p)
     # On CUDA autocast runs softmax in float32; the product and the sum stay in the operator's own dtype.
     outlooked = attn.to(value.dtype) @ windows  # [B, heads, h*w, query offset, head_dim]

@@ -58,6 +58,7 @@ from volo.distributed import (
 )
 from volo.inference.evaluate import AMP_DTYPES
 from volo.models.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from volo.models.fuse import use_training_kernels
 from volo.training.memory import free_bytes, is_out_of_memory
 from volo.training.optim import LearningRate, WeightAverage, create_optimizer, set_learning_rate
 from volo.training.report import NullReporter, Reporter, RunInfo, RunLog, StepReport, TrainResult
@@ -294,6 +295,8 @@ class _Run:
         self.num_parameters = sum(p.numel() for p in model.parameters())
         task = prepare_batch_norm(workload.create_task(model), config, world)
         task.to(world.device)
+        if world.device.type == "cpu":
+            use_training_kernels(task)
         if config.channels_last:
             task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = None
