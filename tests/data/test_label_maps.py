@@ -348,10 +348,10 @@ def test_the_box_of_the_picture_that_a_map_shows(tmp_path: Path, crop, size, pic
     assert maps.is_whole_picture == (crop == "squash")
 
 
-def test_the_golden_maps_survive(tmp_path: Path, shared: Path):
+def test_the_golden_maps_survive(tmp_path: Path, golden: Path):
     from safetensors.numpy import load_file
 
-    golden = load_file(shared / "golden" / "token_label_targets.safetensors")
+    golden = load_file(golden / "token_label_targets.safetensors")
     names = [f"{i}.jpg" for i in range(len(golden["scores"]))]
     maps = write_store(tmp_path, names, list(zip(golden["scores"], golden["classes"])))
     scores, classes = maps.read_batch(names)

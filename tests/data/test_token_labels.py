@@ -203,15 +203,15 @@ def test_resampling_is_roi_align_of_the_map_spread_over_all_classes(top, left, h
 @pytest.mark.parametrize(
     ("crop_order", "name"), [("original", "targets_original"), ("corrected", "targets_crop_corrected")]
 )
-def test_golden_token_label_targets(shared: Path, crop_order: str, name: str) -> None:
-    golden = safetensors.load_file(shared / "golden" / "token_label_targets.safetensors")
-    facts = json.loads((shared / "golden" / "token_label_targets.json").read_text())
+def test_golden_token_label_targets(golden: Path, crop_order: str, name: str) -> None:
+    facts = json.loads((golden / "cases.json").read_text())["token_label_targets"]
+    golden = safetensors.load_file(golden / "token_label_targets.safetensors")
     side = 10**8  # crops are given as shares; in a picture so large none is rounded
     frames = []
     for crop in golden["crop_top_left_height_width"].double() * side:
         top, left, height, width = map(round, crop.tolist())
         frames.append(F.crop(PictureFrame.whole(side, side, crop_order), top, left, height, width))
-    maps = golden["scores"], golden["classes"], stack_frames(frames)
+    maps = golden["scores"], golden["classes"].long(), stack_frames(frames)
     targets = TokenLabelTargets.from_annotation(
         smooth_one_hot(golden["ground_truth"], facts["num_classes"], facts["smoothing"]),
         resample_label_maps(*maps, (1, 1), facts["num_classes"])[:, 0],

@@ -11,13 +11,46 @@ import torch
 import volo
 from volo.config import AugmentConfig, LossConfig, TokenLabelConfig
 from volo.tasks.mixing import draw_box
-from volo.tasks.token_label import TokenLabelTargets, TokenLabelTask
+from volo.tasks.token_label import TokenLabelTargets, TokenLabelTask, token_label_loss
 
 safetensors = pytest.importorskip("safetensors.torch")
 
 
+def test_heads_and_losses(golden: Path):
+    """The head, the joined logits and the three losses, from recorded logits."""
+    tensors = safetensors.load_file(golden / "heads_and_losses.safetensors")
+    case = json.loads((golden / "cases.json").read_text())["heads_and_losses"]
+    model = volo.create_model("volo_nano", num_classes=case["num_classes"], embed_dims=(48, 64), num_heads=(3, 4))
+    model.head.load_state_dict({"weight": tensors["state.head.weight"], "bias": tensors["state.head.bias"]})
+    class_logits = model.head(tensors["class_token"])
+    torch.testing.assert_close(class_logits, tensors["class_logits"], atol=1e-5, rtol=0)
+    joined = model.combine_logits(class_logits, tensors["token_logits"])
+    torch.testing.assert_close(joined, tensors["logits_eval"], atol=1e-5, rtol=0)
+
+    targets = TokenLabelTargets.from_packed(tensors["targets"])
+    first_row, end_row, first_col, end_col = tensors["box_rows_cols"].tolist()
+    side = round(tensors["train_token_logits"].shape[1] ** 0.5)
+    lam = 1 - (end_row - first_row) * (end_col - first_col) / side**2
+    same = TokenLabelTargets.from_label(targets.class_label, side**2)
+    for name, labels, ground_truth in (
+        ("loss_token_label", targets, False),
+        ("loss_token_label_ground_truth", targets, True),
+        ("loss_class_only_targets", same, False),
+    ):
+        loss = token_label_loss(
+            tensors["train_class_logits"],
+            tensors["train_token_logits"],
+            labels,
+            lam=lam,
+            cls_weight=case["cls_weight"],
+            dense_weight=case["dense_weight"],
+            ground_truth=ground_truth,
+        )
+        torch.testing.assert_close(loss, tensors[name], atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.fixture(scope="module")
-def golden(shared: Path):
+def whole_model(shared: Path):
     tensors = safetensors.load_file(shared / "golden" / "model.safetensors")
     case = json.loads((shared / "golden" / "cases.json").read_text())["model"]
     model = volo.create_model(
@@ -43,8 +76,8 @@ def _seed_of(box: torch.Tensor) -> int:
     raise AssertionError("no seed draws the golden box")
 
 
-def test_mix_token_outputs_losses_and_gradients_of_the_task(golden):
-    model, tensors = golden
+def test_mix_token_outputs_losses_and_gradients_of_the_task(whole_model):
+    model, tensors = whole_model
     state = {k: v.clone() for k, v in model.state_dict().items()}
     first_row, end_row, first_col, end_col = tensors["box_rows_cols"].tolist()
     box = torch.zeros(model.config.grid_size, dtype=torch.bool)
