@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volo.config import ModelConfig, Recipe, load_recipe
+from volo.data.files import write_atomically
 from volo.data.segment_loader import SegmentEvalLoader
 from volo.data.segmentation import open_split
 from volo.data.transforms import PixelPipeline
 from volo.distributed import World
 from volo.inference.evaluate import AMP_DTYPES
 from volo.inference.segment_evaluate import evaluate_segmentation
-from volo.models.checkpoint import load_checkpoint, write_atomically
+from volo.models.checkpoint import load_checkpoint
 from volo.training.loop import WORKLOADS, train
 from volo.training.optim import create_optimizer
 from volo.training.report import NullReporter

@@ -12,14 +12,14 @@ import volo
 
 SOURCE = Path(volo.__file__).resolve().parent
 
-# Units of one line do not import one another. The package itself (`from volo import ...`) stands between models and
-# tasks, since it offers the models; the command line alone sees everything.
+# Units of one line do not import one another. The package itself (`from volo import ...`) offers what users need of all
+# of them, so that it stands above; its version is for everybody.
 LINES = [
     ("ops", "config"),
     ("layers",),
     ("data",),
     ("models",),
-    ("__init__", "distributed"),
+    ("distributed",),
     ("tasks",),
     ("inference",),
     ("annotation",),
@@ -27,6 +27,7 @@ LINES = [
     ("deploy",),
     ("bench",),
     ("cli",),
+    ("__init__",),
     ("__main__",),
 ]
 RANK = {unit: rank for rank, units in enumerate(LINES) for unit in units}
@@ -38,8 +39,8 @@ def unit_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imported_units(path: Path, source: str) -> Iterator[tuple[int, str]]:
-    """(line, unit) of every import of this package in `source`, those inside functions and `if TYPE_CHECKING` included."""
+def imported_names(path: Path, source: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of what `source` imports of this package; inside functions and `if TYPE_CHECKING`, too."""
     package = ["volo", *path.relative_to(SOURCE).parent.parts]
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -48,15 +49,50 @@ def imported_units(path: Path, source: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # `from volo import layers` imports a module, `from volo import create_model` the package itself.
-            names = [f"{module}.{alias.name}" for alias in node.names] if module == "volo" else [module]
+            names = [f"{module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
             names = [node.args[0].value] if isinstance(node.args[0], ast.Constant) else []
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "volo":
-                is_module = len(parts) > 1 and ((SOURCE / parts[1]).is_dir() or (SOURCE / f"{parts[1]}.py").is_file())
-                yield node.lineno, parts[1] if is_module else "__init__"
+            if name.partition(".")[0] == "volo" and name != "volo.__version__":
+                yield node.lineno, name
+
+
+def imported_units(path: Path, source: str) -> Iterator[tuple[int, str]]:
+    """(line, unit) of every import of this package in `source`."""
+    for line, name in imported_names(path, source):
+        parts = name.split(".")
+        is_module = len(parts) > 1 and ((SOURCE / parts[1]).is_dir() or (SOURCE / f"{parts[1]}.py").is_file())
+        yield line, parts[1] if is_module else "__init__"
+
+
+def imported_modules(path: Path, source: str) -> set[Path]:
+    """The files behind the imports of `source`: `from volo.models import volo` names one, as does `volo.models.volo.VOLO`."""
+    files = set()
+    for _, name in imported_names(path, source):
+        parts = name.split(".")[1:]
+        tails = (SOURCE.joinpath(*parts[:n]) for n in (len(parts), len(parts) - 1) if n >= 0)
+        found = (file for tail in tails for file in (tail.with_suffix(".py"), tail / "__init__.py") if file.is_file())
+        files |= set(list(found)[:1])
+    return files - {path}
+
+
+def circles(imports: dict[Path, set[Path]]) -> list[list[Path]]:
+    """Chains of files each of which imports the next and the last the first; of circles that meet, one."""
+    done: set[Path] = set()
+    found = []
+
+    def follow(chain: list[Path]) -> None:
+        for file in sorted(imports.get(chain[-1], ())):
+            if file in chain:
+                found.append(chain[chain.index(file) :])
+            elif file not in done:
+                follow([*chain, file])
+        done.add(chain[-1])
+
+    for file in imports:
+        if file not in done:
+            follow([file])
+    return found
 
 
 def violations(path: Path, source: str) -> list[str]:
@@ -75,6 +111,20 @@ def test_every_module_has_a_rank() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_go_down(path: Path) -> None:
     assert violations(path, path.read_text(encoding="utf-8")) == []
+
+
+def test_no_circle_inside_a_package_either() -> None:
+    """An import inside a function hides a circle from Python, not from a reader."""
+    imports = {path: imported_modules(path, path.read_text(encoding="utf-8")) for path in MODULES}
+    assert [[str(file.relative_to(SOURCE)) for file in circle] for circle in circles(imports)] == []
+
+
+def test_circles_are_found() -> None:
+    a, b, c = (SOURCE / "models" / f"{name}.py" for name in ("volo", "fuse", "segmenter"))
+    inner = "def f():\n    from volo.models.{} import x"
+    assert imported_modules(a, inner.format("fuse")) == imported_modules(a, "from volo.models import fuse") == {b}
+    assert circles({a: {b}, b: {c}, c: {a}}) == [[a, b, c]]
+    assert circles({a: {b, c}, b: {c}, c: set()}) == []
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from PIL import Image
 from volo.config import DataConfig, find_recipe, list_recipes, load_recipe, recipe_from_dict, recipe_to_toml
 from volo.data.images import open_data
 from volo.data.pack import pack
+from volo.models.hub import PRETRAINED
 from volo.models.volo import DROP_PATH_RATES, VARIANTS
-from volo.models.weights import PRETRAINED
 from volo.training.optim import LearningRate
 from volo.training.workloads.classification import build_model
 from volo.training.workloads.segmentation import build_segmenter, check_recipe

@@ -4,14 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from volo.config import load_recipe
+    from volo.inference.model_source import LoadedModel, load
+    from volo.inference.predictor import predict
+    from volo.models.factory import create_model, create_segmenter, list_models, list_segmenters
     from volo.models.fuse import fuse
-    from volo.models.segmenter import Segmenter, SegmenterConfig, create_segmenter, list_segmenters
-    from volo.models.volo import VOLO, VOLOConfig, create_model, list_models
+    from volo.models.hub import list_pretrained
+    from volo.models.segmenter import Segmenter, SegmenterConfig
+    from volo.models.volo import VOLO, VOLOConfig
     from volo.ops.outlook_attention import outlook_attention
+    from volo.training.loop import train
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LoadedModel",
     "Segmenter",
     "SegmenterConfig",
     "VOLO",
@@ -20,15 +27,33 @@ __all__ = [
     "create_segmenter",
     "fuse",
     "list_models",
+    "list_pretrained",
     "list_segmenters",
+    "load",
+    "load_recipe",
     "outlook_attention",
+    "predict",
+    "train",
 ]
 
-_HOMES = (
-    dict.fromkeys(["VOLO", "VOLOConfig", "create_model", "list_models"], "volo.models.volo")
-    | dict.fromkeys(["Segmenter", "SegmenterConfig", "create_segmenter", "list_segmenters"], "volo.models.segmenter")
-    | {"fuse": "volo.models.fuse", "outlook_attention": "volo.ops.outlook_attention"}
-)
+_HOMES = {
+    "LoadedModel": "volo.inference.model_source",
+    "Segmenter": "volo.models.segmenter",
+    "SegmenterConfig": "volo.models.segmenter",
+    "VOLO": "volo.models.volo",
+    "VOLOConfig": "volo.models.volo",
+    "create_model": "volo.models.factory",
+    "create_segmenter": "volo.models.factory",
+    "fuse": "volo.models.fuse",
+    "list_models": "volo.models.factory",
+    "list_pretrained": "volo.models.hub",
+    "list_segmenters": "volo.models.factory",
+    "load": "volo.inference.model_source",
+    "load_recipe": "volo.config",
+    "outlook_attention": "volo.ops.outlook_attention",
+    "predict": "volo.inference.predictor",
+    "train": "volo.training.loop",
+}
 
 
 def __getattr__(name: str) -> Any:

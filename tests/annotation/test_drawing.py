@@ -35,7 +35,8 @@ from volo.data.images import open_data
 from volo.data.label_maps import INDEX, LabelMaps, ShardWriter, read_shard, shard_path
 from volo.data.transforms import PixelPipeline, squash_transform
 from volo.distributed import World
-from volo.models.checkpoint import load_model, model_config_dict, save_checkpoint
+from volo.inference.model_source import load
+from volo.models.checkpoint import model_config_dict, save_checkpoint
 
 RUN_SCRIPT = Path(__file__).with_name("run_annotate.py")
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -110,7 +111,7 @@ def test_maps_are_what_the_annotator_says(whole: Path, checkpoint: Path, arrays:
     assert (len(maps), maps.top, maps.grid, maps.classes) == (65, 3, (2, 2), tuple(CLASSES))
     assert list(maps.names) == [f"train/{i}" for i in range(45)] + [f"test/{i}" for i in range(20)]
     assert maps.annotator["model"] == "best.pt" and maps.annotator["crop"] == "squash"
-    loaded = load_model(checkpoint)
+    loaded = load(checkpoint)
     data = dataclasses.replace(loaded.recipe.data, path=str(arrays), kind="npz")
     splits, right, right_positions = open_data(data), 0, 0
     for source in (splits.train, splits.val):

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from volo.cli.main import COMMANDS, main
 from volo.config import load_recipe
-from volo.models.volo import create_model
-from volo.models.weights import cached_path
+from volo.models.factory import create_model
+from volo.models.hub import cached_path
 
 TINY = """
 [model]

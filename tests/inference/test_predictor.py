@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -11,31 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from volo.config import DataConfig
 from volo.data.decode import decode_image
 from volo.data.transforms import PixelPipeline, eval_transform
+from volo.inference.model_source import LoadedModel
 from volo.inference.predictor import (
-    Classifier,
     Prediction,
     find_pictures,
-    imagenet_classes,
-    load_classifier,
     predict,
     to_csv,
     to_json,
 )
-from volo.models.volo import create_model
-from volo.models.weights import cached_path
+from volo.models.factory import create_model
 
 
 @pytest.fixture(scope="module")
-def classifier() -> Classifier:
+def classifier() -> LoadedModel:
     torch.manual_seed(0)
     options = {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2), "stem_dim": 8, "patch_size": 4}
     model = create_model("volo_nano", num_classes=4, img_size=16, **options).eval()
-    return Classifier(model, ("ant", "bee", "cat", "dog"), DataConfig(img_size=16), "a test")
+    return LoadedModel(model, "classify", ("ant", "bee", "cat", "dog"), DataConfig(img_size=16), "a test")
 
 
 @pytest.fixture
@@ -48,13 +43,13 @@ def pictures(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_equals_the_model_one_picture_at_a_time(classifier: Classifier, pictures: list[Path]) -> None:
+def test_equals_the_model_one_picture_at_a_time(classifier: LoadedModel, pictures: list[Path]) -> None:
     got = list(predict(classifier, pictures, top=2, batch_size=3))
     assert [prediction.name for prediction in got] == [str(path) for path in pictures]
-    pixels = PixelPipeline(classifier.data).eval()
+    pixels = PixelPipeline(classifier.preprocessing).eval()
     for path, prediction in zip(pictures, got):
         with torch.no_grad():
-            image = eval_transform(classifier.data)(decode_image(path))
+            image = eval_transform(classifier.preprocessing)(decode_image(path))
             probabilities = classifier.model(pixels(image[None]))[0].softmax(0)
         values, indices = probabilities.topk(2)
         assert [name for name, _ in prediction.top] == [classifier.classes[i] for i in indices]
@@ -62,7 +57,7 @@ def test_equals_the_model_one_picture_at_a_time(classifier: Classifier, pictures
 
 
 @pytest.mark.parametrize("bad", [0, 3, 6])
-def test_bad_pictures_keep_their_place(classifier: Classifier, pictures: list[Path], bad: int) -> None:
+def test_bad_pictures_keep_their_place(classifier: LoadedModel, pictures: list[Path], bad: int) -> None:
     whole = list(predict(classifier, pictures, batch_size=2))
     pictures[bad].write_bytes(b"not a picture")
     got = list(predict(classifier, pictures, batch_size=2))
@@ -75,7 +70,7 @@ def test_bad_pictures_keep_their_place(classifier: Classifier, pictures: list[Pa
             assert [name for name, _ in a.top] == [name for name, _ in b.top]
 
 
-def test_a_picture_that_is_gone_is_reported(classifier: Classifier, pictures: list[Path]) -> None:
+def test_a_picture_that_is_gone_is_reported(classifier: LoadedModel, pictures: list[Path]) -> None:
     pictures[1].unlink()
     errors = [prediction.error for prediction in predict(classifier, pictures)]
     assert errors[1] is not None
@@ -83,7 +78,7 @@ def test_a_picture_that_is_gone_is_reported(classifier: Classifier, pictures: li
     assert sum(error is not None for error in errors) == 1
 
 
-def test_no_more_classes_than_there_are(classifier: Classifier, pictures: list[Path]) -> None:
+def test_no_more_classes_than_there_are(classifier: LoadedModel, pictures: list[Path]) -> None:
     (prediction,) = predict(classifier, pictures[:1], top=9)
     assert len(prediction.top) == 4
     assert sum(p for _, p in prediction.top) == pytest.approx(1, abs=1e-5)
@@ -147,74 +142,3 @@ def test_json_and_csv_survive_any_name() -> None:
         ("bad.png", "", ""),
     ]
     assert json.loads("".join(to_json([]))) == []
-
-
-def test_names_of_imagenet() -> None:
-    wnids, names = imagenet_classes()
-    assert len(wnids) == len(set(wnids)) == len(set(names)) == 1000
-    assert list(wnids) == sorted(wnids)
-    assert (wnids[0], names[0]) == ("n01440764", "tench")
-
-
-def test_published_weights_know_classes_and_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VOLO_CACHE", str(tmp_path))
-    random = create_model("volo_d1", img_size=384)
-    save_file(random.state_dict(), cached_path("volo_d1.384"))
-
-    timm = load_classifier("volo_d1.384")
-    assert (timm.data.img_size, timm.data.crop_pct) == (384, 1.0)
-    assert timm.classes[999].startswith("toilet tissue")
-    original = load_classifier("volo_d1.384", crop="original", img_size=(32, 48))
-    assert (original.data.img_size, original.data.crop_pct) == ((32, 48), 0.96)
-    Image.new("RGB", (60, 50), "red").save(tmp_path / "red.png")
-    (prediction,) = predict(original, [tmp_path / "red.png"], top=1)
-    with torch.no_grad():
-        image = eval_transform(original.data)(decode_image(tmp_path / "red.png"))
-        logits = random.eval()(PixelPipeline(original.data).eval()(image[None]))
-    assert prediction.top[0][0] == timm.classes[int(logits.argmax())]
-
-
-@pytest.mark.parametrize("name", ["timm.safetensors", "original.pth.tar"])
-def test_weight_files_of_others_are_known_by_their_shapes(tmp_path: Path, name: str) -> None:
-    import timm
-
-    weights = timm.create_model("volo_d1_384").state_dict()
-    path = tmp_path / name
-    if path.suffix == ".safetensors":
-        save_file(weights, path)
-    else:
-        zeros = {f"module.{key}": torch.zeros_like(value) for key, value in weights.items()}
-        averaged = {f"module.{key}": value for key, value in weights.items()}
-        torch.save({"state_dict": zeros, "state_dict_ema": averaged, "args": argparse.Namespace(lr=1e-3)}, path)
-    found = load_classifier(path)
-    assert not found.model.training
-    assert all(torch.equal(value, weights[key]) for key, value in found.model.state_dict().items())
-    assert (found.data.img_size, found.data.crop_pct) == (384, 1.0)
-    assert load_classifier(path, crop="original").data.crop_pct == 0.96
-    assert (found.classes[0], found.wnids[0]) == ("tench", "n01440764")
-
-
-def test_weight_files_with_other_classes_and_of_other_models(tmp_path: Path) -> None:
-    model = create_model("volo_nano", num_classes=7, img_size=(32, 48)).half()
-    torch.save(model.state_dict(), tmp_path / "nano.pth")
-    found = load_classifier(tmp_path / "nano.pth")
-    assert found.classes == tuple("0123456")
-    assert found.data.img_size == (32, 48)
-    assert found.model.head.weight.dtype == torch.float32
-    with pytest.raises(ValueError, match="crop presets belong to published weights"):
-        load_classifier(tmp_path / "nano.pth", crop="timm")
-    for change, message in (
-        ({"depths": (1, 1)}, "none of volo_d1"),
-        ({"num_classes": 0}, "a volo_nano that has no heads"),
-        ({"in_chans": 1}, "takes 1 channels"),
-    ):
-        save_file(create_model("volo_nano", **change).state_dict(), tmp_path / "other.safetensors")
-        with pytest.raises(ValueError, match=message):
-            load_classifier(tmp_path / "other.safetensors")
-
-
-def test_what_is_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"did you mean 'volo_d1\.224'"):
-        load_classifier("volo_d1.225")
-    with pytest.raises(FileNotFoundError, match=r"no best\.pt or last\.pt"):
-        load_classifier(tmp_path)

@@ -14,13 +14,11 @@ from PIL import Image
 
 import volo
 from volo.config import DataConfig, Recipe, SegmentConfig
-from volo.data.segmentation import palette
+from volo.inference.model_source import LoadedModel, load
 from volo.inference.segment import (
-    PixelClassifier,
     blend,
     cityscapes_name,
     default_window,
-    load_pixel_classifier,
     output_files,
     output_names,
     segment,
@@ -32,7 +30,7 @@ from volo.inference.segment_evaluate import HowToTest
 from volo.models.checkpoint import FORMAT, model_config_dict, save_checkpoint
 
 
-def tiny_classifier(num_classes: int = 3, **segment_options) -> PixelClassifier:
+def tiny_classifier(num_classes: int = 3, **segment_options) -> LoadedModel:
     torch.manual_seed(0)
     model = volo.create_segmenter(
         "fpn_volo_nano", num_classes, depths=(1, 1), embed_dims=(16, 32), num_heads=(1, 2), stem_dim=8, channels=16
@@ -41,8 +39,8 @@ def tiny_classifier(num_classes: int = 3, **segment_options) -> PixelClassifier:
     with torch.no_grad():  # every class should occur somewhere
         model.decode_head.conv_seg.bias -= model(torch.randn(1, 3, 96, 96)).mean(dim=(0, 2, 3))
     names = tuple(f"class {i}" for i in range(num_classes))
-    data, options = DataConfig(img_size=64), SegmentConfig(**segment_options)
-    return PixelClassifier(model, names, tuple(palette(num_classes)), data, options, "a test")
+    recipe = Recipe(task="segment", data=DataConfig(img_size=64), segment=SegmentConfig(**segment_options))
+    return LoadedModel(model, "segment", names, recipe.data, "a test", recipe=recipe)
 
 
 def save_run(folder: Path, num_classes: int, classes: tuple[str, ...] = ()) -> Path:
@@ -54,7 +52,7 @@ def save_run(folder: Path, num_classes: int, classes: tuple[str, ...] = ()) -> P
         "model": classifier.model.state_dict(),
         "ema": None,
         "step": 1,
-        "recipe": Recipe(task="segment", data=classifier.data).to_dict(),
+        "recipe": Recipe(task="segment", data=classifier.preprocessing).to_dict(),
         "model_config": model_config_dict(classifier.model),
         "classes": list(classes or classifier.classes),
         "metrics": {},
@@ -82,7 +80,7 @@ def test_whole_picture_and_windows_agree_in_most_pixels(picture: Path) -> None:
     with torch.no_grad():
         from volo.data.transforms import PixelPipeline
 
-        logits = classifier.model(PixelPipeline(classifier.data).eval()(whole.image[None]))
+        logits = classifier.model(PixelPipeline(classifier.preprocessing).eval()(whole.image[None]))
     assert (whole.classes == logits[0].argmax(0).numpy()).all()
     # Windows of random weights see other surroundings than the whole picture does, but the same pixels.
     windows = next(segment(classifier, [picture], how=HowToTest.by_windows(96)))
@@ -186,8 +184,8 @@ def test_results_replace_neither_pictures_nor_one_another(tmp_path: Path) -> Non
 
 def test_models_that_are_not_there_or_name_whole_pictures(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="give a run folder"):
-        load_pixel_classifier(tmp_path / "nothing.pt")
-    loaded = load_pixel_classifier(save_run(tmp_path / "run", 4))
+        load(tmp_path / "nothing.pt")
+    loaded = load(save_run(tmp_path / "run", 4))
     assert len(loaded.classes) == len(loaded.colours) == 4
 
 

@@ -15,7 +15,8 @@ import torch
 
 import volo
 from volo.config import Recipe
-from volo.models.checkpoint import load_checkpoint, load_model, model_config_dict, save_checkpoint
+from volo.inference.model_source import load
+from volo.models.checkpoint import load_checkpoint, model_config_dict, save_checkpoint
 
 SMALL = {
     "depths": (1, 1),
@@ -51,20 +52,20 @@ def test_model_comes_back_with_all_it_needs(tmp_path) -> None:
     images = torch.randn(2, 3, 32, 32)
     model.train()(images)  # BatchNorm's statistics are part of it
     save_checkpoint(tmp_path / "last.pt", checkpoint_of(model, average))
-    loaded = load_model(tmp_path / "last.pt")
+    loaded = load(tmp_path / "last.pt")
     assert not loaded.model.training
     assert loaded.model.config == model.config
     assert asdict(loaded.recipe) == asdict(Recipe())
     assert (loaded.classes, loaded.step, loaded.metrics) == (("a", "b", "c"), 7, {"top1": 0.5})
     assert torch.equal(loaded.model(images), average.eval()(images))
-    assert torch.equal(load_model(tmp_path / "last.pt", use_ema=False).model(images), model.eval()(images))
+    assert torch.equal(load(tmp_path / "last.pt", use_ema=False).model(images), model.eval()(images))
 
 
 def test_model_without_an_average(tmp_path) -> None:
     model = volo.create_model("volo_nano", **SMALL).eval()
     save_checkpoint(tmp_path / "last.pt", checkpoint_of(model))
     images = torch.randn(1, 3, 32, 32)
-    assert torch.equal(load_model(tmp_path / "last.pt").model(images), model(images))
+    assert torch.equal(load(tmp_path / "last.pt").model(images), model(images))
 
 
 def test_only_whole_files_are_ever_seen(tmp_path) -> None:
@@ -198,7 +199,7 @@ def test_weights_that_do_not_fit(tmp_path) -> None:
     del broken["model"]["head.weight"]
     save_checkpoint(tmp_path / "x.pt", broken)
     with pytest.raises(ValueError, match=r"head\.weight"):
-        load_model(tmp_path / "x.pt")
+        load(tmp_path / "x.pt")
 
 
 def test_kill_amid_a_save_leaves_the_old_file(tmp_path) -> None:

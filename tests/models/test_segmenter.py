@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import volo
-from volo.models.segmenter import Segmenter, list_segmenters, segmenter_from_dict
+from volo.models.factory import list_segmenters
+from volo.models.loading import read_state_dict
+from volo.models.segmenter import Segmenter, segmenter_from_dict
 from volo.models.upernet import AdaptivePool, FCNHead, PyramidNeck, UPerHead
-from volo.models.weights import read_state_dict
 
 TINY = {
     "depths": (1, 1, 1, 1),

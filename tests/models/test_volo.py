@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import volo
+from volo.models.loading import load_weights
 from volo.models.volo import DROP_PATH_RATES, VARIANTS, VOLO, VOLOConfig, resample_pos_embed
-from volo.models.weights import load_weights
 
 PARAMETERS = {
     "volo_d1": 26_632_040,

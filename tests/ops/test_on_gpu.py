@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import volo.ops.outlook_attention as module
-from volo.models.volo import create_model
+from volo.models.factory import create_model
 from volo.ops.outlook_attention import choose_backend, outlook_attention
 
 pytest.importorskip("triton")

@@ -16,7 +16,8 @@ from volo.data.loader import EvalLoader
 from volo.data.transforms import PixelPipeline
 from volo.distributed import World, join_world, prepare_batch_norm
 from volo.inference.evaluate import evaluate
-from volo.models.checkpoint import load_checkpoint, load_model
+from volo.inference.model_source import load
+from volo.models.checkpoint import load_checkpoint
 from volo.models.volo import VOLO
 from volo.training.loop import NonFiniteLossError, train
 from volo.training.report import NullReporter
@@ -109,7 +110,7 @@ def test_reporter_hears_of_everything(finished) -> None:
 
 def test_best_checkpoint_scores_what_was_reported(finished) -> None:
     _, _, result = finished
-    loaded = load_model(result.out / "best.pt")
+    loaded = load(result.out / "best.pt")
     assert loaded.step == result.best["step"]
     assert loaded.classes == result.classes
     splits = open_data(loaded.recipe.data)
@@ -283,13 +284,13 @@ def test_fine_tuning_to_other_classes_and_another_size(tiny, finished, tmp_path)
         "schedule.warmup_epochs": 0.0,
     }
     result = train(tiny(overrides), tmp_path / "run")
-    loaded = load_model(tmp_path / "run" / "best.pt")
+    loaded = load(tmp_path / "run" / "best.pt")
     assert loaded.classes == ("blue", "green", "red")
     assert loaded.model.config.img_size == (32, 32)
     assert loaded.model.head.out_features == 3
     assert result.best["top1"] == 1.0
     start = build_model(tiny(overrides), 3).state_dict()
-    source = load_model(earlier.out / "best.pt").model.state_dict()
+    source = load(earlier.out / "best.pt").model.state_dict()
     assert torch.equal(start["network.0.0.attn.v.weight"], source["network.0.0.attn.v.weight"])
     assert start["pos_embed"].shape[1:3] == (4, 4)
 

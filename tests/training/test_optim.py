@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from volo.config import OptimConfig, recipe_from_dict
-from volo.models.volo import create_model
+from volo.models.factory import create_model
 from volo.training.optim import LearningRate, WeightAverage, create_optimizer, set_learning_rate
 
 SMALL = {"depths": (2, 2), "embed_dims": (16, 32), "num_heads": (1, 2), "stem_dim": 8, "patch_size": 4}

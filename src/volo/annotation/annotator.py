@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from volo.config import Size, nearest
 from volo.data.transforms import height_width
-from volo.models.weights import read_state_dict
+from volo.models.loading import read_state_dict
 
 MAX_LOGITS = 1 << 26
 """No more logits than this are held at once while the best are picked: 256 MiB."""

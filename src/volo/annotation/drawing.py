@@ -31,6 +31,7 @@ from volo.annotation.original_maps import OriginalMapError, find_original_map, r
 from volo.config import DataConfig, Size
 from volo.data.decode import BadImage, BadImageError
 from volo.data.files import write_atomically
+from volo.data.imagenet import imagenet_classes
 from volo.data.images import open_data
 from volo.data.label_maps import (
     INDEX,
@@ -50,8 +51,8 @@ from volo.data.sources import DataSplits, ImageSource
 from volo.data.transforms import PixelPipeline, eval_transform, height_width, squash_transform
 from volo.distributed import World, main_only
 from volo.inference.evaluate import AMP_DTYPES, match_classes
-from volo.inference.predictor import imagenet_classes, load_classifier
-from volo.models.weights import PRETRAINED
+from volo.inference.model_source import load
+from volo.models.hub import PRETRAINED
 
 PLAN = "plan.bin"
 """Which picture goes where: lies in a store until it is complete."""
@@ -124,9 +125,11 @@ def open_annotator(
     if Path(name).exists() or name in PRETRAINED or f"{name}.224" in PRETRAINED:
         if weights is not None:
             raise ValueError(f"{name} has weights of its own; a weight file beside it is for models of timm")
-        ours = load_classifier(name, img_size=img_size, device=device)
+        ours = load(name, task="classify", img_size=img_size, device=device)
         annotator, classes, wnids = Annotator(ours.model), ours.classes, ours.wnids
-        data = dataclasses.replace(ours.data, interpolation="bicubic" if ours.wnids else ours.data.interpolation)
+        data = dataclasses.replace(
+            ours.preprocessing, interpolation="bicubic" if ours.wnids else ours.preprocessing.interpolation
+        )
         origin = Path(name).resolve().name if Path(name).exists() else "published"
     else:
         theirs = load_timm_classifier(name, weights, img_size=img_size)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from volo.bench.timing import alternate, copy_bandwidth, matrix_rate, peak_memory, setting, speedup
+from volo.models.factory import create_model
 from volo.models.fuse import use_training_kernels
-from volo.models.volo import VOLO, create_model
+from volo.models.volo import VOLO
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from volo.bench.timing import alternate, copy_bandwidth, matrix_rate, peak_memory, setting, speedup
-from volo.models.volo import create_model
+from volo.models.factory import create_model
 from volo.ops import cpu_kernel
 from volo.ops.outlook_attention import list_backends, outlook_attention, window_grid
 from volo.ops.reference import outlook_attention_reference

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -16,7 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from volo.cli.console import Bar, note, results
-from volo.cli.options import ModelOptions, WindowOptions, how_to_test, load_classifier, open_device, run
+from volo.cli.options import ModelOptions, WindowOptions, how_to_test, load_model, open_device, run
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,10 @@ def evaluate(options: EvaluateOptions) -> int:
       volo evaluate runs/camvid_cpu --split test --out report
       volo evaluate runs/cityscapes_volo_d1 --window 512 1024 --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --amp bf16
     """
-    if _is_segmentation(options.model):
-        return _evaluate_segmentation(options)
+    device = open_device(options.how.device, options.how.threads)
+    classifier = load_model(options.model, options.how, device)
+    if classifier.task == "segment":
+        return _evaluate_segmentation(options, classifier, device)
     if options.seen != WindowOptions(flip=options.seen.flip) or options.split:
         raise ValueError(
             f"--split, --window, --stride and --scales are for segmentation models, which {options.model} is not"
@@ -69,10 +74,8 @@ def evaluate(options: EvaluateOptions) -> int:
     from volo.inference.evaluate import evaluate as run_evaluation
 
     console = results(options.json)
-    device = open_device(options.how.device, options.how.threads)
-    classifier = load_classifier(options.model, options.how, device)
     model = MirrorAveraged(classifier.model) if options.seen.flip else classifier.model
-    data = dataclasses.replace(classifier.data, on_bad_image=options.on_bad_image)
+    data = dataclasses.replace(classifier.preprocessing, on_bad_image=options.on_bad_image)
     with Bar(console) as bar:
         labelled = open_labelled(
             options.data,
@@ -124,36 +127,19 @@ def evaluate(options: EvaluateOptions) -> int:
     return 0
 
 
-def _is_segmentation(model: str) -> bool:
-    from volo.models.checkpoint import NoCheckpointError, find_checkpoint, is_segmentation, load_checkpoint
-
-    path = Path(model)
-    if not path.exists():
-        return False
-    try:
-        return is_segmentation(load_checkpoint(find_checkpoint(path)))
-    except NoCheckpointError:
-        return False
-
-
-def _evaluate_segmentation(options: EvaluateOptions) -> int:
+def _evaluate_segmentation(options: EvaluateOptions, classifier: Any, device: torch.device) -> int:
+    from volo.data.files import write_atomically
     from volo.data.segment_loader import SegmentEvalLoader
     from volo.data.segmentation import open_split
     from volo.data.transforms import PixelPipeline
     from volo.inference.evaluate import match_classes
-    from volo.inference.segment import load_pixel_classifier
     from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
-    from volo.models.checkpoint import write_atomically
 
-    if options.real is not None or options.how.crop is not None or options.how.img_size is not None:
-        raise ValueError(
-            "--real, --crop and --img-size are for classifiers; segmentation models take --window and --scales"
-        )
+    if options.real is not None:
+        raise ValueError("--real is for classifiers; segmentation models take --window and --scales")
     console = results(options.json)
-    device = open_device(options.how.device, options.how.threads)
-    classifier = load_pixel_classifier(options.model, device=device)
     segment, split = classifier.segment, options.split or classifier.segment.val_split
-    data = dataclasses.replace(classifier.data, on_bad_image=options.on_bad_image)
+    data = dataclasses.replace(classifier.preprocessing, on_bad_image=options.on_bad_image)
     if options.data is not None:  # another layout than that of the training, and classes in another order, are fine
         data = dataclasses.replace(data, path=options.data)
         segment = dataclasses.replace(segment, layout="auto", num_classes=0)

@@ -48,10 +48,9 @@ def info(options: InfoOptions) -> int:
 def _facts(with_models: bool) -> dict[str, Any]:
     import torch
 
-    from volo.data.files import cache_folder
-    from volo.models.segmenter import list_segmenters
-    from volo.models.volo import VARIANTS, create_model
-    from volo.models.weights import PRETRAINED, cached_path
+    from volo.models.factory import create_model, list_segmenters
+    from volo.models.hub import PRETRAINED, find
+    from volo.models.volo import VARIANTS
     from volo.ops.outlook_attention import list_backends
 
     versions: dict[str, str | None] = {"volo": __version__, "python": platform.python_version()}
@@ -91,7 +90,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
         "versions": versions,
         "devices": devices,
         "outlook_attention": engines,
-        "cache": str(cache_folder()),
+        "cache": _cache(),
     }
     if with_models:
         facts["models"] = {}
@@ -111,13 +110,22 @@ def _facts(with_models: bool) -> dict[str, Any]:
                 "v2": w.v2,
                 "crop_original": w.crop_pct_original,
                 "crop_timm": w.crop_pct_timm,
-                "cached": any(cached_path(tag, source).exists() for source in ("hub", "release")),
+                "cached": find(tag) is not None,
             }
             for tag, w in PRETRAINED.items()
         }
         facts["segmentation"] = list_segmenters()
         facts["recipes"] = {path.stem: _title(path) for path in list_recipes()}
     return facts
+
+
+def _cache() -> str:
+    from volo.data.files import cache_folder
+
+    try:
+        return str(cache_folder())
+    except ValueError as error:
+        return f"none: {error}"
 
 
 def _title(recipe: Path) -> str:

@@ -95,11 +95,12 @@ def model_and_pictures(model: str, words: tuple[str, ...], checkpoint: str | Non
     return model, find_pictures(words, sys.stdin if "-" in words else ())
 
 
-def load_classifier(model: str, how: ModelOptions, device: torch.device) -> Any:
-    from volo.inference.predictor import load_classifier
+def load_model(model: str, how: ModelOptions, device: torch.device, task: Any = None) -> Any:
+    from volo.inference.model_source import load
 
-    return load_classifier(
+    return load(
         model,
+        task=task,
         img_size=read_size("--img-size", how.img_size),
         crop=None if how.crop is None else read_crop(how.crop, "original", "timm"),
         device=device,

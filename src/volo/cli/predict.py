@@ -13,7 +13,7 @@ import tyro
 from rich.text import Text
 
 from volo.cli.console import Bar, note, results
-from volo.cli.options import ModelOptions, load_classifier, model_and_pictures, open_device, run
+from volo.cli.options import ModelOptions, load_model, model_and_pictures, open_device, run
 
 if TYPE_CHECKING:
     from volo.inference.predictor import Prediction
@@ -59,7 +59,7 @@ def predict(options: PredictOptions) -> int:
 
     model, pictures = model_and_pictures(options.model, options.pictures, options.checkpoint)
     device = open_device(options.how.device, options.how.threads)
-    classifier = load_classifier(model, options.how, device)
+    classifier = load_model(model, options.how, device, "classify")
     # Only one of the two streams may draw: a bar and lines on the same terminal must know of each other.
     to_terminal = options.out is None and sys.stdout.isatty()
     output = results()

@@ -54,9 +54,9 @@ def segment(options: SegmentOptions) -> int:
       volo segment runs/cityscapes_volo_d1 leftImg8bit/test --cityscapes --scales 0.75 1 1.25 --flip --out submission
     """
     from volo.data.segmentation import CITYSCAPES
+    from volo.inference.model_source import load
     from volo.inference.segment import (
         areas_json,
-        load_pixel_classifier,
         output_files,
         write_areas,
         write_cityscapes,
@@ -68,12 +68,14 @@ def segment(options: SegmentOptions) -> int:
 
     model, pictures = model_and_pictures(options.model, options.pictures, options.checkpoint)
     device = open_device(options.how.device, options.how.threads)
-    classifier = load_pixel_classifier(model, device=device)
+    classifier = load(model, task="segment", device=device)
     names, colours = classifier.classes, classifier.colours
     if options.cityscapes and names != tuple(name for name, _, _ in CITYSCAPES):
         raise ValueError(f"--cityscapes needs a model of Cityscapes' 19 classes; {model} knows {len(names)} others")
     # A submission is made as it was scored; other pictures are of any size.
-    trained = HowToTest.from_config(classifier.segment, classifier.data.img_size) if options.cityscapes else None
+    trained = (
+        HowToTest.from_config(classifier.segment, classifier.preprocessing.img_size) if options.cityscapes else None
+    )
     how = how_to_test(trained, options.seen)
     views = HowToTest(scales=options.seen.scales or (1.0,), flip=options.seen.flip)
     targets = output_files(pictures, options.out, cityscapes=options.cityscapes, overlays=options.overlays)

@@ -119,14 +119,15 @@ def _draw_segmentation(out: Path, best: dict[str, Any], device: torch.device) ->
     """iou.png and overlays.png of a run: bars for the classes, and some held-out pictures as the best weights see them."""
     from volo.data.segmentation import BadImageError, find_pairs, load_pair, open_classes
     from volo.explain.plots import OverlayItem, class_bars, overlay_sheet
-    from volo.inference.segment import HowToTest, load_pixel_classifier, segment
+    from volo.inference.model_source import load
+    from volo.inference.segment import HowToTest, segment
 
-    classifier = load_pixel_classifier(out, device=device)
+    classifier = load(out, task="segment", device=device)
     bars, sheet = out / "iou.png", out / "overlays.png"
     class_bars(
         best["per_class_iou"], classifier.classes, classifier.colours, bars, best.get("per_class_boundary_iou", ())
     )
-    root, classes = open_classes(classifier.data, classifier.segment)
+    root, classes = open_classes(classifier.preprocessing, classifier.segment)
     pairs = find_pairs(root, classifier.segment, classifier.segment.val_split)
     count = len(pairs.names)
     items = []
@@ -136,7 +137,7 @@ def _draw_segmentation(out: Path, best: dict[str, Any], device: torch.device) ->
             image, truth = load_pair(root, name, pairs.masks[i], classes)
         except BadImageError:  # left out of the training, too
             continue
-        how = HowToTest.from_config(classifier.segment, classifier.data.img_size)
+        how = HowToTest.from_config(classifier.segment, classifier.preprocessing.img_size)
         answer = next(segment(classifier, [root / name], how=how, device=device))
         items.append(OverlayItem(image, answer.classes, truth[0].numpy(), Path(name).name))
     overlay_sheet(items, classifier.classes, classifier.colours, sheet)

@@ -161,6 +161,11 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where downloads are kept: `cache_dir`, else $VOLO_CACHE, else ~/.cache/volo."""
-    return Path(cache_dir or os.environ.get("VOLO_CACHE") or "~/.cache/volo").expanduser()
+def cache_folder() -> Path:
+    """Where what can be had again is kept: $VOLO_CACHE, else ~/.cache/volo. Raises ValueError where there is no home."""
+    try:
+        return Path(os.environ.get("VOLO_CACHE") or "~/.cache/volo").expanduser()
+    except RuntimeError:
+        raise ValueError(
+            "no home directory is known for this user: set VOLO_CACHE to a folder that can be written, or HOME"
+        ) from None

@@ -15,15 +15,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from volo.config import DataConfig, SegmentConfig, Size, nearest
+from volo.config import Size
 from volo.data.decode import BadImageError, decode_image
+from volo.data.files import write_atomically
 from volo.data.segment_transforms import scale_to, scaled_size
-from volo.data.segmentation import CITYSCAPES, Colour, palette
+from volo.data.segmentation import CITYSCAPES, Colour
 from volo.data.transforms import PixelPipeline, height_width
 from volo.inference.evaluate import AMP_DTYPES
+from volo.inference.model_source import LoadedModel
 from volo.inference.segment_evaluate import HowToTest, log_probabilities
 from volo.inference.windows import resized_strips, window_logits
-from volo.models.checkpoint import find_checkpoint, load_segmenter, write_atomically
 from volo.models.segmenter import Segmenter
 
 WHOLE_PIXELS = 1 << 20
@@ -31,20 +32,6 @@ WHOLE_PIXELS = 1 << 20
 WINDOW = 512
 """Side of windows at the least: below, too little of the surroundings is seen."""
 OPACITY = 0.55
-
-
-@dataclass(frozen=True)
-class PixelClassifier:
-    """A segmentation model with all it takes to use it."""
-
-    model: Segmenter
-    classes: tuple[str, ...]
-    colours: tuple[Colour, ...]
-    data: DataConfig
-    """Size of crops and normalisation, as trained."""
-    segment: SegmentConfig
-    origin: str
-    """For people: the file, and the step of the training."""
 
 
 @dataclass(frozen=True)
@@ -64,41 +51,17 @@ class Segmented:
         return np.bincount(self.classes.ravel()).tolist()
 
 
-def load_pixel_classifier(source: str | Path, *, device: torch.device | str = "cpu") -> PixelClassifier:
-    """A segmentation model in eval mode from a run folder (its best.pt) or a checkpoint of a run.
-
-    Raises FileNotFoundError where nothing is there, ValueError for what is not a segmentation checkpoint.
-    """
-    path = find_checkpoint(source)
-    if not path.is_file():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(
-            f"no checkpoint {str(source)!r}{nearest(path.name, beside)} (give a run folder or a .pt file of `volo train` "
-            "with a recipe of task 'segment'; VOLO was never published with weights for segmentation)"
-        )
-    loaded = load_segmenter(path, device=device)
-    colours = loaded.extras.get("colours") or palette(len(loaded.classes))
-    return PixelClassifier(
-        loaded.model,
-        loaded.classes,
-        tuple((int(r), int(g), int(b)) for r, g, b in colours),
-        loaded.recipe.data,
-        loaded.recipe.segment,
-        f"{path}, step {loaded.step}",
-    )
-
-
-def default_window(classifier: PixelClassifier, size: tuple[int, int]) -> HowToTest:
+def default_window(classifier: LoadedModel[Segmenter], size: tuple[int, int]) -> HowToTest:
     """How a picture of so many pixels is looked at where nobody says: whole if it is small, else by windows."""
     if size[0] * size[1] <= WHOLE_PIXELS:
         return HowToTest()
-    crop = height_width(classifier.data.img_size)
+    crop = height_width(classifier.preprocessing.img_size)
     window = (max(WINDOW, crop[0]), max(WINDOW, crop[1]))
     return HowToTest.by_windows(window)
 
 
 def segment(
-    classifier: PixelClassifier,
+    classifier: LoadedModel[Segmenter],
     pictures: Iterable[str | Path],
     *,
     how: HowToTest | None = None,
@@ -129,7 +92,7 @@ def segment(
     if amp not in AMP_DTYPES:
         raise ValueError(f"amp is one of {', '.join(AMP_DTYPES)}; given: {amp!r}")
     device = torch.device(device)
-    pixels = PixelPipeline(classifier.data).to(device).eval()
+    pixels = PixelPipeline(classifier.preprocessing).to(device).eval()
     for path in pictures:
         try:
             image = decode_image(path)
@@ -322,7 +285,7 @@ def _write_png(path: Path, image: Image.Image) -> None:
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def write_areas(path: Path, entries: Sequence[dict[str, Any]], classifier: PixelClassifier, how: str) -> None:
+def write_areas(path: Path, entries: Sequence[dict[str, Any]], classifier: LoadedModel[Segmenter], how: str) -> None:
     """areas.json: the model, its classes and colours, and the areas in each picture."""
     content = {
         "model": classifier.origin,

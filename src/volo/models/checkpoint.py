@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
-from volo.config import Recipe, recipe_from_dict
 from volo.data.files import write_atomically
+from volo.models.loading import read_file
 from volo.models.segmenter import Segmenter, segmenter_from_dict
 from volo.models.volo import VOLO, VOLOConfig
-from volo.models.weights import is_safetensors, load_plain
 
 FORMAT = 1
-
-
-Model = TypeVar("Model", VOLO, Segmenter)
-
-
-class NoCheckpointError(ValueError):
-    """A file may hold weights, but is no checkpoint of `volo train`."""
-
-
-@dataclass(frozen=True)
-class LoadedModel(Generic[Model]):
-    """A trained model with what is needed to use it."""
-
-    model: Model
-    """In eval mode."""
-    classes: tuple[str, ...]
-    recipe: Recipe
-    """How it was trained; `recipe.data` holds sizes, mean and std."""
-    metrics: dict[str, Any]
-    """Of the last evaluation before the checkpoint."""
-    step: int
-    extras: dict[str, Any]
-    """`Workload.extras` of its training."""
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -53,63 +27,52 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of ours onto the CPU.
+    """Read a checkpoint of ours onto the CPU, into memory: the file may be replaced or removed afterwards.
 
-    Raises FileNotFoundError; ValueError for a truncated file or one with code in it; NoCheckpointError, which is one, for
-    a file that is not ours.
+    Raises FileNotFoundError; ValueError for a truncated file, one with code in it, or one that is not ours.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; a run folder holds last.pt and best.pt")
-    not_ours = f"{path} holds weights but is not a checkpoint of volo; read it with volo.models.weights.load_weights"
-    if is_safetensors(path):
-        raise NoCheckpointError(not_ours)
-    try:
-        checkpoint = load_plain(path)
-    except pickle.UnpicklingError as error:
+    content = read_file(path, mmap=False)
+    if not is_checkpoint(content):
         raise ValueError(
-            f"{path} is not a checkpoint of volo, or holds more than plain data; it is not opened, because such a file can run code"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        # A file cut off amid its directory makes torch seek to before its start: EINVAL.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise ValueError(f"{path} is damaged or cut off ({str(error).partition(chr(10))[0]})") from error
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint or "model_config" not in checkpoint:
-        raise NoCheckpointError(not_ours)
+            f"{path} holds weights but is not a checkpoint of volo; read it with volo.models.loading.load_weights"
+        )
+    check_format(content, path)
+    return content
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether what `read_file` gave is a checkpoint of `volo train`, of whatever version."""
+    return isinstance(content, dict) and "format" in content and "model_config" in content
+
+
+def check_format(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Raises ValueError for a checkpoint of another version."""
     if checkpoint["format"] != FORMAT:
         raise ValueError(
             f"{path} has checkpoint format {checkpoint['format']}, written by volo {checkpoint.get('volo_version')}; this version reads format {FORMAT}"
         )
-    return checkpoint
 
 
-def load_model(path: str | Path, *, use_ema: bool = True, device: torch.device | str = "cpu") -> LoadedModel[VOLO]:
-    """The classifier of a checkpoint, ready to predict; its averaged weights where there are some and `use_ema` is set.
+def model_of_checkpoint(
+    checkpoint: Mapping[str, Any], origin: str, *, use_ema: bool = True, device: torch.device | str = "cpu"
+) -> VOLO | Segmenter:
+    """The model of a checkpoint, in eval mode; its averaged weights where there are some and `use_ema` is set.
 
-    Raises FileNotFoundError, ValueError (a segmentation model is one of the reasons).
+    On the device "meta" it is the architecture alone. Raises ValueError for weights that do not fit.
     """
-    checkpoint = load_checkpoint(path)
-    if is_segmentation(checkpoint):
-        raise ValueError(
-            f"{path} is a segmentation model, which names pixels: use `volo segment`, `volo evaluate`, or load_segmenter"
-        )
-    return _load(path, checkpoint, lambda config: VOLO(VOLOConfig(**config)), use_ema, device)
-
-
-def load_segmenter(
-    path: str | Path, *, use_ema: bool = True, device: torch.device | str = "cpu"
-) -> LoadedModel[Segmenter]:
-    """As `load_model`, for a segmentation model; `extras["colours"]` are those of its classes."""
-    checkpoint = load_checkpoint(path)
-    if not is_segmentation(checkpoint):
-        raise ValueError(f"{path} is a classifier, which names whole pictures: use `volo predict`, or load_model")
-    return _load(path, checkpoint, segmenter_from_dict, use_ema, device)
-
-
-def is_segmentation(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint holds a `Segmenter`."""
-    return "backbone" in checkpoint["model_config"]
+    config = checkpoint["model_config"]
+    with torch.device("meta"):  # the weights follow; drawing random ones would only take time
+        model = segmenter_from_dict(config) if "backbone" in config else VOLO(VOLOConfig(**config))
+    if torch.device(device).type != "meta":
+        weights = checkpoint["ema"] if use_ema and checkpoint.get("ema") is not None else checkpoint["model"]
+        try:  # copies, since the file may be mapped, and may be replaced while the model is used
+            model.load_state_dict({name: w.to(device, copy=True) for name, w in weights.items()}, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {origin} do not fit its model_config: {error}") from error
+    return model.eval()
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -124,30 +87,6 @@ def find_checkpoint(source: str | Path) -> Path:
     if not found:
         raise FileNotFoundError(f"no best.pt or last.pt in {path}; give a run folder of `volo train`, or a checkpoint")
     return found[0]
-
-
-def _load(
-    path: str | Path,
-    checkpoint: dict[str, Any],
-    build: Callable[[dict[str, Any]], Model],
-    use_ema: bool,
-    device: torch.device | str,
-) -> LoadedModel[Model]:
-    with torch.device("meta"):  # the weights follow; drawing random ones would only take time
-        model = build(checkpoint["model_config"])
-    weights = checkpoint["ema"] if use_ema and checkpoint["ema"] is not None else checkpoint["model"]
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit its model_config: {error}") from error
-    return LoadedModel(
-        model=model.to(device).eval(),
-        classes=tuple(checkpoint["classes"]),
-        recipe=recipe_from_dict(checkpoint["recipe"]),
-        metrics=checkpoint["metrics"],
-        step=checkpoint["step"],
-        extras=checkpoint.get("extras", {}),
-    )
 
 
 def model_config_dict(model: VOLO | Segmenter) -> dict[str, Any]:

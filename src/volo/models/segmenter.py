@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,9 +11,7 @@ from torch import Tensor, nn
 
 from volo.config import nearest
 from volo.models.upernet import FCNHead, FPNHead, PyramidNeck, UPerHead
-from volo.models.volo import VARIANTS, VOLO, VOLOConfig
-
-logger = logging.getLogger(__name__)
+from volo.models.volo import VOLO, VOLOConfig
 
 AUX_LEVEL = 2
 """Level of the pyramid (stride 16) that the auxiliary head reads."""
@@ -62,65 +57,9 @@ HEAD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def list_segmenters() -> list[str]:
-    """Names that `create_segmenter` takes: every head with every variant of VOLO."""
-    return sorted(f"{head}_{variant}" for head in HEAD_DEFAULTS for variant in VARIANTS)
-
-
-def create_segmenter(name: str, num_classes: int, pretrained: bool | str | Path = False, **overrides: Any) -> Segmenter:
-    """Build a VOLO that gives every pixel a class.
-
-    Args:
-        name: one of `list_segmenters()`, for example "upernet_volo_d1".
-        num_classes: classes a pixel can have.
-        pretrained: False for random weights. Weights of classification go into the backbone: True (published ones at
-            224, or at `img_size` where there are some), a tag such as "volo_d1.384", or the path of a checkpoint;
-            class attention and heads are left out. The path of a segmentation checkpoint of ours fills the decoder as
-            well; classifiers stay random where it has another number of classes.
-        **overrides: fields of `SegmenterConfig` (channels, aux_channels, ...) or of `VOLOConfig` (img_size, patch_size,
-            drop_path_rate, ...). `img_size` is what the position embedding is made for: the crop size of the training.
-
-    Pictures may have any size: they are padded at the right and bottom to whole tokens, unless pad_input=False.
-    Raises ValueError for an unknown name or override (naming the nearest), or weights of another model.
-    """
-    if name not in list_segmenters():
-        raise ValueError(
-            f"unknown segmentation model {name!r}{nearest(name, list_segmenters())} (known: {', '.join(list_segmenters())})"
-        )
-    head, _, variant = name.partition("_")
-    own, inner = _fields(SegmenterConfig) - {"backbone", "head", "num_classes"}, _fields(VOLOConfig) - {"num_classes"}
-    for key in overrides:
-        if key not in own | inner:
-            known = sorted(own | inner)
-            raise ValueError(f"{name} has no option {key!r}{nearest(key, known)} (known: {', '.join(known)})")
-    head_options = HEAD_DEFAULTS[head] | {k: v for k, v in overrides.items() if k in own}
-    backbone_options = {"pad_input": True} | {k: v for k, v in overrides.items() if k in inner}
-    config = SegmenterConfig(
-        backbone=dataclasses.replace(VARIANTS[variant], num_classes=0, **backbone_options),
-        num_classes=num_classes,
-        head=head,
-        **head_options,
-    )
-    if not pretrained:
-        return Segmenter(config)
-
-    from volo.models.weights import create_pretrained, is_segmenter_file, load_segmenter_weights
-
-    if pretrained is not True and is_segmenter_file(pretrained):
-        model = Segmenter(config)
-        logger.info("%s from %s: %s", name, pretrained, load_segmenter_weights(model, pretrained))
-        return model
-    backbone = create_pretrained(variant, pretrained, backbone_options | {"num_classes": 0})
-    return Segmenter(dataclasses.replace(config, backbone=backbone.config), backbone)
-
-
 def segmenter_from_dict(values: Mapping[str, Any]) -> Segmenter:
     """The model of a configuration that went through JSON or a checkpoint, with random weights."""
     return Segmenter(SegmenterConfig(**{**values, "backbone": VOLOConfig(**values["backbone"])}))
-
-
-def _fields(config: type) -> set[str]:
-    return {f.name for f in dataclasses.fields(config)}
 
 
 class Segmenter(nn.Module):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from volo.config import nearest
 from volo.layers import ClassBlock, Downsample, Outlooker, PatchEmbed, Transformer
 from volo.models.fuse import pack_linear_layers
 from volo.ops.outlook_attention import window_grid
@@ -197,37 +195,6 @@ VARIANTS: dict[str, VOLOConfig] = {
 
 # Stochastic depth the paper trains each variant with.
 DROP_PATH_RATES = {"volo_d1": 0.1, "volo_d2": 0.2, "volo_d3": 0.5, "volo_d4": 0.5, "volo_d5": 0.75}
-
-
-def list_models() -> list[str]:
-    """Names that `create_model` takes."""
-    return sorted(VARIANTS)
-
-
-def create_model(name: str, pretrained: bool | str | Path = False, **overrides: Any) -> VOLO:
-    """Build a VOLO.
-
-    Args:
-        name: one of `list_models()`.
-        pretrained: False for random weights; True for the published weights of `name` (at 224, or at `img_size` where
-            published); a tag such as "volo_d1.384"; or the path of a checkpoint. Head and position embedding are
-            adapted when the overrides ask for another `num_classes` or `img_size`.
-        **overrides: fields of `VOLOConfig`: num_classes, img_size (int or (H, W)), in_chans, patch_size, depths,
-            embed_dims, num_heads, mlp_ratios, stem_dim, outlook_kernel, outlook_stride, drop_path_rate, ...
-
-    Raises ValueError for an unknown name or override, naming the nearest known one.
-    """
-    if name not in VARIANTS:
-        raise ValueError(f"unknown model {name!r}{nearest(name, VARIANTS)} (known: {', '.join(list_models())})")
-    fields = [f.name for f in dataclasses.fields(VOLOConfig)]
-    for key in overrides:
-        if key not in fields:
-            raise ValueError(f"{name} has no option {key!r}{nearest(key, fields)} (known: {', '.join(fields)})")
-    if pretrained:
-        from volo.models.weights import create_pretrained
-
-        return create_pretrained(name, pretrained, overrides)
-    return VOLO(dataclasses.replace(VARIANTS[name], **overrides))
 
 
 class VOLO(nn.Module):

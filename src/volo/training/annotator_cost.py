@@ -18,9 +18,10 @@ from volo.annotation.annotator import Annotator, draw_label_maps, load_timm_clas
 from volo.config import AnnotatorConfig, Recipe, Size
 from volo.data.transforms import height_width
 from volo.inference.evaluate import AMP_DTYPES
-from volo.inference.predictor import load_classifier
-from volo.models.volo import VOLO, create_model
-from volo.models.weights import PRETRAINED
+from volo.inference.model_source import load
+from volo.models.factory import create_model
+from volo.models.hub import PRETRAINED
+from volo.models.volo import VOLO
 from volo.training.memory import free_bytes, is_out_of_memory
 from volo.training.workloads.classification import build_model
 from volo.training.workloads.token_labeling import annotator_recipe
@@ -61,19 +62,19 @@ def outline_annotator(recipe: Recipe, num_classes: int, is_there: bool) -> Annot
         its = dataclasses.replace(its, model=dataclasses.replace(its.model, weights=""))
         build, native = lambda: build_model(its, num_classes), its.data.img_size
     elif Path(name).exists():
-        ours = load_classifier(name)
+        ours = load(name, task="classify", device="meta")
         config = ours.model.config
-        build, native = lambda: VOLO(config), ours.data.img_size
+        build, native = lambda: VOLO(config), ours.preprocessing.img_size
     elif name in PRETRAINED or f"{name}.224" in PRETRAINED:
         published = PRETRAINED[name if name in PRETRAINED else f"{name}.224"]
         build = lambda: create_model(published.variant, img_size=published.img_size)  # noqa: E731
         native = published.img_size
     else:
-        load = lambda: load_timm_classifier(name, "", img_size=size)  # noqa: E731
-        build, native = lambda: load().model, None
+        outline = lambda: load_timm_classifier(name, "", img_size=size)  # noqa: E731
+        build, native = lambda: outline().model, None
     try:
         with torch.device("meta"), torch.no_grad():
-            height, width = height_width(size or native or load().img_size)
+            height, width = height_width(size or native or outline().img_size)
             annotator = Annotator(build()).eval()
             rows, columns = annotator.features(torch.zeros(1, 3, height, width)).shape[1:3]
     except RuntimeError:

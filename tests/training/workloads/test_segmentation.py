@@ -17,8 +17,9 @@ from volo.config import Recipe, recipe_from_dict
 from volo.data.segment_loader import SegmentEvalLoader
 from volo.data.segmentation import open_split
 from volo.data.transforms import PixelPipeline
+from volo.inference.model_source import load
 from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
-from volo.models.checkpoint import load_checkpoint, load_model, load_segmenter
+from volo.models.checkpoint import load_checkpoint
 from volo.training.loop import train
 from volo.training.report import NullReporter
 
@@ -94,11 +95,11 @@ def test_what_a_run_leaves_behind(reference: Path, scenes: Path) -> None:
     assert summary["best"].keys() >= {"miou", "pixel_accuracy", "mean_class_accuracy", "boundary_iou", "loss", "step"}
     evaluations = [line for line in metrics_lines(reference) if line["kind"] == "eval"]
     assert [line["step"] for line in evaluations] == [6, 12]
-    loaded = load_segmenter(reference / "best.pt")
+    loaded = load(reference / "best.pt")
     assert loaded.classes == ("sky", "ground", "box")
     assert loaded.extras["colours"][2] == [220, 20, 60]
     with pytest.raises(ValueError, match="segmentation model.*volo segment"):
-        load_model(reference / "best.pt")
+        load(reference / "best.pt", task="classify")
     # The weights on the disk score what the log says.
     recipe = loaded.recipe
     pictures, _ = open_split(recipe.data, recipe.segment, "val")

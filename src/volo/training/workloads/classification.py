@@ -18,7 +18,8 @@ from volo.data.transforms import PixelPipeline
 from volo.distributed import World, main_first
 from volo.inference.evaluate import evaluate
 from volo.models.checkpoint import model_config_dict
-from volo.models.volo import VOLO, VOLOConfig, create_model
+from volo.models.factory import create_model
+from volo.models.volo import VOLO, VOLOConfig
 from volo.tasks.classify import ClassifyTask
 from volo.training.workloads.workload import Batch, model_options
 

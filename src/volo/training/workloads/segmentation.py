@@ -17,7 +17,8 @@ from volo.data.transforms import PixelPipeline
 from volo.distributed import World
 from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
 from volo.models.checkpoint import model_config_dict
-from volo.models.segmenter import Segmenter, create_segmenter, segmenter_from_dict
+from volo.models.factory import create_segmenter
+from volo.models.segmenter import Segmenter, segmenter_from_dict
 from volo.tasks.segment import SegmentTask, class_weights
 from volo.training.workloads.workload import Batch, model_options
 
