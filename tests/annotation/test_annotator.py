@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import volo
+from volo.annotation import annotator as annotators
 from volo.annotation.annotator import Annotator, draw_label_maps, load_timm_classifier, weights_digest
-from volo.models import annotators
 
 
 def build(name: str, **options: Any) -> nn.Module:
