@@ -6,18 +6,30 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from torch import Tensor
+
+try:
+    import matplotlib
+except ValueError:  # of a backend that is not here, such as that of a notebook which started this process
+    _settings = {name: os.environ.pop(name) for name in ("MPLBACKEND", "MATPLOTLIBRC") if name in os.environ}
+    try:
+        import matplotlib
+    finally:
+        os.environ.update(_settings)
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
-from torch import Tensor
+
+from volo.data.files import write_atomically
 
 BLUE, ORANGE, GREEN, RED, INK, GREY, PALE = "#2563ab", "#e07b22", "#2e8b57", "#c23b3b", "#22282f", "#8a929b", "#e7eaee"
 _STYLE: dict[str, Any] = {
@@ -70,11 +82,11 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
     steps, evaluations = _read_metrics(Path(metrics))
     if not steps and not evaluations:
         raise ValueError(f"{metrics} holds no steps yet, so there is no curve to draw")
-    with _figure(out, 13.5, 3.9) as figure:
+    with _figure(out, "training curves", 13.5, 3.9) as figure:
         figure.get_layout_engine().set(wspace=0.06)
         loss, accuracy, rate = figure.subplots(1, 3)
         x = [line["epoch"] for line in steps]
-        losses = [line["loss"] for line in steps]
+        losses = [_number(line["loss"]) for line in steps]
         if steps:
             if len(steps) > 50:
                 loss.plot(x, losses, color=BLUE, alpha=0.2, linewidth=0.8)
@@ -82,19 +94,20 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
             rate.plot(x, [line["lr"] for line in steps], color=BLUE, linewidth=1.8)
         marker = {"marker": "o", "markersize": 3.5, "clip_on": False} if len(evaluations) <= 40 else {}
         ex = [line["epoch"] for line in evaluations]
+        held_out = [_number(line["loss"]) for line in evaluations]
         if evaluations:
-            loss.plot(
-                ex, [line["loss"] for line in evaluations], color=ORANGE, linewidth=1.8, label="held out", **marker
-            )
+            loss.plot(ex, held_out, color=ORANGE, linewidth=1.8, label="held out", **marker)
             keys = [key for key in SCORES if all(key in line for line in evaluations)]
+            scores = {key: [100 * _number(line[key]) for line in evaluations] for key in keys}
             for key, color, dashes in zip(keys, (ORANGE, GREY), ("-", "--")):
-                values = [100 * line[key] for line in evaluations]
+                values = scores[key]
                 accuracy.plot(ex, values, color=color, linewidth=1.8, linestyle=dashes, label=SCORES[key], **marker)
-            best = max(evaluations, key=lambda line: line[keys[0]])
-            top = 100 * best[keys[0]]
+            of_score = scores[keys[0]]
+            best = int(np.nanargmax(of_score)) if np.isfinite(of_score).any() else 0
+            top = of_score[best]
             accuracy.axhline(top, color=GREY, linewidth=0.8, linestyle=":")
             accuracy.plot(
-                [best["epoch"]],
+                [ex[best]],
                 [top],
                 "o",
                 color=ORANGE,
@@ -104,19 +117,17 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
                 zorder=3,
             )
             accuracy.set_title(f"Held-out {SCORES[keys[0]]}: best {top:.2f} %")
-            low = min(100 * line[key] for line in evaluations for key in keys)
-            high = max(100 * line[key] for line in evaluations for key in keys)
-            accuracy.set_ylim(max(0.0, min(low - 4, 96)), min(101.0, high + 6))
+            known = [value for values in scores.values() for value in values if math.isfinite(value)] or [0.0]
+            accuracy.set_ylim(max(0.0, min(min(known) - 4, 96)), min(101.0, max(known) + 6))
             accuracy.legend(loc="lower right")
         else:
             accuracy.set_title("Held-out score")
             _say(accuracy, "not evaluated yet")
         loss.set_title("Loss")
-        if losses:
+        drawn = [value for value in (*_smooth(losses), *held_out) if math.isfinite(value)]
+        if losses and drawn:
             # A first step far above all others would press the curve flat.
-            loss.set_ylim(
-                0, max(1.15 * np.quantile([*_smooth(losses), *(e["loss"] for e in evaluations)], 0.995), 1e-3)
-            )
+            loss.set_ylim(0, max(1.15 * np.quantile(drawn, 0.995), 1e-3))
         loss.legend(loc="upper right")
         rate.set_title("Learning rate")
         rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
@@ -144,10 +155,11 @@ def confusion_matrix(
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
     share_right = counts.trace() / max(counts.sum(), 1)
-    labels = [_short(name, 24) for name in classes]
+    names = _Names(classes)
+    labels = [names(name, 24) for name in classes]
     title = f"{100 * share_right:.2f} % of {counts.sum():,} {unit} right"
     if K > MAX_NAMES:
-        with _figure(out, 14, 7) as figure:
+        with _figure(out, "confusion matrix", 14, 7, names) as figure:
             matrix, bars = figure.subplots(1, 2, width_ratios=[1.15, 1])
             # One confusion among hundreds of classes is less than a pixel: a spot shows the largest share of a block of
             # classes, and the square root darkens it.
@@ -166,7 +178,8 @@ def confusion_matrix(
         return
     longest = max(map(len, labels))
     side = max(3.2, 0.42 * K if K <= MAX_FIGURES else 0.22 * K)
-    with _figure(out, side + 1.4 + 0.085 * longest, side + 1.1 + 0.075 * longest) as figure:
+    width, height = side + 1.4 + 0.085 * longest, side + 1.1 + 0.075 * longest
+    with _figure(out, "confusion matrix", width, height, names) as figure:
         axes = figure.subplots()
         drawn = axes.imshow(shares, cmap=_SHARES, vmin=0, vmax=1)
         size = 10 if K <= MAX_FIGURES else 7
@@ -218,7 +231,10 @@ def prediction_sheet(items: Sequence[SheetItem], out: str | Path, columns: int =
     num_bars = max(1, max(min(3, len(item.top)) for item in items))
     lines = num_bars + any(item.truth is not None for item in items)  # of text below a picture
     bar_height = 0.27 * (lines + 0.3)
-    with _figure(out, 2.15 * columns + 0.2, rows * (2.0 + bar_height + 0.35) + 0.1) as figure:
+    shown = [name for item in items for name in (item.name, item.truth or "", *(name for name, _ in item.top))]
+    names = _Names(dict.fromkeys(shown))
+    width, height = 2.15 * columns + 0.2, rows * (2.0 + bar_height + 0.35) + 0.1
+    with _figure(out, "prediction sheet", width, height, names) as figure:
         figure.get_layout_engine().set(w_pad=0.09, h_pad=0.05, hspace=0.02, wspace=0.02)
         ratios = [2.0, bar_height] * rows
         grid = figure.subplots(2 * rows, columns, height_ratios=ratios, squeeze=False)
@@ -227,11 +243,11 @@ def prediction_sheet(items: Sequence[SheetItem], out: str | Path, columns: int =
         for i, item in enumerate(items):
             row, column = divmod(i, columns)
             picture, bars = grid[2 * row, column], grid[2 * row + 1, column]
-            _draw_picture(picture, item)
-            _draw_bars(bars, item, num_bars, lines)
+            _draw_picture(picture, item, names)
+            _draw_bars(bars, item, names, num_bars, lines)
 
 
-def _draw_picture(axes: Axes, item: SheetItem) -> None:
+def _draw_picture(axes: Axes, item: SheetItem, names: _Names) -> None:
     image = np.asarray(item.image).transpose(1, 2, 0)
     # Pixels of tiny pictures are shown as they are; a blur would look like a fault of the picture.
     axes.imshow(image, interpolation="nearest" if max(image.shape[:2]) < 100 else "antialiased")
@@ -243,7 +259,7 @@ def _draw_picture(axes: Axes, item: SheetItem) -> None:
     axes.set_ylim((H - 1) / 2 + half, (H - 1) / 2 - half)
     if item.name:
         axes.set_title(
-            _short(item.name, 26, keep_end=True), fontsize=7.5, fontweight="normal", color=GREY, pad=3, loc="center"
+            names(item.name, 26, keep_end=True), fontsize=7.5, fontweight="normal", color=GREY, pad=3, loc="center"
         ).set_parse_math(False)
 
 
@@ -265,8 +281,10 @@ def class_bars(
     mean = sum(iou[i] or 0.0 for i in known) / len(known)
     rows = min(len(order), 40)
     columns = -(-len(order) // rows)
-    longest = max(len(_short(classes[i], 24)) for i in order)
-    with _figure(out, columns * (5.2 + 0.075 * longest), 0.27 * rows + 1.3) as figure:
+    names = _Names(classes)
+    longest = max(len(names(classes[i], 24)) for i in order)
+    width, height = columns * (5.2 + 0.075 * longest), 0.27 * rows + 1.3
+    with _figure(out, "IoU of classes", width, height, names) as figure:
         grid = figure.subplots(1, columns, squeeze=False)[0]
         for column, axes in enumerate(grid):
             part = order[column * rows : (column + 1) * rows]
@@ -278,7 +296,7 @@ def class_bars(
                     axes.plot([100 * (boundary[i] or 0.0)] * 2, [row - 0.37, row + 0.37], color=INK, linewidth=2.4)
                     axes.plot([100 * (boundary[i] or 0.0)] * 2, [row - 0.37, row + 0.37], color="white", linewidth=1.2)
             axes.axvline(100 * mean, color=GREY, linewidth=0.9, linestyle=":")
-            axes.set_yticks(range(len(part)), [_short(classes[i], 24) for i in part], fontsize=9, parse_math=False)
+            axes.set_yticks(range(len(part)), [names(classes[i], 24) for i in part], fontsize=9, parse_math=False)
             axes.set_ylim(rows - 0.4, -0.6)
             axes.set_xlim(0, 108)
             axes.set_xticks(range(0, 101, 20))
@@ -323,9 +341,9 @@ def overlay_sheet(
     aspect = max(item.predicted.shape[0] / item.predicted.shape[1] for item in items)
     width = 3.9
     legend_rows = -(-(len(shown) + (columns == 3)) // (2 * columns))
-    with _figure(
-        out, width * columns, len(items) * (0.97 * width * aspect + 0.17) + 0.28 * legend_rows + 0.3
-    ) as figure:
+    height = len(items) * (0.97 * width * aspect + 0.17) + 0.28 * legend_rows + 0.3
+    names = _Names([*classes, *(item.name for item in items)])
+    with _figure(out, "overlays", width * columns, height, names) as figure:
         figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, hspace=0.01, wspace=0.01)
         grid = figure.subplots(len(items), columns, squeeze=False)
         for axes in grid.flat:
@@ -338,23 +356,23 @@ def overlay_sheet(
                 if labels is not None:
                     axes.imshow(table[labels], alpha=0.68, interpolation="nearest")
                 title = axes.set_title(
-                    what or _short(item.name, 48, keep_end=True), fontsize=8, fontweight="normal", color=GREY, pad=2
+                    what or names(item.name, 48, keep_end=True), fontsize=8, fontweight="normal", color=GREY, pad=2
                 )
                 title.set_parse_math(False)
         patches = [
             Rectangle((0, 0), 1, 1, facecolor=[c / 255 for c in colours[i]], edgecolor=INK, linewidth=0.5)
             for i in shown
         ]
-        names = [_short(classes[i], 22) for i in shown]
+        entries = [names(classes[i], 22) for i in shown]
         if columns == 3:
             patches.append(Rectangle((0, 0), 1, 1, facecolor="black"))
-            names.append("void")
-        legend = figure.legend(patches, names, loc="outside lower center", ncols=2 * columns, fontsize=8.5)
+            entries.append("void")
+        legend = figure.legend(patches, entries, loc="outside lower center", ncols=2 * columns, fontsize=8.5)
         for text in legend.get_texts():
             text.set_parse_math(False)
 
 
-def _draw_bars(axes: Axes, item: SheetItem, num_bars: int, lines: int) -> None:
+def _draw_bars(axes: Axes, item: SheetItem, names: _Names, num_bars: int, lines: int) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(lines - 0.3, -0.6)
     color = BLUE if item.truth is None else GREEN if item.top and item.top[0][0] == item.truth else RED
@@ -362,13 +380,13 @@ def _draw_bars(axes: Axes, item: SheetItem, num_bars: int, lines: int) -> None:
         axes.barh(rank, 1, height=0.82, color=PALE)
         axes.barh(rank, probability, height=0.82, color=color, alpha=0.42 if rank == 0 else 0.22)
         style: dict[str, Any] = {"va": "center", "fontsize": 8.5, "fontweight": "bold" if rank == 0 else "normal"}
-        axes.text(0.025, rank, _short(name, 17 if rank == 0 else 19), parse_math=False, **style)
+        axes.text(0.025, rank, names(name, 17 if rank == 0 else 19), parse_math=False, **style)
         axes.text(0.975, rank, f"{100 * probability:.0f} %", ha="right", **style)
     if color == RED:
         axes.text(
             0.025,
             num_bars,
-            _short(f"really: {item.truth}", 26),
+            f"really: {names(item.truth or '', 18)}",
             va="center",
             fontsize=8.5,
             color=RED,
@@ -406,21 +424,67 @@ def _say(axes: Axes, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _figure(out: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure in our style (inches), written to `out` as a whole or not at all."""
+def _figure(out: str | Path, title: str, width: float, height: float, names: _Names | None = None) -> Iterator[Figure]:
+    """A figure in our style (inches), whatever matplotlib is set to, written to `out` as a whole or not at all."""
     out = Path(out)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE | ({"font.family": names.families} if names else {}))
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        try:
-            # Long sheets stay below 30 megapixels.
-            dpi = min(150, int(math.sqrt(3e7 / (width * height))))
-            figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.12)
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if names is not None and names.numbers:
+            beside = out.with_name(f"{out.stem}.names.txt")
+            figure.supxlabel(
+                f"names that no font here can draw: {beside.name}", fontsize=8, color=GREY, parse_math=False
+            )
+            lines = (f"#{number} {name}\n" for name, number in names.numbers.items())
+            write_atomically(beside, lambda file: file.write("".join(lines).encode(errors="backslashreplace")))
+        # Long sheets stay below 30 megapixels.
+        dpi = min(150, int(math.sqrt(3e7 / (width * height))))
+        how: dict[str, Any] = {"dpi": dpi, "bbox_inches": "tight", "pad_inches": 0.12}
+        how["metadata"] = {"Software": "volo", "Title": title}
+        write_atomically(out, lambda file: figure.savefig(file, format="png", **how))
+
+
+def is_figure(path: Path, title: str) -> bool:
+    """Whether a file is a figure of ours, of that title."""
+    with path.open("rb") as file:
+        head = file.read(2048)
+    return b"tEXtSoftware\0volo" in head and b"tEXtTitle\0" + title.encode() in head
+
+
+class _Names:
+    """Names as they can be drawn here: in fonts that have their characters, or else as numbers, which a file explains."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        names = list(names)
+        missing = {c for name in names for c in " ".join(name.split())}
+        self.families: list[str] = []
+        # The font of last resort has a box for everything.
+        regular = [
+            f for f in fontManager.ttflist if (f.style, f.weight) == ("normal", 400) and "LastResort" not in f.fname
+        ]
+        for font in sorted(regular, key=lambda font: (font.name != "DejaVu Sans", font.name, font.fname)):
+            if not missing:
+                break
+            try:
+                found = missing & set(map(chr, FT2Font(font.fname).get_charmap()))
+            except (OSError, RuntimeError):  # moved since matplotlib made its list, or broken
+                continue
+            if found or not self.families:
+                self.families.append(font.name)
+                missing -= found
+        self.families = self.families or ["DejaVu Sans"]
+        self.numbers = {name: number for number, name in enumerate(names) if missing & set(name)}
+
+    def __call__(self, name: str, width: int, keep_end: bool = False) -> str:
+        if name in self.numbers:
+            return f"#{self.numbers[name]}"
+        name = " ".join(name.split())
+        if len(name) <= width:
+            return name
+        return "…" + name[1 - width :] if keep_end else name[: width - 1] + "…"
 
 
 def _read_metrics(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
@@ -442,16 +506,16 @@ def _read_metrics(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str
     return steps, evaluations
 
 
+def _number(value: float | None) -> float:
+    """NaN, which leaves a gap in a curve, for all that is not finite."""
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Mean over the thirtieth of the run around each step, as far as there are steps."""
+    """Mean of the finite ones over the thirtieth of the run around each step, as far as there are steps."""
     half, n = len(values) // 60, len(values)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
     first, end = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
-    return (sums[end] - sums[first]) / (end - first)
-
-
-def _short(name: str, width: int, keep_end: bool = False) -> str:
-    name = " ".join(name.split())
-    if len(name) <= width:
-        return name
-    return "…" + name[1 - width :] if keep_end else name[: width - 1] + "…"
+    finite = np.isfinite(values)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(finite, values, 0.0), finite))
+    count = counts[end] - counts[first]
+    return np.where(count > 0, sums[end] - sums[first], np.nan) / np.maximum(count, 1)
