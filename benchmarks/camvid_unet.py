@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from volo.config import ModelConfig, Recipe, load_recipe
 from volo.data.files import write_atomically
+from volo.data.masks import open_split
 from volo.data.segment_loader import SegmentEvalLoader
-from volo.data.segmentation import open_split
 from volo.data.transforms import PixelPipeline
 from volo.distributed import World
 from volo.inference.evaluate import AMP_DTYPES

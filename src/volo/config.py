@@ -47,6 +47,9 @@ class DataConfig:
     "cifar10" or "cifar100", which are downloaded."""
     img_size: Size = 224
     """Side in pixels, or height and width."""
+    splits: str = "auto"
+    """Which folders or files are for training and which are held out: "auto" goes by their names (train, training_set,
+    val, valid, dev, test, ...); "none": all is one set, and every folder a class; "NAME,NAME": these two."""
     val_fraction: float = 0.1
     """Share of each class that is held out where the data has no split of its own."""
     split_seed: int = 0
@@ -61,10 +64,14 @@ class DataConfig:
     """Per channel, divides after `mean`."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A file that cannot be decoded stops the run before training (all of them are named), or is left out."""
+    check: Literal["full", "off"] = "full"
+    """"full": every image is decoded once before the training; "off": none is, and what is wrong shows while training."""
     cache: Literal["auto", "ram", "none"] = "auto"
     """Keep decoded pictures in memory; "auto" does so when they are small and fit easily."""
     num_workers: int = -1
     """Processes that decode and augment; -1 chooses from the data and the cores; 0: in the training process."""
+    timeout: float = 600.0
+    """Seconds that a batch may take to come from these processes before the run ends with a message; 0: no end."""
 
 
 @dataclass(frozen=True)
@@ -364,7 +371,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     path = find_recipe(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     for dotted, value in (overrides or {}).items():
@@ -374,6 +381,19 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
             section = section.setdefault(parent, {})
         section[leaf] = value
     return recipe_from_dict(values)
+
+
+def read_text(path: Path) -> str:
+    """A text file of a user's: UTF-8, with or without a byte order mark. Raises ValueError with its name for anything else."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte 0x{content[error.start]:02x} in line {line}); save it as UTF-8 in your editor, "
+            f'or convert it: iconv -f latin1 -t utf-8 (utf-16 in place of latin1 for Windows\' "Unicode")'
+        ) from None
 
 
 def recipe_to_toml(recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from volo.cli.main import main
 from volo.config import load_recipe
-from volo.data.segmentation import CITYSCAPES
+from volo.data.masks import CITYSCAPES
 from volo.training.loop import train
 
 RECIPE = """

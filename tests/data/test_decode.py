@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import pickle
 import struct
@@ -15,9 +16,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
-from volo.data.decode import MAX_PIXELS, BadImageError, decode_image
+from volo.data import decode
+from volo.data.decode import MAX_PIXELS, BadImageError, decode_image, decode_mask, reading
 
 
 def scene(height: int = 30, width: int = 40) -> np.ndarray:
@@ -238,3 +240,72 @@ def test_damaged_bytes_decode_or_are_named_and_nothing_else(data: bytes, draw: s
     with warnings.catch_warnings(), contextlib.suppress(BadImageError):
         warnings.simplefilter("ignore")
         assert decode_image(bytes(damaged)).dtype == torch.uint8
+
+
+def test_a_png_with_large_texts_and_profile_is_an_image_like_others() -> None:
+    """Pillow refuses texts above a megabyte; EXIF that lies in such a text is applied all the same."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "a" * (2 << 20), zip=True)
+    data = encoded(Image.fromarray(scene()), "PNG", pnginfo=info)
+    assert (pixels(data) == scene()).all()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encoded(Image.fromarray(scene()), "PNG", pnginfo=info, exif=exif)
+    assert (pixels(data) == scene()[::-1, ::-1]).all()
+    profile = encoded(Image.fromarray(scene()), "PNG", icc_profile=b"\0" * (3 << 20))
+    assert (pixels(profile) == scene()).all()
+
+
+def low_bit_png(values: np.ndarray, bits: int) -> bytes:
+    rows = []
+    for row in values:
+        text = "".join(f"{value:0{bits}b}" for value in row)
+        text += "0" * (-len(text) % 8)
+        rows.append(b"\0" + bytes(int(text[i : i + 8], 2) for i in range(0, len(text), 8)))
+    return png((values.shape[1], values.shape[0], bits, 0), b"".join(rows))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_of_few_bits(bits: int) -> None:
+    """An image is scaled to 8 bits, a mask holds the numbers that are stored."""
+    values = np.random.default_rng(0).integers(0, 1 << bits, (5, 11), dtype=np.uint8)
+    data = low_bit_png(values, bits)
+    assert (pixels(data)[..., 0] == values.astype(int) * 255 // ((1 << bits) - 1)).all()
+    assert (decode_mask(data, "mask.png")[0] == values).all()
+    pgm = b"P5\n# a comment\n11 5\n%d\n" % ((1 << bits) - 1) + values.tobytes()
+    assert (decode_mask(pgm, "mask.pgm")[0] == values).all()
+
+
+def test_masks_of_16_bits_and_in_the_order_of_other_processors() -> None:
+    values = np.random.default_rng(0).integers(0, 200, (5, 7)).astype(np.uint16)
+    for kind in ("PNG", "TIFF"):
+        assert (decode_mask(encoded(Image.fromarray(values), kind), "mask")[0] == values).all()
+    big_endian = Image.frombytes("I;16B", (7, 5), values.astype(">u2").tobytes())
+    assert (decode_mask(encoded(big_endian, "TIFF"), "mask")[0] == values).all()
+    with pytest.raises(BadImageError, match="mask: values from 0 to 300"):
+        decode_mask(
+            encoded(Image.fromarray(np.full((2, 2), 300, np.uint16) * np.eye(2, dtype=np.uint16)), "PNG"), "mask"
+        )
+    for mode in ("LA", "RGB", "F"):
+        with pytest.raises(BadImageError, match=f"mask: a mask has one channel of class numbers, this is {mode}"):
+            decode_mask(encoded(Image.new(mode, (3, 3)), "TIFF"), "mask")
+
+
+def test_32_bit_integers_are_not_taken_for_16_bits() -> None:
+    with pytest.raises(BadImageError, match="32-bit values from 0 to 200"):
+        decode_image(encoded(Image.fromarray(np.array([[0, 200]], np.int32)), "TIFF"))
+
+
+def test_a_read_that_fails_for_a_moment_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle")]
+
+    def read() -> bytes:
+        if failures:
+            raise failures.pop()
+        return b"here"
+
+    monkeypatch.setattr(decode, "PAUSES", (0.01, 0.01, 0.01))
+    assert reading(read, "a.png") == b"here"
+    failures += [OSError(errno.EIO, "Input/output error")] * 4
+    with pytest.raises(BadImageError, match=r"a\.png: input/output error"):
+        reading(read, "a.png")

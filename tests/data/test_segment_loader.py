@@ -9,8 +9,8 @@ import torch
 
 from volo.config import DataConfig, SegmentConfig
 from volo.data.decode import BadImageError
+from volo.data.masks import IGNORE, MaskedPictures, open_segmentation, open_split
 from volo.data.segment_loader import SegmentEvalLoader, SegmentTrainLoader
-from volo.data.segmentation import IGNORE, MaskedPictures, open_segmentation, open_split
 
 
 @pytest.fixture(scope="module")

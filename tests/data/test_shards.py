@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from volo.config import AugmentConfig, DataConfig
-from volo.data import shards
+from volo.data import shard_index
 from volo.data.decode import BadImageError, decode_image
 from volo.data.images import open_data
 from volo.data.loader import TrainLoader
-from volo.data.shards import TarSource, expand_braces, find_shards, is_shards, open_all_shards, split_member
+from volo.data.shard_index import split_member
+from volo.data.shards import TarSource, expand_braces, find_shards, is_shards, open_all_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -85,7 +86,7 @@ def test_shards_of_train_and_val(folder: Path, cache: str) -> None:
     assert list(splits.train.names) == [f"{i:04}.png" for i in range(12)]
     assert splits.train.targets.tolist() == [0, 1] * 6
     assert list(splits.val.names) == [f"{i:04}.png" for i in range(100, 104)]
-    assert splits.notes == splits.skipped == []
+    assert splits.notes[2:] == splits.skipped == []
     assert (splits.train.cache is not None) == (cache != "none")
     for i in reversed(range(12)):
         assert torch.equal(splits.train.load(i), decode_image(picture(i)))
@@ -120,7 +121,7 @@ def test_other_names_of_parts(tmp_path: Path) -> None:
     splits = open_data(config(tmp_path))
     assert list(splits.val.names) == [f"{i:04}.png" for i in range(4, 8)]
     assert list(splits.train.names) == [f"{i:04}.png" for i in range(4)]
-    assert "ignored 2 tar files" in splits.notes[0] and "devkit.tar" in splits.notes[0]
+    assert "ignored 2 tar files" in splits.notes[2] and "devkit.tar" in splits.notes[2]
 
 
 def test_evaluation_takes_all_of_val_or_everything(folder: Path) -> None:
@@ -132,7 +133,7 @@ def test_evaluation_takes_all_of_val_or_everything(folder: Path) -> None:
     for i in range(2):
         (folder / f"train-00000{i}.tar").unlink()
     assert len(open_all_shards(folder, config(""))[0]) == 4
-    with pytest.raises(ValueError, match="shards of val but none of train"):
+    with pytest.raises(ValueError, match="held-out shards .* but none for training"):
         open_data(config(folder))
 
 
@@ -165,8 +166,8 @@ def test_pictures_of_several_kinds_and_other_members(tmp_path: Path) -> None:
     source, skipped = open_all_shards(path, config(""))
     assert list(source.names) == [f"a/{i}.{ending}" for i, ending in enumerate(endings)]
     assert skipped == []
-    notes = shards._open([[path]], tmp_path, config(""), None)[3]
-    assert "ignored 9 members" in notes[0] and "notes.txt" in notes[0]
+    notes = open_data(config(path)).notes
+    assert "ignored 9 members" in notes[2] and "notes.txt" in notes[2]
 
 
 @pytest.mark.parametrize(
@@ -362,9 +363,9 @@ def test_damaged_shards_are_named_and_their_whole_pictures_usable(
 def test_the_index_is_made_once_for_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
     decoded: list[str] = []
-    build, decode = shards.build_index, shards.decode_image
-    monkeypatch.setattr(shards, "build_index", lambda path: built.append(path.name) or build(path))
-    monkeypatch.setattr(shards, "decode_image", lambda data, name: decoded.append(name) or decode(data, name))
+    build, decode = shard_index.build_index, shard_index.decode_image
+    monkeypatch.setattr(shard_index, "build_index", lambda path: built.append(path.name) or build(path))
+    monkeypatch.setattr(shard_index, "decode_image", lambda data, name: decoded.append(name) or decode(data, name))
     first = open_data(config(folder, cache="none"))
     assert sorted(built) == ["train-000000.tar", "train-000001.tar", "val-000000.tar"]
     assert len(decoded) == 16
@@ -381,7 +382,7 @@ def test_the_index_is_made_once_for_a_file(folder: Path, monkeypatch: pytest.Mon
     assert built == ["train-000001.tar"]
     assert list(changed.train.names)[6:] == [f"{i:04}.png" for i in range(20, 26)]
 
-    place = shards.index_paths(folder / "train-000000.tar")[0]
+    place = shard_index.index_paths(folder / "train-000000.tar")[0]
     whole = place.read_bytes()
     for damaged in (b"", whole[:200], whole[:-30], b"x" * 500):
         place.write_bytes(damaged)
@@ -393,10 +394,10 @@ def test_the_index_is_made_once_for_a_file(folder: Path, monkeypatch: pytest.Mon
 
 def test_where_the_folder_takes_no_index_the_cache_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for shard in folder.glob("*.tar"):  # not to be written to, even for an administrator
-        shards.index_paths(shard)[0].mkdir()
+        shard_index.index_paths(shard)[0].mkdir()
     first = open_data(config(folder))
-    assert all(shards.index_paths(shard)[1].is_file() for shard in folder.glob("*.tar"))
-    monkeypatch.setattr(shards, "build_index", None)
+    assert all(shard_index.index_paths(shard)[1].is_file() for shard in folder.glob("*.tar"))
+    monkeypatch.setattr(shard_index, "build_index", None)
     assert list(open_data(config(folder)).train.names) == list(first.train.names)
 
 
@@ -433,7 +434,7 @@ def test_batches_are_those_of_the_folder_whatever_the_workers(folder: Path, tmp_
 
 
 def test_threads_may_read_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_index, "MAX_OPEN_SHARDS", 2)
     for i in range(6):
         write_tar(tmp_path / f"{i}.tar", labelled(range(4 * i, 4 * i + 4)))
     source, _ = open_all_shards(tmp_path, config("", cache="none"))

@@ -129,8 +129,8 @@ def evaluate(options: EvaluateOptions) -> int:
 
 def _evaluate_segmentation(options: EvaluateOptions, classifier: Any, device: torch.device) -> int:
     from volo.data.files import write_atomically
+    from volo.data.masks import open_split
     from volo.data.segment_loader import SegmentEvalLoader
-    from volo.data.segmentation import open_split
     from volo.data.transforms import PixelPipeline
     from volo.inference.evaluate import match_classes
     from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation

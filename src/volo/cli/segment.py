@@ -53,7 +53,7 @@ def segment(options: SegmentOptions) -> int:
       volo segment runs/ade20k_volo_d1 huge.tif --window 1024 --batch-size 4 --amp bf16
       volo segment runs/cityscapes_volo_d1 leftImg8bit/test --cityscapes --scales 0.75 1 1.25 --flip --out submission
     """
-    from volo.data.segmentation import CITYSCAPES
+    from volo.data.masks import CITYSCAPES
     from volo.inference.model_source import load
     from volo.inference.segment import (
         areas_json,

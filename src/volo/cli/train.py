@@ -117,7 +117,7 @@ MAX_OVERLAYS = 6
 
 def _draw_segmentation(out: Path, best: dict[str, Any], device: torch.device) -> list[Path]:
     """iou.png and overlays.png of a run: bars for the classes, and some held-out pictures as the best weights see them."""
-    from volo.data.segmentation import BadImageError, find_pairs, load_pair, open_classes
+    from volo.data.masks import BadImageError, find_pairs, load_pair, open_classes
     from volo.explain.plots import OverlayItem, class_bars, overlay_sheet
     from volo.inference.model_source import load
     from volo.inference.segment import HowToTest, segment

@@ -14,10 +14,13 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from volo.config import DataConfig
+from volo.data.classes import agreed, read_class_list, unique
 from volo.data.decode import BadImage, BadImageError, decode_image
 from volo.data.files import cache_folder
-from volo.data.sources import LAYOUTS, VAL_FOLDERS, ArraySource, DataSplits, Names, Progress, raise_bad, split_by_seed
+from volo.data.sources import LAYOUTS, ArraySource, DataSplits, Names, Progress, raise_bad, split_by_seed
+from volo.data.splits import Parts, split_files
 from volo.data.transforms import height_width
+from volo.data.walk import spelled
 
 
 def open_digits(config: DataConfig) -> DataSplits:
@@ -67,58 +70,69 @@ def open_torchvision_cifar(kind: str, root: Path | None) -> DataSplits:
 
 
 def open_npz(path: Path, config: DataConfig, on_progress: Progress | None = None) -> DataSplits:
-    """Training and held-out pictures of an npz file or folder; see `volo.data.images.open_data`. Raises ValueError."""
-    files = _find_npz(path) if config.path else {"train": [], "test": []}
-    if not files["train"]:
+    """Training and held-out images of an npz file or folder; see `volo.data.images.open_data`. Raises ValueError."""
+    files = find_npz(path, config.splits) if config.path else Parts()
+    if not files.train:
         raise ValueError(f"data.path is {config.path or 'empty'}: no training .npz was found there.\n{LAYOUTS}")
-    (train, *held), skipped = _open_parts(path, files, [part for part in files if files[part]], config, on_progress)
+    (train, *held), skipped = _open_parts(path, files, [files.train, files.val], config, on_progress)
     train_source, val_source = (train, held[0]) if held else split_by_seed(train, config)
-    return DataSplits(train_source, val_source, train.classes, skipped)
+    notes = [f"ignored in {path}: {', '.join(files.ignored)}"] if files.ignored else []
+    what = f"{', '.join(files.train)} and {', '.join(files.val)}" if held else ""
+    return DataSplits(train_source, val_source, train.classes, skipped, notes, parts=what)
 
 
 def open_all_npz(
     path: str | Path, config: DataConfig, *, on_progress: Progress | None = None
 ) -> tuple[ArraySource, list[BadImage]]:
-    """All pictures of an npz file or folder in one source (evaluation), and what was left out: of a folder with held-out
-    pictures those, of anything else everything. Raises ValueError as `open_data` does.
+    """All images of an npz file or folder in one source (evaluation), and what was left out: of a folder with held-out
+    images those, of anything else everything. Raises ValueError as `open_data` does.
     """
     path = Path(path).expanduser()
-    files = _find_npz(path)
-    (source,), skipped = _open_parts(path, files, ["test" if files["test"] else "train"], config, on_progress)
+    files = find_npz(path, config.splits)
+    (source,), skipped = _open_parts(path, files, [files.val or files.train], config, on_progress)
     return source, skipped
 
 
-def is_npz(path: Path) -> bool:
-    """Whether `path` is an npz file, or a folder with some that are called as `open_npz` or `open_all_npz` want them."""
-    return (path.is_dir() or path.suffix.lower() == ".npz") and any(_find_npz(path).values())
+def is_npz(path: Path, splits: str = "auto") -> bool:
+    """Whether `path` is an npz file, or a folder with some that `open_npz` or `open_all_npz` take."""
+    files = find_npz(path, splits) if path.is_dir() or path.suffix.lower() == ".npz" else Parts()
+    return bool(files.train or files.val)
 
 
-def _find_npz(path: Path) -> dict[str, list[Path]]:
-    """The files of each part: "train" and, held out, "test"."""
+def find_npz(path: Path, splits: str) -> Parts:
+    """The files of each part. Raises ValueError for names that may mean both."""
     if not path.is_dir():
-        return {"train": [path] if path.is_file() else [], "test": []}
-    train = sorted(path.glob("data_batch_*.npz")) or [file for file in [path / "train.npz"] if file.is_file()]
-    held = [file for name in ("test_batch", *VAL_FOLDERS) if (file := path / f"{name}.npz").is_file()]
-    return {"train": train, "test": held[:1]}
+        return Parts([path.name] if path.is_file() else [])
+    names = sorted(file.name for file in path.glob("*.npz"))
+    if splits == "none" or not names:
+        return Parts(names)
+    parts = split_files(names, splits, str(path))
+    batches = [name for name in parts.ignored or names if name.startswith("data_batch_")]
+    if not parts.train and batches:  # CIFAR's
+        return Parts(batches, parts.val, [name for name in parts.ignored if name not in batches])
+    return parts
 
 
 def _open_parts(
-    path: Path, files: dict[str, list[Path]], parts: list[str], config: DataConfig, on_progress: Progress | None
+    path: Path, files: Parts, groups: list[list[str]], config: DataConfig, on_progress: Progress | None
 ) -> tuple[list[ArraySource], list[BadImage]]:
-    """A source for each of `parts`, with the classes of all `files`, and what was left out."""
-    arrays = {part: [_read_npz(file) for file in its] for part, its in files.items()}
-    total, done = sum(len(its["labels"]) for part in parts for its in arrays[part]), 0
+    """A source for each of `groups` with files, with the classes of all `files`, and what was left out."""
+    folder = path if path.is_dir() else path.parent
+    arrays = {name: _read_npz(folder / name) for name in (*files.train, *files.val)}
+    groups = [group for group in groups if group]
+    total, done = sum(len(arrays[name]["labels"]) for group in groups for name in group), 0
     opened: list[list[_NpzPictures]] = []
-    for part in parts:
+    for group in groups:
         opened.append([])
-        for its in arrays[part]:
+        for name in group:
             first = sum(pictures.count for pictures in opened[-1])
-            opened[-1].append(_decode_npz(its, f"{part}/", first, done, total, on_progress))
-            done += len(its["labels"])
+            prefix = "train/" if name in files.train else "test/"
+            opened[-1].append(_decode_npz(arrays[name], prefix, first, done, total, on_progress))
+            done += len(arrays[name]["labels"])
     skipped = [bad for pictures in opened for its in pictures for bad in its.bad]
     if config.on_bad_image == "error":
         raise_bad(skipped, total, path)
-    classes = _npz_classes(path, [its for part in arrays.values() for its in part])
+    classes = _npz_classes(path, {folder / name: its for name, its in arrays.items()})
     return [_join(pictures, classes, path) for pictures in opened], skipped
 
 
@@ -218,15 +232,15 @@ def _join(parts: list[_NpzPictures], classes: tuple[str, ...], path: Path) -> Ar
     )
 
 
-def _npz_classes(path: Path, files: list[dict[str, np.ndarray]]) -> tuple[str, ...]:
-    """From classes.txt, else the array `classes`, else the numbers up to the largest label."""
-    count = max((int(arrays["labels"].max()) + 1 for arrays in files if len(arrays["labels"])), default=0)
-    listed = (path if path.is_dir() else path.parent) / "classes.txt"
-    if path.is_dir() and listed.is_file():
-        classes = tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip())
-    else:
-        given = next((arrays["classes"] for arrays in files if "classes" in arrays), None)
-        classes = tuple(map(str, given)) if given is not None else tuple(map(str, range(count)))
+def _npz_classes(path: Path, files: dict[Path, dict[str, np.ndarray]]) -> tuple[str, ...]:
+    """From classes.txt and the arrays `classes`, which agree; else the numbers up to the largest label."""
+    count = max((int(arrays["labels"].max()) + 1 for arrays in files.values() if len(arrays["labels"])), default=0)
+    listed = path / "classes.txt"
+    lists = [(listed, read_class_list(listed))] if path.is_dir() and listed.is_file() else []
+    for file, arrays in files.items():
+        if "classes" in arrays:
+            lists.append((file, unique((spelled(str(name)) for name in arrays["classes"]), file)))
+    classes = agreed(lists) or tuple(map(str, range(count)))
     if len(classes) < max(count, 2):
         raise ValueError(
             f"{path}: labels go up to {count - 1}, but there are {len(classes)} classes; at least two are needed"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import io
+import re
 import struct
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,6 +20,19 @@ from torch import Tensor
 
 MAX_PIXELS = 178_956_970
 """Pictures above this (Pillow's own limit) are refused: half a gigabyte decoded, more likely an attack than a photo."""
+
+PAUSES = (0.1, 0.4, 1.5)
+"""Seconds between tries to read a file again."""
+
+# What a network disk says when it is slow or has been away for a moment.
+_PASSING = {
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "EINTR", "ENOTCONN", "ECONNRESET", "ECONNABORTED", "EHOSTDOWN",
+        "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EREMOTEIO", "ENOLINK",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
 
 # What Pillow raises on damaged files. MemoryError is not among them: that is not the picture's fault.
 _DECODE_ERRORS = (
@@ -83,46 +97,98 @@ class BadImageError(ValueError):
 
 
 def decode_image(source: str | Path | bytes, name: str | None = None) -> Tensor:
-    """A picture file, or its bytes, as uint8 [3, H, W] RGB (a view of [H, W, 3] memory, the faster order for resizing).
+    """An image file, or its bytes, as uint8 [3, H, W] RGB (a view of [H, W, 3] memory, the faster order for resizing).
 
-    The content decides, not the ending. Grey and palette pictures become RGB, transparent parts lie on white, CMYK is
-    converted, 16 bits are scaled to 8, EXIF rotation is applied, of an animation the first frame is taken. Colour
+    The content decides, not the ending. Grey and palette images become RGB, transparent parts lie on white, CMYK is
+    converted, 16 bits are scaled to 8, EXIF orientation is applied, of an animation the first frame is taken. Colour
     profiles are not applied. Raises BadImageError (a ValueError) with `name`, or the path, and the reason: missing,
-    empty, no picture, truncated, above MAX_PIXELS, floating-point or 32-bit values without an agreed range.
+    empty, no image, truncated, above MAX_PIXELS, floating-point or 32-bit values without an agreed range.
     """
     if isinstance(source, bytes):
-        data, name = source, name or "picture"
+        data, name = source, name or "image"
     else:
         name = name or str(source)
         data = read_file(source, name)
-    with naming(name, data), Image.open(io.BytesIO(data)) as image:
-        _check_size(image, name)
-        image.load()
+    return decode_oriented(data, name)[0]
+
+
+def decode_oriented(data: bytes, name: str) -> tuple[Tensor, int]:
+    """`decode_image`, and the EXIF orientation that was applied (1: none)."""
+    with _opened(data, name) as image:
         pixels = _rgb(image, name)
         orientation = _orientation(image)
-    transpose, flip_rows, flip_columns = _ORIENTATIONS.get(orientation, (False, False, False))
-    if transpose:
-        pixels = pixels.transpose(1, 0, 2)
-    if transpose or flip_rows or flip_columns:
-        pixels = np.ascontiguousarray(pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(_turned(pixels, orientation)).permute(2, 0, 1), orientation
+
+
+def image_size(path: Path, name: str) -> tuple[int, int]:
+    """Height and width that `decode_image` would give, from the header alone. Raises BadImageError."""
+    data = read_file(path, name)
+    with naming(name, data), Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) > 4 else (height, width)
+
+
+def decode_mask(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    """A mask file's values, uint8 [H, W], and the EXIF orientation that was applied to them, as to any image (1: none).
+
+    Values are grey levels or palette indices as they are stored: those of 1, 2 and 4 bits are not scaled. Raises
+    BadImageError, for colours and for values above 255 too.
+    """
+    with _opened(data, name) as image:
+        if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+            raise BadImageError(
+                name, f"a mask has one channel of class numbers, this is {image.mode}; turn colours into numbers first"
+            )
+        values = np.asarray(image)
+        if image.mode == "L" and (top := _stored_maximum(image, data)) != 255:
+            values = ((values.astype(np.uint16) * top + 127) // 255).astype(np.uint8)
+        orientation = _orientation(image)
+    if values.dtype != np.uint8:
+        if values.min() < 0 or values.max() > 255:
+            raise BadImageError(name, f"values from {values.min()} to {values.max()}; masks hold 0 to 255")
+        values = values.astype(np.uint8)
+    return _turned(values, orientation), orientation
+
+
+def _stored_maximum(image: Image.Image, data: bytes) -> int:
+    """Of a grey image: the value in the file that Pillow, which scales few bits to eight, gives as 255."""
+    bits = 8
+    if image.format == "PNG":
+        bits = data[24]
+    elif image.format == "TIFF":
+        bits = int(image.tag_v2.get(258, (8,))[0])  # type: ignore[attr-defined]
+    elif image.format == "PPM" and (match := _PGM_HEADER.match(data)):
+        return min(int(match[1]), 255)
+    return (1 << bits) - 1 if bits < 8 else 255
+
+
+_PGM_HEADER = re.compile(rb"P[25]" + 2 * rb"(?:\s|#[^\n]*\n)+\d+" + rb"(?:\s|#[^\n]*\n)+(\d+)")
 
 
 def read_file(path: str | Path, name: str) -> bytes:
     """Raises BadImageError for a file that is not there or cannot be read."""
-    with open_picture_file(path, name) as file:
-        return file.read()
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    return reading(read, name)
 
 
-def open_picture_file(path: str | Path, name: str) -> BinaryIO:
-    """Open for reading; a file that is not there or may not be read is a BadImageError."""
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        # Too many open files or no memory: the machine's trouble, and no reason to leave a picture out.
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise
-        raise BadImageError(name, (error.strerror or "cannot be opened").lower()) from None
+def reading(read: Callable[[], bytes], name: str) -> bytes:
+    """`read()`, tried again where a disk or its network has a moment of weakness; an OSError is then a BadImageError."""
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if pause is not None and error.errno in _PASSING:
+                time.sleep(pause)
+            # Too many open files or no memory: the machine's trouble, and no reason to leave an image out.
+            elif error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise
+            else:
+                raise BadImageError(name, (error.strerror or "cannot be read").lower()) from None
+    raise AssertionError
 
 
 @contextmanager
@@ -139,13 +205,56 @@ def naming(name: str, data: bytes) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise BadImageError(name, f"more than {MAX_PIXELS:,} pixels; scale it down first") from None
     except _DECODE_ERRORS as error:
+        if str(error).startswith("conversion from"):  # of a mode such as LAB
+            raise BadImageError(name, f"{error}; save it as RGB or grey") from None
         raise BadImageError(name, f"damaged ({error or type(error).__name__})") from error
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """The image in `data`, loaded; whatever goes wrong is a BadImageError."""
+    with naming(name, data):
+        try:
+            image = _loaded(data, name)
+        except ValueError as error:
+            # Pillow gives a PNG up for texts and colour profiles above a megabyte, which nobody here needs.
+            plain = _without_texts(data)
+            if isinstance(error, BadImageError) or len(plain) == len(data):
+                raise
+            image = _loaded(plain, name)
+        with image:
+            yield image
+
+
+def _loaded(data: bytes, name: str) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImageError(name, f"{width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down first")
+    image.load()
+    return image
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile, anything else as it is. EXIF stays, in whatever chunk it is."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    kept, start = [data[:8]], 8
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        kind, text = data[start + 4 : start + 8], data[start + 8 : start + 40]
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or text.lower().startswith(b"raw profile type exif"):
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """[H, W, ...] as it is looked at, for pixels stored with an EXIF orientation."""
+    transpose, flip_rows, flip_columns = _ORIENTATIONS.get(orientation, (False, False, False))
+    if transpose:
+        pixels = pixels.swapaxes(0, 1)
+    return np.ascontiguousarray(pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
 
 
 def _what_is(data: bytes) -> str:
@@ -171,7 +280,8 @@ def _orientation(image: Image.Image) -> int:
 def _rgb(image: Image.Image, name: str) -> np.ndarray:
     """Loaded picture of any mode as uint8 [H, W, 3]."""
     if image.mode.startswith("I") or image.mode == "F":
-        return np.repeat(_eight_bits(np.asarray(image), image.mode, name)[:, :, None], 3, axis=2)
+        is_16_bit = image.mode != "I" or image.format in ("PNG", "PPM")
+        return np.repeat(_eight_bits(np.asarray(image), image.mode, is_16_bit, name)[:, :, None], 3, axis=2)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         # "La" and "RGBa" (premultiplied) convert only to their plain counterparts.
         plain = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode]) if image.mode in ("La", "RGBa") else image
@@ -180,14 +290,14 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _eight_bits(values: np.ndarray, mode: str, name: str) -> np.ndarray:
+def _eight_bits(values: np.ndarray, mode: str, is_16_bit: bool, name: str) -> np.ndarray:
     low, high = values.min(), values.max()
     if mode == "F":
         if low >= 0 and high <= 1:
             return (values * 255).round().astype(np.uint8)
         if low >= 0 and high <= 255:
             return values.round().astype(np.uint8)
-    elif low >= 0 and high <= 65535:  # 16-bit grey arrives as "I;16" or, from some formats, as "I"
+    elif is_16_bit and low >= 0 and high <= 65535:
         return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     raise BadImageError(
         name, f"32-bit values from {low} to {high}: the range that is black to white is unknown; save with 8 or 16 bits"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from volo.config import DataConfig
-from volo.data.arrays import open_digits, open_npz, open_torchvision_cifar
+from volo.data.arrays import find_npz, open_digits, open_npz, open_torchvision_cifar
 from volo.data.decode import BadImage, BadImageError, decode_image
-from volo.data.folders import is_image_name, open_folder, open_folders
+from volo.data.folders import open_folder, open_folders
 from volo.data.shards import TarSource, is_shards, open_shards
-from volo.data.sources import LAYOUTS, ArraySource, DataSplits, FolderSource, ImageSource, Progress, contents_of
+from volo.data.sources import LAYOUTS, ArraySource, DataSplits, FolderSource, ImageSource, Progress, Share
+from volo.data.walk import contents_of, is_image_name, list_folder
 
 __all__ = [
     "ArraySource",
@@ -27,15 +29,20 @@ __all__ = [
 ]
 
 
-def open_data(config: DataConfig, *, on_progress: Progress | None = None) -> DataSplits:
-    """Open training and held-out pictures; every picture is tried before this returns.
+def open_data(config: DataConfig, *, on_progress: Progress | None = None, share: Share = Share()) -> DataSplits:
+    """Open training and held-out images; every image is tried before this returns, unless `config.check` is "off".
 
-    `on_progress(done, total)` is called while pictures are decoded. Raises ValueError for anything that a run would
+    `on_progress(done, total)` is called while images are decoded. With a `share` several processes, which all call this,
+    try them together. The notes begin with what the names of folders, files and classes were taken for. Raises ValueError for anything that a run would
     stumble over later: a layout that is not understood, classes that do not match, pictures that cannot be decoded
     (all of them are named, unless `on_bad_image` is "skip"), a failed download.
     """
-    if not 0 < config.val_fraction < 1:
-        raise ValueError(f"data.val_fraction is {config.val_fraction}; it is a share between 0 and 1")
+    splits = _open(config, on_progress, share)
+    notes = splits.understood(config) + splits.notes + splits.check_classes()
+    return replace(splits, notes=notes)
+
+
+def _open(config: DataConfig, on_progress: Progress | None, share: Share) -> DataSplits:
     path = Path(config.path).expanduser()
     kind = data_kind(config)
     if kind == "digits":
@@ -43,9 +50,9 @@ def open_data(config: DataConfig, *, on_progress: Progress | None = None) -> Dat
     if kind in ("cifar10", "cifar100") and not (config.path and any(path.glob("data_batch_*.npz"))):
         return open_torchvision_cifar(kind, path if config.path else None)
     if kind == "folder":
-        return open_folders(path, config, on_progress)
+        return open_folders(path, config, on_progress, share)
     if kind == "tar":
-        return open_shards(config, on_progress)
+        return open_shards(config, on_progress, share)
     return open_npz(path, config, on_progress)
 
 
@@ -71,13 +78,13 @@ def data_kind(config: DataConfig) -> str:
         raise ValueError(f"data.path is {config.path}, which does not exist.\n{LAYOUTS}")
     if not path.is_dir():
         raise ValueError(f"data.path is {config.path}, a file that is neither .npz nor .tar.\n{LAYOUTS}")
-    if any(path.glob("data_batch_*.npz")) or (path / "train.npz").is_file():
+    if find_npz(path, config.splits).train:
         return "npz"
     for kind, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
         if (path / folder).is_dir():
             return kind
-    if is_shards(path):
+    if is_shards(path, config.splits):
         return "tar"
-    if any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir()):
+    if list_folder(path)[0]:
         return "folder"
     raise ValueError(f"data.path is {config.path}, which holds {contents_of(path)}.\n{LAYOUTS}")

@@ -19,13 +19,14 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from volo.config import DataConfig
+from volo.config import DataConfig, read_text
 from volo.data.decode import BadImage, decode_image
-from volo.data.files import write_atomically
-from volo.data.folders import IMAGE_ENDINGS
+from volo.data.files import FolderLock, write_atomically
 from volo.data.images import open_data
-from volo.data.shards import TarSource, build_index, index_paths, save_index
+from volo.data.shard_index import build_index, index_paths, save_index
+from volo.data.shards import TarSource
 from volo.data.sources import FolderSource, ImageSource, Progress, in_parallel
+from volo.data.walk import IMAGE_ENDINGS
 
 FORMAT = 1
 
@@ -78,10 +79,10 @@ def pack(
 
     Raises:
         ValueError: as `open_data`; values that make no sense; `out` holds the shards of other data or settings.
-        FileExistsError: `out` holds tar files that are not ours.
+        ValueError: another process is packing into `out`.
+        FileExistsError: `out` holds tar files or a classes.txt that are not ours.
         OSError: a file cannot be written.
     """
-    started = time.monotonic()
     out = Path(out).expanduser()
     if shard_bytes < 10_000:
         raise ValueError(f"the shard size is {shard_bytes} bytes; it is 10 KB at least, and usually 256 MB")
@@ -92,20 +93,33 @@ def pack(
     data_path = Path(config.path).expanduser()
     if config.path and data_path.is_dir() and out.resolve().is_relative_to(data_path.resolve()):
         raise ValueError(f"{out} lies in the data itself ({data_path}), and would be taken for a part of it")
+    with FolderLock(out, "packing"):
+        _refuse_strangers(out, overwrite)
+        return _pack(config, out, shard_bytes, _Encoder(shorter_side, quality), overwrite, on_checked, on_packed)
+
+
+def _pack(
+    config: DataConfig,
+    out: Path,
+    shard_bytes: int,
+    encode: _Encoder,
+    overwrite: bool,
+    on_checked: Progress | None,
+    on_packed: Progress | None,
+) -> Packed:
+    started = time.monotonic()
     splits = open_data(replace(config, cache="none"), on_progress=on_checked)
     unfit = [name for name in splits.classes if not name or name != name.strip() or len(name.splitlines()) != 1]
     if unfit:
         raise ValueError(f"classes.txt has a class a line, and cannot hold {unfit[0]!r}; rename that class")
-    encode = _Encoder(shorter_side, quality)
     settings = {
         "format": FORMAT,
         "shard_bytes": shard_bytes,
-        "shorter_side": shorter_side,
-        "quality": quality,
+        "shorter_side": encode.shorter_side,
+        "quality": encode.quality,
         "classes": len(splits.classes),
         "pictures": {name: _fingerprint(part) for name, part in (("train", splits.train), ("val", splits.val))},
     }
-    out.mkdir(parents=True, exist_ok=True)
     done = _look_into(out, settings, overwrite)
     num_done_before = len(done)
     _write_manifest(out, settings, done)
@@ -298,6 +312,16 @@ def _fingerprint(source: ImageSource) -> str:
     return f"{len(source)} pictures, {digest.hexdigest()}"
 
 
+def _refuse_strangers(out: Path, overwrite: bool) -> None:
+    """Raise FileExistsError where files of the names that are to be written are not ours: there is no manifest."""
+    there = sorted(file for name in ("train-*.tar", "val-*.tar", "classes.txt") for file in out.glob(name))
+    if there and not overwrite and not (out / "pack.json").is_file():
+        raise FileExistsError(
+            f"{out} holds {', '.join(file.name for file in there[:3])}, which volo pack has not written; choose another --out, "
+            "or replace them with --overwrite"
+        )
+
+
 def _look_into(out: Path, settings: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
     """The shards of an earlier call with the same settings that are whole; others are removed with `overwrite`."""
     manifest = out / "pack.json"
@@ -307,13 +331,9 @@ def _look_into(out: Path, settings: dict[str, Any], overwrite: bool) -> list[dic
             path.unlink(missing_ok=True)
         return []
     if not manifest.is_file():
-        if there:
-            raise FileExistsError(
-                f"{out} holds {there[0].name} and other tar files; choose another --out, or replace them with --overwrite"
-            )
         return []
     try:
-        before = json.loads(manifest.read_text(encoding="utf-8"))
+        before = json.loads(read_text(manifest))
         shards = before.pop("shards")
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{manifest} cannot be read ({error}); pack anew with --overwrite") from error

@@ -12,8 +12,8 @@ from volo.config import DataConfig, SegmentConfig
 from volo.data import keyed
 from volo.data.decode import BadImageError
 from volo.data.loader import Batch, default_workers, micro_batch_size, run_requests, training_requests
-from volo.data.segment_transforms import scale_to, scaled_size, train_transform
-from volo.data.segmentation import MaskedPictures
+from volo.data.mask_transforms import scale_to, scaled_size, train_transform
+from volo.data.masks import MaskedPictures
 
 _SAMPLE = 4
 """Part of a key that keeps these random numbers apart from those of `volo.data.loader`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,17 +16,16 @@ import torch
 from torch import Tensor
 
 from volo.config import DataConfig
-from volo.data.decode import BadImage, decode_image, read_file
+from volo.data.decode import BadImage, BadImageError, decode_image, read_file
+from volo.data.splits import held_out
 
 Progress = Callable[[int, int], None]
 """`on_progress(done, total)`, called while pictures are decoded."""
 
-VAL_FOLDERS = ("val", "validation", "valid", "test")
-"""Where held-out pictures are looked for, in this order."""
-
 LAYOUTS = """\
 data.path can be
-  a folder with train/ and val/ (or validation/, valid/, test/), each with a folder of pictures for every class;
+  a folder with train/ and val/ (or training/, training_set/, *_train/, validation/, valid/, dev/, test/, ...), each with
+  a folder of images for every class;
   a folder with a folder of pictures for every class: data.val_fraction of each class is held out;
   an npz folder: data_batch_*.npz, test_batch.npz (JPEG bytes, offsets, labels), classes.txt;
   train.npz with val.npz or test.npz, or a single .npz: arrays images (uint8 [N, H, W, 3] or [N, H, W]) and labels;
@@ -179,23 +177,44 @@ class DataSplits:
     """What a person should know: ignored files, classes without held-out pictures."""
     ignored: list[str] = field(default_factory=list)
     """Files in the folders that are no pictures by their ending, or lie in no class folder; relative paths."""
+    parts: str = ""
+    """For people: which folders or files are for training and which are held out; empty: drawn by data.split_seed."""
+
+    def understood(self, config: DataConfig) -> list[str]:
+        """For people: what the names of folders, files and classes were taken for, and how many images there are of each."""
+        counts = zip(
+            *(torch.bincount(part.targets, minlength=len(self.classes)).tolist() for part in (self.train, self.val))
+        )
+        each = [f"{name} {train} + {val}" for name, (train, val) in zip(self.classes, counts)]
+        more = f", ... ({len(each) - 20} more)" if len(each) > 20 else ""
+        by_seed = f"{100 * config.val_fraction:g} % of each class held out by data.split_seed {config.split_seed}"
+        return [
+            f"{len(each)} classes (training + held-out images): {', '.join(each[:20])}{more}",
+            f"{len(self.train):,} training images and {len(self.val):,} held out: {self.parts or by_seed}",
+        ]
+
+    def check_classes(self) -> list[str]:
+        """Notes on classes without images in a part. Raises ValueError where there is nothing to learn from, or to score."""
+        notes = []
+        for part, what in ((self.train, "training"), (self.val, "held-out")):
+            counts = torch.bincount(part.targets, minlength=len(self.classes)).tolist()
+            without = [name for name, count in zip(self.classes, counts) if not count]
+            if len(without) == len(self.classes):
+                raise ValueError(f"no {what} image can be used")
+            if without:
+                shown = ", ".join(without[:20]) + (", ..." if len(without) > 20 else "")
+                notes.append(f"{len(without)} classes have no {what} images: {shown}")
+        return notes
 
 
-def held_out(names: Sequence[str], targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of training and held-out pictures: `fraction` of every class, in the order given.
+@dataclass(frozen=True)
+class Share:
+    """Which part of a common work this process does, and how it gets the others' results."""
 
-    Which ones depends on the names and the seed alone. A class keeps at least one training picture, and gives one away
-    if it has two.
-    """
-    by_class: dict[int, list[tuple[bytes, int]]] = {}
-    for i, (name, target) in enumerate(zip(names, targets, strict=True)):
-        rank = hashlib.blake2b(os.fsencode(f"{seed}/{name}"), digest_size=8).digest()
-        by_class.setdefault(int(target), []).append((rank, i))
-    val: set[int] = set()
-    for ranked in by_class.values():
-        count = min(max(round(fraction * len(ranked)), 1), len(ranked) - 1)
-        val.update(i for _, i in sorted(ranked)[:count])
-    return [i for i in range(len(names)) if i not in val], sorted(val)
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda mine: [mine]
+    """What every process has, by rank; all of them call it."""
 
 
 class Selectable(ImageSource, Protocol):
@@ -205,16 +224,12 @@ class Selectable(ImageSource, Protocol):
 
 
 def split_by_seed(source: Selectable, config: DataConfig) -> tuple[ImageSource, ImageSource]:
+    if not 0 < config.val_fraction < 1:
+        raise ValueError(f"data.val_fraction is {config.val_fraction}; it is a share between 0 and 1")
     train, val = held_out(source.names, source.targets.tolist(), config.val_fraction, config.split_seed)
     if not val:
         raise ValueError(f"{len(train)} pictures, one a class: none can be held out. Add pictures, or a val/ folder.")
     return source.select(train), source.select(val)
-
-
-def contents_of(path: Path) -> str:
-    children = sorted(path.iterdir())
-    shown = ", ".join(child.name + ("/" if child.is_dir() else "") for child in children[:8])
-    return f"{shown} and {len(children) - 8} more" if len(children) > 8 else shown or "nothing"
 
 
 def raise_bad(bad: list[BadImage], total: int, where: Path) -> None:
@@ -228,6 +243,52 @@ def raise_bad(bad: list[BadImage], total: int, where: Path) -> None:
 
 
 Item = TypeVar("Item")
+Checked = tuple[Any, tuple[Tensor, ...]]
+"""What is kept of an image, and its decoded pixels."""
+
+
+def check_all(
+    attempt: Callable[[int], Checked],
+    count: int,
+    budget: float,
+    share: Share,
+    on_progress: Progress | None = None,
+    chunk: int = 256,
+) -> tuple[list[Any], list[tuple[Tensor, ...]] | None]:
+    """Try `count` images on all cores, and in all processes of `share`.
+
+    Returns what `attempt` says of each, or the BadImage that it raised; and the pixels of the good ones if those of all
+    are within `budget` bytes.
+    """
+    kept: list[tuple[Tensor, ...]] | None = [] if budget and share.size == 1 else None
+
+    def one(i: int) -> Any:
+        try:
+            about, pixels = attempt(i)
+        except BadImageError as error:
+            return BadImage(error.name, error.reason), (), 0
+        return about, pixels if kept is not None else (), sum(part.numel() for part in pixels)
+
+    results, size = [], 0
+    mine = range(share.rank, count, share.size)
+    for done, (about, pixels, bytes_) in enumerate(in_parallel(one, mine, chunk), 1):
+        results.append(about)
+        size += bytes_
+        if size > budget:
+            kept = None
+        if kept is not None and pixels:
+            kept.append(pixels)
+        if on_progress:
+            on_progress(min(count, done * share.size), count)
+    if share.size > 1:
+        everywhere = share.gather((results, size))
+        results = [None] * count
+        for rank, (its, _) in enumerate(everywhere):
+            results[rank :: share.size] = its
+        if sum(size for _, size in everywhere) <= budget:
+            good = [i for i, about in enumerate(results) if not isinstance(about, BadImage)]
+            kept = [pixels for _, pixels in in_parallel(attempt, good, chunk)]
+    return results, kept
 
 
 def in_parallel(function: Callable[[Any], Item], items: Sequence[Any], chunk: int = 256) -> Iterator[Item]:

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from volo.config import DataConfig, nearest
+from volo.config import DataConfig, read_text
 from volo.data.arrays import is_npz, open_all_npz
+from volo.data.classes import match_classes
 from volo.data.decode import BadImage
 from volo.data.folders import open_folder
 from volo.data.images import open_data
 from volo.data.shards import is_shards, open_all_shards
-from volo.data.sources import VAL_FOLDERS, ImageSource
+from volo.data.sources import ImageSource
+from volo.data.splits import inside, split_folders
+from volo.data.walk import list_folder, spelled
 from volo.inference.metrics import ClassificationMetrics
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,8 +127,8 @@ def open_labelled(
     """Pictures to score a model with `classes` on, prepared as `data` (that of its training) says.
 
     Args:
-        path: None: the pictures held out from the training. A folder of class folders, named like the classes, by their
-            WordNet id or by their number (ImageNet-V2); or one that has them in val/ (or validation/, valid/, test/);
+        path: None: the images held out from the training. A folder of class folders, named like the classes, by their
+            WordNet id or by their number (ImageNet-V2); or one that has them in val/ (or validation/, dev/, test/, ...);
             or tar shards or npz files, those of val where there are such, else all; or any other data of
             `volo.data.images.open_data`, whose held-out part is taken.
         wnids: WordNet ids of the classes, for models of ImageNet.
@@ -135,16 +138,17 @@ def open_labelled(
     given = Path(data.path if path is None else path).expanduser()
     trained_on = Path(data.path).expanduser()
     if path is not None and (not data.path or given.resolve() != trained_on.resolve()):
-        data = dataclasses.replace(data, path=str(given), kind="auto")
+        data = dataclasses.replace(
+            data, path=str(given), kind="auto", splits=data.splits if data.splits == "none" else "auto"
+        )
         is_new = True
     elif data.path or data.kind != "auto":
         is_new = False
     else:
         raise ValueError("these weights come without pictures; give a folder of class folders with --data")
 
-    val = next((given / name for name in VAL_FOLDERS if (given / name).is_dir()), None)
-    is_arrays, is_cifar = is_npz(given), any(given.glob("cifar-*"))
-    if is_new and (is_arrays or (is_shards(given) and not is_cifar)):
+    is_arrays, is_cifar = is_npz(given, data.splits), any(given.glob("cifar-*"))
+    if is_new and (is_arrays or (is_shards(given, data.splits) and not is_cifar)):
         source: ImageSource
         if is_arrays:
             source, skipped = open_all_npz(given, data, on_progress=on_progress)
@@ -154,33 +158,16 @@ def open_labelled(
         class_map = None if source.classes == tuple(known) else match_classes(source.classes, known)
         return LabelledData(source, class_map, skipped, str(given))
     is_folder = data.path and given.is_dir() and data.kind in ("auto", "folder") and not (is_arrays or is_cifar)
-    if is_folder and (val or is_new):
-        folder = val or given
-        names = {child.name for child in folder.iterdir() if child.is_dir()}
+    held = split_folders(given, data.splits).val if is_folder else []
+    if is_folder and (held or is_new):
+        folder = inside(given / held[0]) if held else given
+        names = {spelled(name) for name in list_folder(folder)[0]}
         known = wnids if wnids and names <= set(wnids) else classes
         found, skipped = open_folder(folder, known, data, on_progress=on_progress)
         return LabelledData(found, None, skipped, str(folder))
     splits = open_data(data, on_progress=on_progress)
     class_map = None if splits.classes == tuple(classes) else match_classes(splits.classes, classes)
     return LabelledData(splits.val, class_map, splits.skipped, f"held-out part of {data.path or data.kind}")
-
-
-def match_classes(data_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:
-    """The model's class for each class of the data: that of the same name, or of that number where all are numbers.
-
-    Raises ValueError for data with classes that the model does not know.
-    """
-    index = {name: i for i, name in enumerate(model_classes)}
-    if all(name in index for name in data_classes):
-        return [index[name] for name in data_classes]
-    if all(name.isdecimal() and int(name) < len(model_classes) for name in data_classes):
-        return [int(name) for name in data_classes]
-    strange = next(name for name in data_classes if name not in index)
-    raise ValueError(
-        f"the data has the class {strange!r}, which the model does not know{nearest(strange, index) or '.'} "
-        f"The data has {_some(data_classes)}; the model has {_some(model_classes)}. Give it data with classes of the "
-        "same names (or the numbers of the model's classes, from 0)"
-    )
 
 
 def read_real_labels(path: str | Path, names: Sequence[str], num_classes: int = 1000) -> list[list[int]]:
@@ -191,8 +178,8 @@ def read_real_labels(path: str | Path, names: Sequence[str], num_classes: int = 
     """
     path = Path(path)
     try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        labels = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is not JSON ({error}); ReaL's real.json is a list of lists of class numbers"
         ) from error
@@ -213,7 +200,3 @@ def read_real_labels(path: str | Path, names: Sequence[str], num_classes: int = 
             )
         chosen.append(labels[int(match[1]) - 1])
     return chosen
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -24,7 +24,7 @@ from torch import nn
 
 from volo.config import DataConfig, Recipe, SegmentConfig, Size, nearest, recipe_from_dict
 from volo.data.imagenet import imagenet_classes
-from volo.data.segmentation import Colour, palette
+from volo.data.masks import Colour, palette
 from volo.data.transforms import height_width
 from volo.models.checkpoint import check_format, find_checkpoint, is_checkpoint, model_of_checkpoint
 from volo.models.factory import create_model, model_of_shapes

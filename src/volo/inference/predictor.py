@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from volo.data.decode import BadImageError, decode_image
-from volo.data.folders import is_image_name
 from volo.data.transforms import PixelPipeline, eval_transform
+from volo.data.walk import images_below
 from volo.inference.evaluate import AMP_DTYPES
 from volo.inference.model_source import LoadedModel
 
@@ -49,7 +49,7 @@ def find_pictures(inputs: Sequence[str], lines: Iterable[str] = ()) -> list[Path
         if given == "-":
             pictures = [Path(line.strip()) for line in lines if line.strip()]
         elif path.is_dir():
-            pictures = sorted(p for p in path.rglob("*") if is_image_name(p.name) and p.is_file())
+            pictures = images_below(path)
         elif path.exists():
             pictures = [path]
         elif glob.has_magic(given):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from volo.config import Size
 from volo.data.decode import BadImageError, decode_image
 from volo.data.files import write_atomically
-from volo.data.segment_transforms import scale_to, scaled_size
-from volo.data.segmentation import CITYSCAPES, Colour
+from volo.data.mask_transforms import scale_to, scaled_size
+from volo.data.masks import CITYSCAPES, Colour
 from volo.data.transforms import PixelPipeline, height_width
 from volo.inference.evaluate import AMP_DTYPES
 from volo.inference.model_source import LoadedModel

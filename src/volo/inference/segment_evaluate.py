@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from volo.config import SegmentConfig, Size
-from volo.data.segmentation import IGNORE
+from volo.data.masks import IGNORE
 from volo.data.transforms import height_width
 from volo.inference.evaluate import AMP_DTYPES
 from volo.inference.segment_metrics import SegmentationMetrics

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volo.config import SegmentConfig
-from volo.data.segmentation import IGNORE
+from volo.data.masks import IGNORE
 
 
 class SegmentTask(nn.Module):

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from volo.config import Recipe, recipe_from_dict
+from volo.data.masks import open_split
 from volo.data.segment_loader import SegmentEvalLoader
-from volo.data.segmentation import open_split
 from volo.data.transforms import PixelPipeline
 from volo.inference.model_source import load
 from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from volo.config import AugmentConfig, LossConfig, Recipe, SegmentConfig
+from volo.data.masks import open_segmentation
 from volo.data.segment_loader import SegmentEvalLoader, SegmentTrainLoader
-from volo.data.segmentation import open_segmentation
 from volo.data.sources import Progress
 from volo.data.transforms import PixelPipeline
 from volo.distributed import World

@@ -10,14 +10,14 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from volo.config import DataConfig, SegmentConfig
-from volo.data.segment_transforms import (
+from volo.data.mask_transforms import (
     PhotometricDistort,
     RandomScaleCrop,
     check_segment,
     scaled_size,
     train_transform,
 )
-from volo.data.segmentation import IGNORE
+from volo.data.masks import IGNORE
 
 GREY = DataConfig(mean=(0.2, 0.2, 0.2))
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from volo.config import DataConfig, SegmentConfig
-from volo.data.segmentation import (
+from volo.data import masks
+from volo.data.masks import (
     CITYSCAPES,
     IGNORE,
     find_pairs,
-    load_pair,
     open_classes,
     open_segmentation,
     open_split,
@@ -91,7 +91,7 @@ def test_lists_choose_and_order(own: Path) -> None:
     (own / "annotations/val/01.png").unlink()
     with pytest.raises(ValueError, match=r"3 of 8 pictures") as error:
         open_there(own)
-    assert "  17: train.txt names it, but images/train/ has no such picture\n  18.png x.png: train" in str(error.value)
+    assert "  17: train.txt names it, but images/train/ has no such image\n  18.png x.png: train" in str(error.value)
     splits = open_there(own, on_bad_image="skip")
     assert [Path(n).stem for n in splits.train.names] == ["04"] and len(splits.skipped) == 3
     (own / "train.txt").write_text("04\n04\n")
@@ -113,8 +113,10 @@ def test_few_decoded_pictures_wait(scenes: Path, monkeypatch: pytest.MonkeyPatch
     decoded: list[weakref.ref] = []
     most = 0
 
+    read_pair = masks._read_pair
+
     def watched(*args):
-        pair = load_pair(*args)
+        pair = read_pair(*args)
         decoded.append(weakref.ref(pair[0]))
         return pair
 
@@ -123,7 +125,7 @@ def test_few_decoded_pictures_wait(scenes: Path, monkeypatch: pytest.MonkeyPatch
         time.sleep(0.02)  # the others could all be decoded meanwhile
         most = max(most, sum(ref() is not None for ref in decoded))
 
-    monkeypatch.setattr("volo.data.segmentation.load_pair", watched)
+    monkeypatch.setattr("volo.data.masks._read_pair", watched)
     data = DataConfig(path=str(scenes), cache="none")
     open_split(data, SegmentConfig(), "train", on_progress=slow)
     assert len(decoded) == 10 and most <= max(2, available_cores()), "no more than are being decoded"
@@ -190,7 +192,7 @@ def test_everything_that_is_wrong_is_named_at_once(own: Path) -> None:
     assert text.startswith("6 of 15 pictures")
     for line in (
         "images/train/00.png: there is no mask for it",
-        "annotations/train/01.png: the mask has 63 x 48 pixels and its picture 64 x 48",
+        "annotations/train/01.png: the mask has 63 x 48 pixels and its image 64 x 48",
         "annotations/val/02.png: values out of range: 7 (6 pixels); allowed are 0 to 2, and 255 for void",
         "annotations/val/03.png: a mask has one channel of class numbers, this is RGB",
         "images/train/04.png: damaged",
@@ -211,7 +213,7 @@ def test_masks_without_pictures_are_noted(own: Path) -> None:
 def test_a_class_without_training_pixels_is_noted(own: Path) -> None:
     with (own / "classes.csv").open("a") as file:
         file.write("3,unicorn,255,255,255\n")
-    assert open_there(own).notes == ["1 of 4 classes have no training pixels: unicorn"]
+    assert open_there(own).notes[2:] == ["1 of 4 classes have no training pixels: unicorn"]
 
 
 def test_an_ignored_label_and_palette_masks(own: Path) -> None:
@@ -268,3 +270,103 @@ def test_classes_that_are_known_already(own: Path) -> None:
 def test_palette_never_repeats() -> None:
     assert len(set(palette(255))) == 255
     assert palette(2) == [(128, 0, 0), (0, 128, 0)]
+
+
+def test_black_and_white_masks_are_stopped_before_the_training(own: Path) -> None:
+    (own / "classes.csv").unlink()
+    (own / "classes.txt").write_text("background\nlesion\n")
+    for path in own.glob("annotations/*/*.png"):
+        save_mask(path, np.where(np.array(Image.open(path)) > 0, 255, 0))
+    with pytest.raises(
+        ValueError, match=r"values 0 \(.* 255 \(.*only the class 'background' .*255 means void.*1 for white"
+    ):
+        open_there(own)
+    for path in own.glob("annotations/*/*.png"):
+        Image.open(path).convert("1").save(path)  # one bit: 0 and 1
+    splits = open_there(own)
+    assert (splits.pixel_counts > 0).all()
+    assert splits.notes[0].startswith("2 classes (share of the training pixels): background 4")
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4, 6, 8])
+def test_image_and_mask_are_turned_together(own: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    before = open_there(own).train.load(3)
+    for kind in ("images", "annotations"):
+        for path in own.glob(f"{kind}/train/*.png"):
+            Image.fromarray(np.array(Image.open(path))).save(path, exif=exif)
+    image, mask = open_there(own).train.load(3)
+    turn = {2: lambda x: x.flip(-1), 3: lambda x: x.rot90(2, (-2, -1)), 4: lambda x: x.flip(-2), 6: lambda x: x.rot90(-1, (-2, -1)), 8: lambda x: x.rot90(1, (-2, -1))}  # fmt: skip
+    assert torch.equal(image, turn[orientation](before[0])) and torch.equal(mask, turn[orientation](before[1]))
+    for path in own.glob("annotations/train/*.png"):
+        save_mask(path, np.array(Image.open(path)))
+    if orientation < 5:
+        assert any("10 images have an EXIF orientation and their masks none" in note for note in open_there(own).notes)
+    else:
+        with pytest.raises(ValueError, match=rf"EXIF orientation {orientation} and the mask 1: draw the mask"):
+            open_there(own)
+
+
+def test_texts_with_a_byte_order_mark_or_in_another_encoding(own: Path) -> None:
+    (own / "train.txt").write_bytes("\ufeff00\r\n01.png\r\n".encode())
+    (own / "classes.csv").write_bytes(b"\xef\xbb\xbf" + (own / "classes.csv").read_bytes())
+    splits = open_there(own)
+    assert len(splits.train) == 2 and splits.classes.names == ("sky", "ground", "box")
+    (own / "classes.csv").unlink()
+    (own / "classes.txt").write_bytes("\ufeffsky\r\nground\r\nbox\r\n".encode())
+    assert open_there(own).classes.names == ("sky", "ground", "box")
+    for content, line in (("sky\nstra\xdfe\nbox\n".encode("latin-1"), 2), ("sky\nroad\nbox\n".encode("utf-16"), 1)):
+        (own / "classes.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"classes\.txt is not UTF-8 text .* in line {line}"):
+            open_there(own)
+
+
+def test_it_is_said_why_there_is_no_mask(own: Path) -> None:
+    folder = own / "annotations/train"
+    Image.open(folder / "00.png").save(folder / "00.jpg")
+    (folder / "00.png").unlink()
+    (folder / "01.png").rename(folder / "01_mask.png")
+    (folder / "02.png").unlink()
+    with pytest.raises(ValueError) as error:
+        open_there(own)
+    for line in (
+        "images/train/00.png: there is no mask for it: annotations/train/ has 00.jpg, but JPEG changes class numbers",
+        "images/train/01.png: there is no mask for it: annotations/train/ has 01_mask.png, but the name has to be 01.png",
+        "images/train/02.png: there is no mask for it (annotations/train/02.png)",
+    ):
+        assert line in str(error.value)
+
+
+def test_lists_with_paths_and_names_in_two_spellings(own: Path) -> None:
+    for kind, name in (("images", "caf\u00e9.png"), ("annotations", "cafe\u0301.png")):
+        (own / kind / "train/00.png").rename(own / kind / "train" / name)
+    assert len(open_there(own).train) == 10
+    shutil.move(own / "annotations/train/03.png", own / "annotations/other.png")
+    (own / "train.txt").write_text(
+        "images/train/01.png annotations/train/01.png\ntrain/02.png\n./images/train/03.png annotations/other.png\n"
+        "images\\train\\04.png\ncafe\u0301\n"
+    )
+    splits = open_there(own)
+    assert [Path(name).stem for name in splits.train.names] == ["01", "02", "03", "04", "caf\u00e9"]
+    assert splits.train.masks[2] == "annotations/other.png"
+
+
+@pytest.mark.parametrize(("train", "val"), [("Train", "Test-not"), ("training_set", "dev"), ("my_train", "my_val")])
+def test_splits_of_masks_by_any_name(own: Path, train: str, val: str) -> None:
+    val = "Val" if val == "Test-not" else val
+    for kind in ("images", "annotations"):
+        (own / kind / "train").rename(own / kind / train)
+        (own / kind / "val").rename(own / kind / val)
+    splits = open_there(own)
+    assert (len(splits.train), len(splits.val)) == (10, 5)
+    assert f"images/{train}/" in splits.notes[1] and f"images/{val}/" in splits.notes[1]
+
+
+def test_data_that_is_not_checked_opens_at_once(own: Path) -> None:
+    (own / "annotations/train/05.png").write_bytes(b"")
+    data = DataConfig(path=str(own), check="off")
+    splits = open_segmentation(data, SegmentConfig())
+    assert (len(splits.train), splits.val.sizes[0].tolist()) == (10, [48, 64])
+    with pytest.raises(ValueError, match="class_weights 'log' are computed from the masks"):
+        open_segmentation(data, SegmentConfig(class_weights="log"))
