@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from volo.ops import portable
+from volo.ops.dispatch import is_exporting
 from volo.ops.outlook_attention import outlook_attention, window_grid
 from volo.ops.reference import outlook_attention_reference
 from volo.ops.self_attention import self_attention
@@ -60,6 +62,10 @@ class OutlookAttention(nn.Module):
         attn_drop: dropout on the softmax. Above 0 training runs on the reference engine.
         proj_drop: dropout after the output projection.
 
+    Attributes:
+        portable: whether to compute by `volo.ops.portable`, in operations that every runtime has. None: in graphs that are
+            being exported, and nowhere else.
+
     Raises ValueError when `dim` is no multiple of `num_heads`, or when kernel, stride and padding give another number
     of windows than the pooled input has positions (ceil(H / stride) by ceil(W / stride)).
     """
@@ -86,36 +92,47 @@ class OutlookAttention(nn.Module):
         self.v = nn.Linear(dim, dim, bias=qkv_bias)
         self.attn = nn.Linear(dim, num_heads * kernel_size**4)
         self.attn_drop = attn_drop
+        self.portable: bool | None = None
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        K, s, p = self.kernel_size, self.stride, self.padding
-        value = self.v(x).view(B, H, W, self.num_heads, -1)
+        if torch.jit.is_scripting():  # TorchScript knows neither the checks nor the kernels
+            value, logits = self._project(x)
+            dropout = self.attn_drop if self.training else 0.0
+            out = outlook_attention_reference(
+                value, logits, self.kernel_size, self.stride, self.padding, self.scale, dropout
+            )
+        else:
+            out = self._attend(x)
+        return self.proj_drop(self.proj(out.flatten(3)))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, H, W, C] -> value [B, H, W, heads, head_dim] and logits [B, h, w, heads, K*K, K*K]."""
+        K2, s = self.kernel_size * self.kernel_size, self.stride
         pooled = x
         if s > 1:
             # A permuted view of contiguous tokens is a channels-last picture: pooling it copies nothing.
             pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), s, s, ceil_mode=True).permute(0, 2, 3, 1)
-        logits = self.attn(pooled).unflatten(-1, (self.num_heads, K * K, K * K))  # [B, h, w, heads, K*K, K*K]
-        if torch.jit.is_scripting():  # TorchScript knows neither the checks nor the kernels
-            dropout = self.attn_drop if self.training else 0.0
-            out = outlook_attention_reference(value, logits, K, s, p, self.scale, dropout)
-        else:
-            out = self._attend(value, logits)
-        return self.proj_drop(self.proj(out.reshape(B, H, W, C)))
+        value = self.v(x).unflatten(-1, (self.num_heads, -1))
+        return value, self.attn(pooled).unflatten(-1, (self.num_heads, K2, K2))
 
     @torch.jit.unused
-    def _attend(self, value: Tensor, logits: Tensor) -> Tensor:
-        """value [B, H, W, heads, head_dim], logits [B, h, w, heads, K*K, K*K] -> [B, H, W, heads, head_dim]."""
-        H, W = value.shape[1:3]
+    def _attend(self, x: Tensor) -> Tensor:
+        """x [B, H, W, C] -> what the output projection takes, its channels in one dimension or in two."""
         K, s, p = self.kernel_size, self.stride, self.padding
+        drops = self.training and self.attn_drop > 0.0
+        if not drops and (is_exporting() if self.portable is None else self.portable):
+            logits = self.attn(portable.average_pool(x, s))
+            return portable.outlook_attention(self.v(x), logits, self.num_heads, K, s, p, self.scale)
+        H, W = x.shape[1:3]
+        value, logits = self._project(x)
         if logits.shape[1:3] != window_grid(H, W, K, s, p):
             raise ValueError(
                 f"kernel_size={K}, stride={s}, padding={p} give {window_grid(H, W, K, s, p)} windows on a {H} x {W} grid, but outlook attention "
                 f"needs {tuple(logits.shape[1:3])} = ceil(size / stride); padding = (kernel_size - 1) // 2 with an odd kernel always fits"
             )
-        if self.training and self.attn_drop > 0.0:
+        if drops:
             if torch.is_autocast_enabled(value.device.type):
                 value, logits = (t.to(torch.get_autocast_dtype(value.device.type)) for t in (value, logits))
             return outlook_attention_reference(value, logits, K, s, p, self.scale, self.attn_drop)
@@ -166,10 +183,10 @@ class ClassAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, C = x.shape
-        head_dim = C // self.num_heads
-        k, v = self.kv(x).view(B, N, 2, self.num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q = self.q(x[:, :1]).view(B, self.num_heads, 1, head_dim)
+        B, _, C = x.shape
+        # Views of rank 4 at most, for the runtimes that know no more.
+        k, v = [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.kv(x).chunk(2, dim=-1)]
+        q = self.q(x[:, :1]).view(B, self.num_heads, 1, C // self.num_heads)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(B, 1, C)))
 

@@ -245,3 +245,36 @@ def test_fuse_for_inference_keeps_the_logits():
         torch.testing.assert_close(copy.deepcopy(model)(images), expected, atol=1e-5, rtol=1e-5)
         exported = torch.export.export(model, (images,)).module()
         torch.testing.assert_close(exported(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_portable_timm_model_exports_in_tensors_of_rank_four():
+    torch.manual_seed(0)
+    theirs = VOLO(
+        layers=(1, 1, 1, 1), embed_dims=(32, 64, 64, 64), num_heads=(2, 4, 4, 4), img_size=64, num_classes=7
+    ).eval()
+    ours = copy.deepcopy(theirs)
+    report = volo.fuse(ours, portable=True)
+    assert {"network.0.0.attn", "network.2.0.attn", "post_network.0.attn"} <= set(report.replaced) and not report.left
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(ours, (images,), dynamic_shapes=({0: batch},))
+        more = torch.randn(5, 3, 64, 64)
+        torch.testing.assert_close(program.module()(more), theirs(more), atol=1e-5, rtol=0)
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    assert max(value.dim() for value in values if isinstance(value, Tensor)) <= 4
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert not {"aten.col2im.default", "aten.im2col.default"} & targets
+
+
+def test_portable_leaves_attention_of_other_models_alone():
+    class Attention(nn.Module):  # timm's vision transformers have these attributes too, for [B, N, C]
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads, self.scale = 2, 4**-0.5
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    model = nn.Sequential(Attention())
+    assert volo.fuse(model, portable=True).replaced == ()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from volo.layers import Mlp, OutlookAttention
+from volo.layers import ClassAttention, Mlp, OutlookAttention, SelfAttention
 from volo.ops.gelu import gelu
 from volo.ops.linear import PackedWeight, is_faster_than_pytorch, linear
 
@@ -34,12 +34,12 @@ class FuseReport:
     """Names of modules that look like outlook attention but were left alone, and why."""
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} outlook attention modules replaced: {', '.join(self.replaced) or 'none'}"]
+        lines = [f"{len(self.replaced)} attention modules replaced: {', '.join(self.replaced) or 'none'}"]
         lines += [f"left alone: {name}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module) -> FuseReport:
+def fuse(model: nn.Module, *, portable: bool = False) -> FuseReport:
     """Replace the outlook attention inside `model` by `volo.layers.OutlookAttention`, weights shared, nothing copied.
 
     Works on timm's VOLO (and what is built on it, MiVOLO for example), on the original code's, and on copies of the module
@@ -48,19 +48,28 @@ def fuse(model: nn.Module) -> FuseReport:
     and hooks stay. What looks like outlook attention and is not is left and named in the report; modules of ours are left as
     they are.
 
+    Args:
+        portable: make a model to be exported. Outlook attention is then computed by `volo.ops.portable`, slower here but in
+            operations that every runtime has, and self-attention and class attention of timm's VOLO and of the original
+            code, whose tensors have five dimensions, become ours, whose have four.
+
     Raises ValueError where `model` itself is one outlook attention module: it cannot be replaced from inside.
     """
     if not isinstance(model, OutlookAttention) and _looks_like_outlook_attention(model):
         raise ValueError("this module is itself an outlook attention; fuse the model around it, or use fused(module)")
     replaced: list[str] = []
     left: dict[str, str] = {}
-    done: dict[nn.Module, OutlookAttention] = {}  # a module used in two places stays one module
+    done: dict[nn.Module, nn.Module] = {}  # a module used in two places stays one module
     for parent_name, parent in list(model.named_modules()):
         for child_name, child in list(parent._modules.items()):  # named_children leaves out the second place
             name = f"{parent_name}.{child_name}" if parent_name else child_name
-            if child is None or isinstance(child, OutlookAttention) or not _looks_like_outlook_attention(child):
+            if child is None or isinstance(child, OutlookAttention):
                 continue
+            if portable and child not in done and (ours := _of_rank_four(child)) is not None:
+                done[child] = ours
             if child not in done:
+                if not _looks_like_outlook_attention(child):
+                    continue
                 try:
                     done[child] = fused(child)
                 except ValueError as error:
@@ -68,6 +77,10 @@ def fuse(model: nn.Module) -> FuseReport:
                     continue
             parent._modules[child_name] = done[child]
             replaced.append(name)
+    if portable:
+        for module in model.modules():
+            if isinstance(module, OutlookAttention):
+                module.portable = True
     return FuseReport(tuple(replaced), left)
 
 
@@ -158,6 +171,39 @@ def _rebuilt(module: nn.Module, roles: Mapping[str, str], geometry: _Geometry) -
 def _take_hooks(new: nn.Module, old: nn.Module) -> None:
     """The very containers, so that handles which remove a hook go on working."""
     vars(new).update({name: value for name, value in vars(old).items() if "_hooks" in name and name in vars(new)})
+
+
+def _of_rank_four(module: nn.Module) -> nn.Module | None:
+    """Our layer around the Linear layers of `module`, if that is self-attention or class attention of somebody's VOLO."""
+    # Other models have attention with the same attributes and other inputs, [B, N, C] instead of [B, H, W, C].
+    if type(module).__module__.rpartition(".")[2] != "volo":
+        return None
+    kinds: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
+        (SelfAttention, {"qkv": 3, "proj": 1}),
+        (ClassAttention, {"kv": 2, "q": 1, "proj": 1}),
+    )
+    for kind, widths in kinds:
+        layers = {name: getattr(module, name, None) for name in widths}
+        if not all(isinstance(layer, nn.Linear) for layer in layers.values()):
+            continue
+        dim, num_heads = layers["proj"].in_features, module.num_heads  # type: ignore[union-attr]
+        if module.scale != (dim // num_heads) ** -0.5 or any(  # type: ignore[operator]
+            layers[name].out_features != width * dim  # type: ignore[union-attr]
+            for name, width in widths.items()
+        ):
+            return None
+        with torch.device("meta"):  # the layers made here are thrown away
+            ours = kind(
+                dim,
+                num_heads,
+                attn_drop=_rate(getattr(module, "attn_drop", 0.0)),
+                proj_drop=_rate(getattr(module, "proj_drop", 0.0)),
+            )
+        for name, layer in layers.items():
+            setattr(ours, name, layer)
+        _take_hooks(ours, module)
+        return ours.train(module.training)
+    return None
 
 
 def _looks_like_outlook_attention(module: nn.Module) -> bool:

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from volo.layers import ClassBlock, Downsample, Outlooker, PatchEmbed, Transformer
 from volo.models.fuse import pack_linear_layers
+from volo.ops import portable
+from volo.ops.dispatch import is_exporting
 from volo.ops.outlook_attention import window_grid
 
 
@@ -304,7 +306,10 @@ class VOLO(nn.Module):
             if not self.config.pad_input:
                 raise ValueError(_size_message((H, W), m))
             images = F.pad(images, (0, -W % m, 0, -H % m))
-        return self.patch_embed(images)
+        tokens = self.patch_embed(images)
+        if is_exporting():  # the same shape in other words, which say that an even number of tokens comes at every size
+            tokens = tokens[:, : 2 * (H // m), : 2 * (W // m)]
+        return tokens
 
     def forward_tokens(self, fine: Tensor) -> Tensor:
         """Everything after the stem: fine tokens [B, 2h, 2w, C1] -> normalised [B, 1 + h*w, C2], class token first."""
@@ -353,6 +358,11 @@ class VOLO(nn.Module):
     def _pos_embed_for(self, height: int, width: int) -> Tensor:
         """The position embedding [1, height, width, C2], resampled if that is not the grid it was made for."""
         made_for = self.pos_embed.shape[1:3]
+        if is_exporting() and (
+            # Comparing a symbol with a number would fix it.
+            any(isinstance(n, torch.SymInt) for n in (height, width)) or (height, width) != tuple(made_for)
+        ):
+            return portable.resample_pos_embed(self.pos_embed, height, width)
         if (height, width) == tuple(made_for):
             return self.pos_embed
         return resample_pos_embed(self.pos_embed, (height, width))

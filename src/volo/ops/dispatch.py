@@ -30,14 +30,19 @@ def no_kernel() -> str | None:
         return (
             f"PyTorch {torch.__version__} has no {', no '.join(_MISSING)}, by which kernels know whether they may serve"
         )
-    # The flag itself: torch.compiler.is_exporting() is True under torch.compile as well before torch 2.14.
-    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
+    if is_exporting():
         return "exported graphs are made of portable operations"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation has no kernel"
     if torch._C._are_functorch_transforms_active() and not _is_vmap_alone():
         return "of the transforms of torch.func only vmap has a kernel"
     return None
+
+
+def is_exporting() -> bool:
+    """Whether a graph is being made that other runtimes will run: torch.export, torch.onnx, torch.jit.trace."""
+    # The flag itself: torch.compiler.is_exporting() is True under torch.compile as well before torch 2.14.
+    return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
 
 
 def _is_vmap_alone() -> bool:

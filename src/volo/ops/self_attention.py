@@ -63,10 +63,10 @@ def self_attention(qkv: Tensor, num_heads: int, dropout_p: float = 0.0) -> Tenso
 
 def self_attention_reference(qkv: Tensor, num_heads: int, dropout_p: float = 0.0) -> Tensor:
     """The same by PyTorch's scaled_dot_product_attention."""
-    B, N, width = qkv.shape
-    q, k, v = qkv.view(B, N, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    # Views of rank 4 at most: this is the graph that is exported, and some runtimes know no more.
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # [B, heads, N, head_dim]
-    return out.transpose(1, 2).reshape(B, N, width // 3)
+    return out.transpose(1, 2).flatten(2)
 
 
 def why_not(qkv: Tensor, dropout_p: float = 0.0) -> str | None:
