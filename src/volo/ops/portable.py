@@ -49,7 +49,7 @@ def outlook_attention(
     attn = logits.reshape(-1, num_heads, K * K, K * K).softmax(dim=-1)  # [B * h * w, heads, query, key offset]
     mixed = attn.to(value.dtype) @ torch.cat(windows, dim=2)  # [B * h * w, heads, query offset, head_dim]
 
-    parts = [mixed[:, :, i].reshape(-1, h, w, C) for i in range(K * K)]
+    parts = [part.reshape(-1, h, w, C) for part in mixed.split(1, dim=2)]
     rows = [_folded(parts[a * K : a * K + K], taps, 2, w, W, stride) for a in range(K)]  # [B, h, W, C] each
     return _folded(rows, taps, 1, h, H, stride)
 
