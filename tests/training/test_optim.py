@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from volo.config import OptimConfig, recipe_from_dict
 from volo.models.factory import create_model
@@ -127,6 +127,27 @@ def test_muon_leaves_heads_embeddings_and_vectors_to_adamw() -> None:
     by_muon = {name for name, p in model.named_parameters() if "momentum_buffer" in optimizer.state[p]}
     matrices = {name for name, p in model.named_parameters() if p.dim() >= 2}
     assert by_muon == matrices - {"pos_embed", "cls_token", "head.weight", "aux_head.weight"}
+
+
+def test_muon_does_not_emulate_bfloat16(monkeypatch) -> None:
+    gradient = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+    def step(can_multiply: bool) -> Tensor:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: can_multiply, raising=False)
+        layer = nn.Linear(8, 16, bias=False, dtype=torch.float32)
+        nn.init.zeros_(layer.weight)
+        layer.weight.grad = gradient.clone()
+        create_optimizer(layer, OptimConfig(name="muon", weight_decay=0.0, momentum=0.0), 1.0).step()
+        return layer.weight.detach() / layer.weight.norm()
+
+    def error(weight: Tensor) -> float:
+        left, _, right = torch.linalg.svd(-gradient, full_matrices=False)
+        return float((left.T @ weight @ right.T - torch.diag((left.T @ weight @ right.T).diagonal())).abs().max())
+
+    # An odd polynomial of a matrix has its singular vectors: what is left beside the diagonal is rounding alone.
+    assert error(step(can_multiply=False)) < 1e-6
+    assert 1e-4 < error(step(can_multiply=True)) < 1e-2
+    assert error(step(can_multiply=False)) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "lamb", "lion", "nadamw", "adopt"])

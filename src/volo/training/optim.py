@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.
         )
     options: dict = {}
     if "muon" in config.name:
+        _choose_muon_precision(next(model.parameters()).device)
         options |= {"fallback_list": ("head.*", "aux_head.*", "*.conv_seg.*"), "fallback_no_weight_decay": True}
     elif info.opt_class in (torch.optim.AdamW, torch.optim.Adam):
         # One kernel instead of a dozen for every parameter, felt with small models and most of all on a CPU.
@@ -47,6 +49,18 @@ def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.
         layer_decay=config.layer_decay if config.layer_decay != 1.0 else None,
         **options,
     )
+
+
+def _choose_muon_precision(device: torch.device) -> None:
+    """Let timm's Muon orthogonalise in float32 where the processor cannot multiply bfloat16, its fixed choice, and would
+    emulate it: 1.5 s a step for 1.4 M parameters on an AVX2 EPYC, where float32 takes 0.1 s."""
+    import timm.optim.muon as muon
+
+    function = muon.zeropower_via_newtonschulz
+    original = function.func if isinstance(function, partial) else function
+    can_multiply = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    is_emulated = device.type == "cpu" and not can_multiply()
+    muon.zeropower_via_newtonschulz = partial(original, dtype=torch.float32) if is_emulated else original
 
 
 @dataclass(frozen=True)
