@@ -38,8 +38,8 @@ from volo.data.images import open_data
 from volo.data.label_maps import LabelMaps
 from volo.distributed import join_world
 from volo.training.loop import probe, train
+from volo.training.pipeline import prepare_label_maps
 from volo.training.report import NullReporter
-from volo.training.workloads.token_labeling import prepare_annotator
 
 NUM_TRAIN = 20_000
 ANNOTATOR_SHARE = 0.2
@@ -85,7 +85,7 @@ def main() -> None:
 
     mapped = recipe_of("corrected", 0, data, budget["epochs"], options)
     with join_world(options.device) as world:
-        _, stopped = prepare_annotator(mapped, options.work, world, NullReporter(), train)
+        _, stopped = prepare_label_maps(mapped, options.work, world, NullReporter())
     if stopped is not None:
         sys.exit(f"stopped in {stopped.out}; the same command goes on")
     maps = LabelMaps.open(options.work / "label_maps")

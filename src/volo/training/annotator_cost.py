@@ -23,8 +23,8 @@ from volo.models.factory import create_model
 from volo.models.hub import PRETRAINED
 from volo.models.volo import VOLO
 from volo.training.memory import free_bytes, is_out_of_memory
+from volo.training.pipeline import annotator_recipe
 from volo.training.workloads.classification import build_model
-from volo.training.workloads.token_labeling import annotator_recipe
 
 MOST_PARAMETERS = 500_000_000
 """A larger annotator is not tried out."""

@@ -64,7 +64,7 @@ from volo.training.optim import LearningRate, WeightAverage, create_optimizer, s
 from volo.training.report import NullReporter, Reporter, RunInfo, RunLog, StepReport, TrainResult
 from volo.training.workloads.classification import Classification
 from volo.training.workloads.segmentation import Segmentation
-from volo.training.workloads.token_labeling import TokenLabeling, prepare_annotator
+from volo.training.workloads.token_labeling import TokenLabeling
 from volo.training.workloads.workload import OpenWorkload, Workload
 
 WORKLOADS: dict[str, OpenWorkload] = {
@@ -119,8 +119,10 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
+    kept: Recipe | None = None,
 ) -> TrainResult:
-    """Run `recipe` and leave its results in the folder `out`; what its [annotator] has to do comes first.
+    """Run `recipe` and leave its results in the folder `out`. Label maps that it names are there already: see
+    `volo.training.pipeline`.
 
     The first Ctrl-C or SIGTERM ends the run after the current step with a checkpoint and status "interrupted"; the
     second ends it at once. Under torchrun every process calls this; the first one writes and reports.
@@ -128,6 +130,7 @@ def train(
     Args:
         resume: continue from `out`/last.pt; where there is none yet, start from the beginning.
         overwrite: replace a run that is already in `out`.
+        kept: the recipe that the folder keeps, where it differs from `recipe` in places of files.
 
     Raises:
         FileExistsError: `out` holds a run, and neither `resume` nor `overwrite` is set.
@@ -142,11 +145,7 @@ def train(
             reporter = NullReporter()
         # Nobody writes before all have looked.
         checkpoint = agree_on_start(_look_into(out, recipe, resume, overwrite), world)
-        at_hand, stopped = prepare_annotator(recipe, out, world, reporter, train)
-        if stopped is not None:
-            return stopped
-        # The run keeps its own recipe, which does not say where its folder lies.
-        run = _Run(recipe, out, _open_workload(at_hand, world, reporter), world, reporter, checkpoint)
+        run = _Run(kept or recipe, out, _open_workload(recipe, world, reporter), world, reporter, checkpoint)
         del checkpoint
         return run.run(fresh=not resume)
 

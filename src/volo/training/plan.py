@@ -13,8 +13,8 @@ from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.transforms import height_width
 from volo.training.annotator_cost import AnnotatorOutline, outline_annotator, seconds_a_picture
 from volo.training.loop import Probe, probe, torch_settings
+from volo.training.pipeline import annotator_recipe, trains_annotator
 from volo.training.report import Reporter
-from volo.training.workloads.token_labeling import annotator_recipe, trains_annotator
 
 MOST_PICTURES = 16
 """In a micro batch that is tried out: enough to tell the time, and room for them is nearly everywhere."""

@@ -18,10 +18,11 @@ import torch
 
 from volo.cli.main import main
 from volo.config import Recipe, load_recipe, recipe_to_toml
-from volo.data.label_maps import LabelMaps
+from volo.data.label_maps import INDEX, LabelMaps
 from volo.distributed import World
 from volo.models.checkpoint import load_checkpoint
-from volo.training.loop import train
+from volo.training.loop import train as train_alone
+from volo.training.pipeline import run_recipe as train
 from volo.training.plan import plan_training
 from volo.training.report import NullReporter
 from volo.training.workloads.token_labeling import TokenLabeling
@@ -317,3 +318,49 @@ def test_plan_on_the_command_line(annotated, tmp_path, capsys, monkeypatch) -> N
     for word in ("first, the annotator", "learning rate", "memory", "label maps", "in all"):
         assert word in shown
     assert not (tmp_path / "runs").exists()
+
+
+def test_maps_that_are_there_are_compared_with_the_annotator(annotated, tmp_path) -> None:
+    recipe, whole, _ = annotated
+    out = tmp_path / "run"
+    for name in ("annotator", "label_maps"):
+        shutil.copytree(whole / name, out / name)
+
+    def changed(**changes) -> Recipe:
+        return dataclasses.replace(recipe, annotator=dataclasses.replace(recipe.annotator, **changes))
+
+    before = (out / "label_maps" / INDEX).read_bytes()
+    for changes, words in (
+        ({"top": 2}, "top is 5, not 2"),
+        ({"flip": True}, "flip is False, not True"),
+        ({"encoding": "compact"}, "encoding is exact, not compact"),
+        ({"crop": 0.9}, "crop is squash, not 0.9"),
+        ({"img_size": 32}, r"img_size is \[16, 16\], not \[32, 32\]"),
+        ({"model": str(whole / "best.pt"), "recipe": ""}, "weights_digest is"),
+    ):
+        with pytest.raises(ValueError, match=rf"are not as \[annotator\] says: {words}.*--overwrite"):
+            train(changed(**changes), out, resume=True)
+    named = dataclasses.replace(
+        changed(top=2), token_label=dataclasses.replace(recipe.token_label, maps=str(whole / "label_maps"))
+    )
+    with pytest.raises(ValueError, match="top is 5, not 2.*another folder"):
+        train(named, tmp_path / "other", overwrite=True)
+    assert not (tmp_path / "other").exists()
+    assert (out / "label_maps" / INDEX).read_bytes() == before
+    reporter = Messages()
+    assert train(changed(top=2), out, overwrite=True, reporter=reporter).status == "completed"
+    assert any("they are replaced" in text for text in reporter.said)
+    assert LabelMaps.open(out / "label_maps").top == 2
+    # Another recipe of the annotator: another annotator.
+    its = Path(recipe.annotator.recipe)
+    (tmp_path / "its.toml").write_text(its.read_text().replace("seed = 0", "seed = 1", 1))
+    with pytest.raises(ValueError, match="started with another recipe"):
+        train(changed(top=2, recipe=str(tmp_path / "its.toml")), out, resume=True)
+    digest = LabelMaps.open(out / "label_maps").annotator["weights_digest"]
+    train(changed(top=2, recipe=str(tmp_path / "its.toml")), out, overwrite=True)
+    assert LabelMaps.open(out / "label_maps").annotator["weights_digest"] != digest
+
+
+def test_the_loop_wants_label_maps_that_are_there(annotated, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"volo annotate.*--token_label\.maps"):
+        train_alone(annotated[0], tmp_path / "run")

@@ -1,20 +1,17 @@
-"""Training with token labels: where they come from, and the annotator that comes first."""
+"""Training with token labels: from label maps, from an annotator that looks on, or from none."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from volo.annotation.drawing import AnnotateConfig, OpenedAnnotator, annotate, check_crop, open_annotator
-from volo.config import AnnotatorConfig, Recipe, load_recipe, recipe_to_toml
-from volo.data.files import write_atomically
-from volo.data.label_maps import INDEX, LabelMaps
+from volo.annotation.drawing import OpenedAnnotator, check_crop, open_annotator
+from volo.config import AnnotatorConfig, Recipe
+from volo.data.label_maps import LabelMaps
 from volo.data.sources import DataSplits, Progress
 from volo.data.token_labels import LabelMapReader, resample_label_maps, resample_position_logits
 from volo.data.transforms import PixelPipeline, height_width
@@ -22,7 +19,6 @@ from volo.distributed import World, main_first
 from volo.inference.evaluate import AMP_DTYPES, match_classes
 from volo.models.volo import VOLO
 from volo.tasks.token_label import TokenLabelTask
-from volo.training.report import Reporter, TrainResult
 from volo.training.workloads.classification import Classification
 from volo.training.workloads.workload import Batch
 
@@ -49,7 +45,7 @@ class TokenLabeling(Classification):
             return None
         if not config.maps:
             raise ValueError(
-                "token labels come from label maps: draw them with volo annotate and name them with --token_label.maps, let an "
+                "token labels come from label maps: generate them with volo annotate and name them with --token_label.maps, let an "
                 "annotator look on with --token_label.source live --annotator.model MODEL, or do without (--token_label.source own)"
             )
         maps = LabelMaps.open(config.maps)
@@ -69,7 +65,7 @@ class TokenLabeling(Classification):
         if missing:
             raise ValueError(
                 f"{len(missing):,} of {len(names):,} training pictures have no label map in {config.maps}: {_some(missing)}. "
-                "Draw them again with volo annotate, on the same data (with the same val_fraction and split_seed)"
+                "Generate them again with volo annotate, on the same data (with the same val_fraction and split_seed)"
             )
         self.label_maps = maps
         return maps
@@ -126,8 +122,8 @@ class LiveAnnotator:
             raise ValueError(
                 "token_label.source is live, but there is no annotator: name one with --annotator.model or --annotator.recipe"
             )
-        _check_crop(recipe)
-        opened = _open(config, device)
+        check_annotator(recipe)
+        opened = open_annotator_of(config, device)
         self.model, self.size = opened.model, height_width(opened.data.img_size)
         self.pixels = PixelPipeline(opened.data).to(device).eval()
         self.flip, self.amp, self.device = config.flip, config.amp, device
@@ -153,114 +149,7 @@ class LiveAnnotator:
         return logits if self.class_map is None else logits[..., self.class_map]
 
 
-def prepare_annotator(
-    recipe: Recipe,
-    out: Path,
-    world: World,
-    reporter: Reporter,
-    train: Callable[..., TrainResult],
-) -> tuple[Recipe, TrainResult | None]:
-    """Do what [annotator] says: train it, in `out`/annotator, then draw the label maps, in `token_label.maps` or
-    `out`/label_maps. What is there is not done again, what was cut off goes on.
-
-    train: `volo.training.loop.train`.
-
-    Returns the recipe with the places filled in, as they are now (the run folder may be moved before it is continued), and
-    the result of the annotator's training if a signal ended that.
-    """
-    config, labels = recipe.annotator, recipe.token_label
-    if recipe.task != "token_label" or labels.source == "own" or not (config.recipe or config.model):
-        return recipe, None
-    is_trained_here = trains_annotator(recipe, out)
-    _check_crop(recipe)
-    if is_trained_here and config.weights:
-        raise ValueError(
-            f"annotator.weights are for a model of timm, but the annotator is trained first, by {config.recipe}; name the model "
-            "with --annotator.model, or leave the weights out"
-        )
-    if world.is_main:
-        # What was cut off here is continued like any run, by its folder.
-        out.mkdir(parents=True, exist_ok=True)
-        text = recipe_to_toml(recipe).encode()
-        write_atomically(out / "recipe.toml", lambda file: file.write(text))
-    if is_trained_here:
-        config = dataclasses.replace(config, model=str(out / "annotator"))
-        recipe = dataclasses.replace(recipe, annotator=config)
-    if labels.source == "maps":
-        labels = dataclasses.replace(labels, maps=labels.maps or str(out / "label_maps"))
-        recipe = dataclasses.replace(recipe, token_label=labels)
-        if (Path(labels.maps) / INDEX).is_file():
-            return recipe, None
-    if is_trained_here:
-        reporter.on_message(f"first the annotator, by the recipe {config.recipe}, in {config.model}")
-        its = annotator_recipe(recipe, begun=Path(config.model))
-        result = train(its, config.model, resume=True, reporter=reporter)
-        if result.status == "interrupted":
-            return recipe, result
-    if labels.source == "maps":
-        reporter.on_message(f"then the label maps, in {labels.maps}")
-        with main_first(world):
-            opened = _open(config, world.device)
-        its_data = dataclasses.replace(opened.data, path=recipe.data.path, kind=recipe.data.kind)
-        report = annotate(
-            dataclasses.replace(opened, data=its_data),
-            AnnotateConfig(
-                data=None,  # what the annotator's own data says
-                part="train",
-                val_fraction=recipe.data.val_fraction,
-                split_seed=recipe.data.split_seed,
-                top=min(config.top, opened.model.num_classes),
-                encoding=config.encoding,
-                flip=config.flip,
-                amp=config.amp,
-                batch_size=config.batch_size,
-                num_workers=recipe.data.num_workers,
-                on_bad_image=recipe.data.on_bad_image,
-            ),
-            labels.maps,
-            world=world,
-            resume=True,
-            on_progress=reporter.on_progress,
-        )
-        if world.is_main:
-            reporter.on_message(_described(report))
-    return recipe, None
-
-
-def trains_annotator(recipe: Recipe, out: Path) -> bool:
-    """A run that goes to `out` begins by training its annotator, unless the label maps are there: `annotator.recipe` says
-    how, and `annotator.model` names no other one."""
-    wanted = recipe.task == "token_label" and recipe.token_label.source != "own" and recipe.annotator.recipe
-    return bool(wanted) and recipe.annotator.model in ("", str(out / "annotator"))
-
-
-def annotator_recipe(recipe: Recipe, begun: Path | None = None) -> Recipe:
-    """The recipe of a recipe's annotator: `annotator.recipe`, on the same pictures and the same machine.
-
-    begun: the annotator's run folder, whose recipe serves where that one is not found (from another working directory).
-    """
-    try:
-        its = load_recipe(recipe.annotator.recipe)
-    except FileNotFoundError:
-        if begun is None or not (begun / "recipe.toml").is_file():
-            raise
-        its = load_recipe(begun / "recipe.toml")
-    mine = recipe.data
-    data = dataclasses.replace(
-        its.data,
-        path=mine.path,
-        kind=mine.kind,
-        val_fraction=mine.val_fraction,
-        split_seed=mine.split_seed,
-        on_bad_image=mine.on_bad_image,
-        cache=mine.cache,
-        num_workers=mine.num_workers,
-    )
-    train = dataclasses.replace(its.train, device=recipe.train.device, threads=recipe.train.threads)
-    return dataclasses.replace(its, data=data, train=train)
-
-
-def _check_crop(recipe: Recipe) -> None:
+def check_annotator(recipe: Recipe) -> None:
     crop = recipe.annotator.crop
     check_crop(crop)
     if crop != "squash" and recipe.token_label.source == "live":
@@ -270,7 +159,7 @@ def _check_crop(recipe: Recipe) -> None:
         )
 
 
-def _open(config: AnnotatorConfig, device: torch.device) -> OpenedAnnotator:
+def open_annotator_of(config: AnnotatorConfig, device: torch.device) -> OpenedAnnotator:
     return open_annotator(
         config.model,
         weights=config.weights or None,
@@ -278,14 +167,6 @@ def _open(config: AnnotatorConfig, device: torch.device) -> OpenedAnnotator:
         crop=config.crop,
         device=device,
     )
-
-
-def _described(report: dict) -> str:
-    agreement = report["agreement"]
-    agrees = (
-        f"; the annotator agrees with {100 * agreement['top1']:.1f} % of the labels" if agreement is not None else ""
-    )
-    return f"{report['pictures']:,} label maps of {report['grid'][0]} x {report['grid'][1]}, {report['bytes'] / 1e6:.1f} MB{agrees}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,0 +1,223 @@
+"""From a recipe to a run folder, with all that its training needs first: train the annotator, generate label maps, train."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from volo.annotation.drawing import AnnotateConfig, annotate
+from volo.config import Recipe, load_recipe, recipe_to_toml
+from volo.data.files import write_atomically
+from volo.data.label_maps import INDEX, LabelMaps
+from volo.data.transforms import height_width
+from volo.distributed import World, agree_on_start, join_world, main_first
+from volo.training.loop import _look_into as look_into
+from volo.training.loop import torch_settings, train
+from volo.training.report import NullReporter, Reporter, TrainResult
+from volo.training.workloads.token_labeling import check_annotator, open_annotator_of
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> TrainResult:
+    """Do all that `recipe` says and leave the results in the folder `out`: `volo.training.loop.train`, after what its
+    [annotator] has to do, in `out`/annotator and `out`/label_maps.
+
+    What is there is not done again, what was cut off goes on. Under torchrun every process calls this.
+
+    Args:
+        resume: continue the run in `out`, or begin it.
+        overwrite: replace a run that is already in `out`, and its annotator and label maps if they are not those of
+            `recipe`.
+
+    Returns the result of the annotator's training if a signal ended that. Raises as `train` does, and ValueError for label
+    maps that are there but not as [annotator] says.
+    """
+    out, reporter = Path(out), reporter or NullReporter()
+    with join_world(recipe.train.device) as world:
+        prepared, stopped = prepare_label_maps(
+            recipe, out, world, reporter if world.is_main else NullReporter(), resume=resume, overwrite=overwrite
+        )
+        if stopped is not None:
+            return stopped
+        # The run keeps its own recipe, which does not say where its folder lies: it may be moved. What was prepared has
+        # begun it.
+        resume = resume or (prepared is not recipe and not overwrite)
+        return train(prepared, out, resume=resume, overwrite=overwrite, reporter=reporter, kept=recipe)
+
+
+def prepare_label_maps(
+    recipe: Recipe,
+    out: Path,
+    world: World,
+    reporter: Reporter,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> tuple[Recipe, TrainResult | None]:
+    """Train the annotator of `recipe` and generate its label maps, as far as they are not there: see `run_recipe`.
+
+    Returns the recipe with the places filled in as they are now, and the result of the annotator's training if a signal
+    ended that.
+    """
+    config, labels = recipe.annotator, recipe.token_label
+    if recipe.task != "token_label" or labels.source == "own" or not (config.recipe or config.model):
+        return recipe, None
+    is_trained_here = trains_annotator(recipe, out)
+    check_annotator(recipe)
+    if is_trained_here and config.weights:
+        raise ValueError(
+            f"annotator.weights are for a model of timm, but the annotator is trained first, by {config.recipe}; name the model "
+            "with --annotator.model, or leave the weights out"
+        )
+    at_hand, annotator = recipe, out / "annotator"
+    if is_trained_here:
+        at_hand = dataclasses.replace(at_hand, annotator=dataclasses.replace(config, model=str(annotator)))
+    maps = Path(labels.maps or out / "label_maps")
+    is_ours = maps.resolve() == (out / "label_maps").resolve()
+    is_there = labels.source == "maps" and (maps / INDEX).is_file()
+    if labels.source == "maps":
+        at_hand = dataclasses.replace(at_hand, token_label=dataclasses.replace(labels, maps=str(maps)))
+
+    # Nobody writes before all have looked.
+    agree_on_start(look_into(out, recipe, resume, overwrite), world)
+    its, is_other_annotator = None, False
+    if is_trained_here and (not is_there or (annotator / "recipe.toml").is_file()):
+        its = annotator_recipe(recipe, begun=annotator)
+        try:
+            look_into(annotator, its, resume=True, overwrite=False)
+        except ValueError:
+            if not overwrite:
+                raise
+            is_other_annotator = True
+    if is_there:
+        differing = ["another annotator"] if is_other_annotator else _differences(at_hand, maps)
+        if not differing:
+            return at_hand, None
+        if not (overwrite and is_ours):
+            way_out = (
+                "generate them anew with --overwrite" if is_ours else "choose another folder for --token_label.maps"
+            )
+            raise ValueError(
+                f"the label maps in {maps} are not as [annotator] says: {'; '.join(differing)}. Let it say what they are, or {way_out}"
+            )
+        reporter.on_message(
+            f"the label maps in {maps} are not as [annotator] says ({'; '.join(differing)}): they are replaced"
+        )
+    if its is None and labels.source == "live":
+        return at_hand, None
+    if world.is_main:
+        # What is cut off here is continued like any run, by its folder.
+        out.mkdir(parents=True, exist_ok=True)
+        text = recipe_to_toml(recipe).encode()
+        write_atomically(out / "recipe.toml", lambda file: file.write(text))
+    if its is not None:
+        reporter.on_message(f"first the annotator, by the recipe {config.recipe}, in {annotator}")
+        result = train(its, annotator, resume=not is_other_annotator, overwrite=is_other_annotator, reporter=reporter)
+        if result.status == "interrupted":
+            return at_hand, result
+    if labels.source == "maps":
+        reporter.on_message(f"then the label maps, in {maps}")
+        report = _generate(at_hand, maps, world, reporter, overwrite and is_ours)
+        if world.is_main:
+            reporter.on_message(_described(report))
+    return at_hand, None
+
+
+def _generate(recipe: Recipe, maps: Path, world: World, reporter: Reporter, overwrite: bool) -> dict[str, Any]:
+    config = recipe.annotator
+    with torch_settings(recipe.train, world.device):
+        with main_first(world):  # downloads once
+            opened = open_annotator_of(config, world.device)
+        its_data = dataclasses.replace(opened.data, path=recipe.data.path, kind=recipe.data.kind)
+        return annotate(
+            dataclasses.replace(opened, data=its_data),
+            AnnotateConfig(
+                data=None,  # what the annotator's own data says
+                part="train",
+                val_fraction=recipe.data.val_fraction,
+                split_seed=recipe.data.split_seed,
+                top=min(config.top, opened.model.num_classes),
+                encoding=config.encoding,
+                flip=config.flip,
+                amp=config.amp,
+                batch_size=config.batch_size,
+                num_workers=recipe.data.num_workers,
+                on_bad_image=recipe.data.on_bad_image,
+            ),
+            maps,
+            world=world,
+            resume=not overwrite,
+            overwrite=overwrite,
+            on_progress=reporter.on_progress,
+        )
+
+
+def _differences(recipe: Recipe, path: Path) -> list[str]:
+    """What of the label maps that are there is not as [annotator] says. An annotator that is not at hand is known by its
+    name alone: nothing is downloaded only to compare."""
+    config, maps = recipe.annotator, LabelMaps.open(path)
+    wanted: dict[str, Any] = {
+        "top": min(config.top, maps.num_classes),
+        "encoding": config.encoding,
+        "flip": config.flip,
+        "crop": config.crop,
+    }
+    if config.img_size:
+        wanted["img_size"] = list(height_width(config.img_size))
+    if Path(config.model).exists() or (config.weights and Path(config.weights).exists()):
+        opened = open_annotator_of(config, torch.device("cpu"))
+        wanted |= {key: opened.described[key] for key in ("img_size", "weights_digest")}
+    elif maps.annotator["model"] != Path(config.model).name and not trains_annotator(recipe, Path(config.model).parent):
+        wanted["model"] = config.model
+    there = maps.annotator | {"top": maps.top, "encoding": maps.encoding}
+    return [f"{key} is {there.get(key)}, not {value}" for key, value in wanted.items() if there.get(key) != value]
+
+
+def trains_annotator(recipe: Recipe, out: Path) -> bool:
+    """A run that goes to `out` begins by training its annotator, unless the label maps are there: `annotator.recipe` says
+    how, and `annotator.model` names no other one."""
+    wanted = recipe.task == "token_label" and recipe.token_label.source != "own" and recipe.annotator.recipe
+    return bool(wanted) and recipe.annotator.model in ("", str(out / "annotator"))
+
+
+def annotator_recipe(recipe: Recipe, begun: Path | None = None) -> Recipe:
+    """The recipe of a recipe's annotator: `annotator.recipe`, on the same pictures and the same machine.
+
+    begun: the annotator's run folder, whose recipe serves where that one is not found (from another working directory).
+    """
+    try:
+        its = load_recipe(recipe.annotator.recipe)
+    except FileNotFoundError:
+        if begun is None or not (begun / "recipe.toml").is_file():
+            raise
+        its = load_recipe(begun / "recipe.toml")
+    mine = recipe.data
+    data = dataclasses.replace(
+        its.data,
+        path=mine.path,
+        kind=mine.kind,
+        val_fraction=mine.val_fraction,
+        split_seed=mine.split_seed,
+        on_bad_image=mine.on_bad_image,
+        cache=mine.cache,
+        num_workers=mine.num_workers,
+    )
+    train = dataclasses.replace(its.train, device=recipe.train.device, threads=recipe.train.threads)
+    return dataclasses.replace(its, data=data, train=train)
+
+
+def _described(report: dict) -> str:
+    agreement = report["agreement"]
+    agrees = (
+        f"; the annotator agrees with {100 * agreement['top1']:.1f} % of the labels" if agreement is not None else ""
+    )
+    return f"{report['pictures']:,} label maps of {report['grid'][0]} x {report['grid'][1]}, {report['bytes'] / 1e6:.1f} MB{agrees}"
