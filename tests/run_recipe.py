@@ -13,7 +13,7 @@ import sys
 import time
 
 from volo.config import recipe_from_dict
-from volo.training.pipeline import run_recipe
+from volo.training.pipeline import train
 from volo.training.report import NullReporter, StepReport
 
 
@@ -66,7 +66,7 @@ if __name__ == "__main__":
         die_at_step(20)
     if "--late-index" in sys.argv or "--full-disk" in sys.argv:
         trouble_with_the_index(5.0, is_disk_full="--full-disk" in sys.argv)
-    result = run_recipe(
+    result = train(
         recipe_from_dict(json.loads(sys.argv[1])),
         os.environ.get(f"OUT_OF_RANK_{os.environ.get('RANK', 0)}", sys.argv[2]),
         resume="--resume" in sys.argv,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from volo.models.segmenter import Segmenter, SegmenterConfig
     from volo.models.volo import VOLO, VOLOConfig
     from volo.ops.outlook_attention import outlook_attention
-    from volo.training.loop import train
+    from volo.training.pipeline import train
 
 __version__ = "0.1.0"
 
@@ -52,7 +52,7 @@ _HOMES = {
     "load_recipe": "volo.config",
     "outlook_attention": "volo.ops.outlook_attention",
     "predict": "volo.inference.predictor",
-    "train": "volo.training.loop",
+    "train": "volo.training.pipeline",
 }
 
 

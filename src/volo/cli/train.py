@@ -67,7 +67,7 @@ def train(options: TrainOptions) -> int:
       volo train photos_cpu --help                         all keys, with the values of that recipe
     """
     from volo.cli.progress import TrainReporter, show_result
-    from volo.training.pipeline import run_recipe
+    from volo.training.pipeline import train as run_training
 
     recipe, out = options.recipe, options.out
     assert out is not None
@@ -84,7 +84,7 @@ def train(options: TrainOptions) -> int:
     resume_command = f"{program} train {shlex.quote(str(out))} --resume"
     try:
         with reporter or contextlib.nullcontext():
-            result = run_recipe(recipe, out, resume=options.resume, overwrite=options.overwrite, reporter=reporter)
+            result = run_training(recipe, out, resume=options.resume, overwrite=options.overwrite, reporter=reporter)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(resume_command) from None
     if not is_main:

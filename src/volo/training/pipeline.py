@@ -15,12 +15,13 @@ from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.transforms import height_width
 from volo.distributed import World, agree_on_start, join_world, main_first
 from volo.training.loop import _look_into as look_into
-from volo.training.loop import torch_settings, train
+from volo.training.loop import torch_settings
+from volo.training.loop import train as run_loop
 from volo.training.report import NullReporter, Reporter, TrainResult
 from volo.training.workloads.token_labeling import check_annotator, open_annotator_of
 
 
-def run_recipe(
+def train(
     recipe: Recipe,
     out: str | Path,
     *,
@@ -38,7 +39,7 @@ def run_recipe(
         overwrite: replace a run that is already in `out`, and its annotator and label maps if they are not those of
             `recipe`.
 
-    Returns the result of the annotator's training if a signal ended that. Raises as `train` does, and ValueError for label
+    Returns the result of the annotator's training if a signal ended that. Raises as that does, and ValueError for label
     maps that are there but not as [annotator] says.
     """
     out, reporter = Path(out), reporter or NullReporter()
@@ -51,7 +52,7 @@ def run_recipe(
         # The run keeps its own recipe, which does not say where its folder lies: it may be moved. What was prepared has
         # begun it.
         resume = resume or (prepared is not recipe and not overwrite)
-        return train(prepared, out, resume=resume, overwrite=overwrite, reporter=reporter, kept=recipe)
+        return run_loop(prepared, out, resume=resume, overwrite=overwrite, reporter=reporter, kept=recipe)
 
 
 def prepare_label_maps(
@@ -63,7 +64,7 @@ def prepare_label_maps(
     resume: bool = True,
     overwrite: bool = False,
 ) -> tuple[Recipe, TrainResult | None]:
-    """Train the annotator of `recipe` and generate its label maps, as far as they are not there: see `run_recipe`.
+    """Train the annotator of `recipe` and generate its label maps, as far as they are not there: see `train`.
 
     Returns the recipe with the places filled in as they are now, and the result of the annotator's training if a signal
     ended that.
@@ -121,7 +122,9 @@ def prepare_label_maps(
         write_atomically(out / "recipe.toml", lambda file: file.write(text))
     if its is not None:
         reporter.on_message(f"first the annotator, by the recipe {config.recipe}, in {annotator}")
-        result = train(its, annotator, resume=not is_other_annotator, overwrite=is_other_annotator, reporter=reporter)
+        result = run_loop(
+            its, annotator, resume=not is_other_annotator, overwrite=is_other_annotator, reporter=reporter
+        )
         if result.status == "interrupted":
             return at_hand, result
     if labels.source == "maps":

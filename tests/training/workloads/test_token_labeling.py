@@ -22,7 +22,7 @@ from volo.data.label_maps import INDEX, LabelMaps
 from volo.distributed import World
 from volo.models.checkpoint import load_checkpoint
 from volo.training.loop import train as train_alone
-from volo.training.pipeline import run_recipe as train
+from volo.training.pipeline import train
 from volo.training.plan import plan_training
 from volo.training.report import NullReporter
 from volo.training.workloads.token_labeling import TokenLabeling
@@ -353,7 +353,7 @@ def test_maps_that_are_there_are_compared_with_the_annotator(annotated, tmp_path
     assert LabelMaps.open(out / "label_maps").top == 2
     # Another recipe of the annotator: another annotator.
     its = Path(recipe.annotator.recipe)
-    (tmp_path / "its.toml").write_text(its.read_text().replace("seed = 0", "seed = 1", 1))
+    (tmp_path / "its.toml").write_text(its.read_text().replace("\nseed = 0", "\nseed = 1"))
     with pytest.raises(ValueError, match="started with another recipe"):
         train(changed(top=2, recipe=str(tmp_path / "its.toml")), out, resume=True)
     digest = LabelMaps.open(out / "label_maps").annotator["weights_digest"]
