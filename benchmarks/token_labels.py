@@ -37,8 +37,9 @@ from volo.data.files import write_atomically
 from volo.data.images import open_data
 from volo.data.label_maps import LabelMaps
 from volo.distributed import join_world
-from volo.training.loop import probe, train
+from volo.training.loop import train
 from volo.training.pipeline import prepare_label_maps
+from volo.training.probe import probe
 from volo.training.report import NullReporter
 
 NUM_TRAIN = 20_000

@@ -244,6 +244,12 @@ class ScheduleConfig:
     """From the peak to min_lr; "linear" is "poly" with power 1."""
     power: float = 1.0
     """Of "poly": what is above min_lr goes with (share of the steps left) ** power; 0.9 is usual in segmentation."""
+    decay_begins: Literal["after_warmup", "at_start"] = "after_warmup"
+    """Where the decay counts from. "at_start": from the first step, so that the warm-up ends on a curve that has come down
+    already; timm's scheduler and the original's ImageNet runs count so."""
+    changes: Literal["every_step", "every_epoch"] = "every_step"
+    """When the learning rate changes. "every_epoch": it stays through an epoch as its first step has it, as in the
+    original's ImageNet runs."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""
     min_lr: float = 1e-5

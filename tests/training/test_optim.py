@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from volo.config import OptimConfig, recipe_from_dict
+from volo.config import OptimConfig, load_recipe, recipe_from_dict
 from volo.models.factory import create_model
 from volo.training.optim import LearningRate, WeightAverage, create_optimizer, set_learning_rate
 
+RECIPES = [path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.toml")]
 SMALL = {"depths": (2, 2), "embed_dims": (16, 32), "num_heads": (1, 2), "stem_dim": 8, "patch_size": 4}
 
 
@@ -29,6 +31,30 @@ def test_learning_rate_of_the_paper() -> None:
     assert rate.at(200) == pytest.approx(1.6e-3)
     assert rate.at(1600) == pytest.approx((1.6e-3 + 1e-5) / 2)
     assert rate.at(3000) == rate.at(3099) == 1e-5
+
+
+@pytest.mark.parametrize("name", [r for r in RECIPES if r.startswith("imagenet_")])
+def test_learning_rate_of_the_original(name) -> None:
+    """Epoch by epoch that of timm's scheduler, driven as the original's main.py drives it."""
+    from timm.scheduler import CosineLRScheduler
+
+    recipe, steps = load_recipe(name), 11
+    rate = LearningRate.from_recipe(recipe, steps)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate.peak)
+    schedule = recipe.schedule
+    scheduler = CosineLRScheduler(
+        optimizer,
+        t_initial=int(schedule.epochs),
+        lr_min=rate.min_lr,
+        warmup_t=int(schedule.warmup_epochs),
+        warmup_lr_init=rate.warmup_lr,
+    )
+    assert rate.total_steps == steps * (schedule.epochs + schedule.cooldown_epochs)
+    for epoch in range(rate.total_steps // steps):
+        scheduler.step(epoch)
+        theirs = optimizer.param_groups[0]["lr"]
+        ours = [rate.at(epoch * steps + i) for i in (0, steps - 1)]
+        assert ours == pytest.approx([theirs, theirs], rel=1e-12)
 
 
 @given(

@@ -19,11 +19,12 @@ from volo.config import Recipe, load_recipe, recipe_from_dict, recipe_to_toml
 from volo.data import loader
 from volo.tasks.classify import ClassifyTask
 from volo.training import annotator_cost
-from volo.training import loop as engine
+from volo.training import probe as probing
 from volo.training.annotator_cost import outline_annotator
-from volo.training.loop import probe, train
+from volo.training.loop import train
 from volo.training.memory import is_out_of_memory
 from volo.training.plan import plan_training
+from volo.training.probe import probe
 
 SHORT = {"schedule.epochs": 0.5, "schedule.warmup_epochs": 0.0, "schedule.cooldown_epochs": 0.0}
 
@@ -97,9 +98,9 @@ def test_real_steps_where_nobody_says_otherwise(tiny, batches: list[int]) -> Non
 def test_fewer_pictures_where_memory_is_short(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny({"data.img_size": 32})
     each = plan_training(recipe, tmp_path)["memory_bytes"]["activations"] / 128
-    monkeypatch.setattr(engine, "free_bytes", lambda device: round(2 * 5 * each))
+    monkeypatch.setattr(probing, "free_bytes", lambda device: round(2 * 5 * each))
     assert plan_training(recipe, tmp_path)["probed_micro_batch_size"] == 4
-    monkeypatch.setattr(engine, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(probing, "free_bytes", lambda device: 0)
     plan = plan_training(recipe, tmp_path)
     assert (plan["probed_micro_batch_size"], plan["step_seconds"], plan["seconds"]["all"]) == (0, [], None)
     assert plan["memory_bytes"]["all"] > 2 * plan["memory_bytes"]["weights"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from volo.data.decode import BadImageError
+from volo.data.loader import EvalLoader, ShiftAndFlip
 from volo.models.checkpoint import load_checkpoint
 from volo.training.loop import train
 from volo.training.report import NullReporter, StepReport
@@ -178,6 +182,64 @@ def test_many_kills(tiny, tmp_path, reference, start_run) -> None:
                 load_checkpoint(out / "last.pt")
     assert kills > 0
     assert_same_run(out, reference)
+
+
+class FailAt:
+    """The data of the call with this number cannot be had, the first time."""
+
+    def __init__(self, monkeypatch, owner: type, number: int, fail: Callable[[], None]) -> None:
+        self.calls, make = 0, owner.__call__ if owner is not EvalLoader else owner.__iter__
+
+        def counted(loader, *arguments):
+            self.calls += 1
+            if self.calls == number:
+                fail()
+            return make(loader, *arguments)
+
+        monkeypatch.setattr(owner, make.__name__, counted)
+
+
+def fail_to_read() -> None:
+    raise BadImageError("train/7.png", "Stale file handle")
+
+
+@pytest.mark.parametrize(
+    ("owner", "number", "step"),
+    [(ShiftAndFlip, 19, 9), (ShiftAndFlip, 20, 9), (EvalLoader, 1, 12)],
+    ids=["first micro batch", "second micro batch", "evaluation"],
+)
+def test_data_that_cannot_be_read_ends_the_run_with_a_checkpoint(
+    tiny, tmp_path, monkeypatch, owner, number, step
+) -> None:
+    """Of the last whole step, statistics of BatchNorm included, which half a step has moved."""
+    recipe = tiny({"train.accumulation": 2, "augment.erase_prob": 0.0})
+    with monkeypatch.context() as patched:
+        FailAt(patched, owner, number, fail_to_read)
+        with pytest.raises(BadImageError, match=r"train/7\.png.*Stale") as raised:
+            train(recipe, tmp_path / "cut")
+    assert raised.value.__notes__ == [f"Step {step} is saved in {tmp_path / 'cut' / 'last.pt'}: go on with --resume"]
+    assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == step
+    train(recipe, tmp_path / "cut", resume=True)
+    train(recipe, tmp_path / "whole")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.timeout(60)
+def test_a_signal_ends_a_wait_for_a_worker_that_hangs(tiny, tmp_path, monkeypatch, reference) -> None:
+    with monkeypatch.context() as patched:
+        FailAt(patched, ShiftAndFlip, 5, lambda: time.sleep(1000))
+
+        class Later(NullReporter):
+            def on_step(self, report: StepReport) -> None:
+                if report.step == 4:
+                    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+        start = time.monotonic()
+        result = train(tiny({"data.num_workers": 1}), tmp_path / "run", reporter=Later())
+    assert (result.status, result.signal, result.step) == ("interrupted", signal.SIGTERM, 4)
+    assert time.monotonic() - start < 30
+    train(tiny(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", reference)
 
 
 def test_resume_with_another_recipe_is_refused(tiny, tmp_path) -> None:

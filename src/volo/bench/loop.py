@@ -18,6 +18,7 @@ from volo.tasks.classify import ClassifyTask
 from volo.training.loop import train
 from volo.training.optim import create_optimizer
 from volo.training.report import NullReporter, StepReport
+from volo.training.settings import keep_freed_memory
 from volo.training.workloads.classification import build_model
 
 
@@ -44,6 +45,7 @@ def bench_loop(
         schedule=ScheduleConfig(epochs=1, warmup_epochs=0, cooldown_epochs=0),
         train=TrainConfig(batch_size=batch_size, device=device, channels_last=True, tensorboard=False, eval_every=0),
     )
+    keep_freed_memory()  # as `volo train` does
     loop_rates, bare_rates = [], []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "pictures.npz"

@@ -68,6 +68,7 @@ def train(options: TrainOptions) -> int:
     """
     from volo.cli.progress import TrainReporter, show_result
     from volo.training.pipeline import train as run_training
+    from volo.training.settings import keep_freed_memory
 
     recipe, out = options.recipe, options.out
     assert out is not None
@@ -82,6 +83,7 @@ def train(options: TrainOptions) -> int:
         return _show_plan(recipe, out, options)
     program = "volo" if process_rank() is None else "torchrun ... -m volo"
     resume_command = f"{program} train {shlex.quote(str(out))} --resume"
+    keep_freed_memory()
     try:
         with reporter or contextlib.nullcontext():
             result = run_training(recipe, out, resume=options.resume, overwrite=options.overwrite, reporter=reporter)

@@ -72,7 +72,7 @@ class FolderLock:
 
     Raises:
         ValueError: another process holds the lock.
-        OSError: the folder cannot be made or written to.
+        OSError: the folder cannot be made or written to, or is a file.
     """
 
     NAME = ".volo-lock"
@@ -83,6 +83,8 @@ class FolderLock:
         self._made = False
 
     def __enter__(self) -> FolderLock:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FileExistsError(f"{self.folder} is a file where a folder is needed; choose another one")
         self._made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / self.NAME

@@ -1,5 +1,6 @@
 """Keyed randomness: random numbers as a function of (seed, epoch, picture) and of nothing else.
 
+A key begins with the stream it belongs to (ORDER, SAMPLE, ...), so that no two of them ever draw the same numbers.
 A run that is resumed, spread over other processes or given more workers therefore sees the same pictures, cropped the
 same way, in the same order. The function is splitmix64 (Steele, Lea, Flood, OOPSLA 2014), applied to one key after the
 other; it is the same on every platform and in every version of numpy and torch.
@@ -13,6 +14,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+ORDER, SAMPLE, CROP, SCENE, STEP = 1, 2, 3, 4, 5
+"""The order of an epoch; the augmentation of an image, of a batch of them, and of an image with its mask; dropout and mixing
+of a step."""
 
 _MASK = (1 << 64) - 1
 

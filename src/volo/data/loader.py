@@ -37,9 +37,6 @@ Pictures = Callable[[int, np.ndarray], Batch]
 """(epoch, indices int64 [b]) -> the part of a batch that is made from the pictures: image; if asked for also frame, and
 size, int64 [b, 2], the height and width of the originals."""
 
-# The parts of a key that keep the streams of random numbers apart.
-_ORDER, _SAMPLE, _CROP = 1, 2, 3
-
 
 class TrainLoader:
     """Endless shuffled, augmented batches of a source, addressed by step.
@@ -146,7 +143,7 @@ def training_requests(
     for step in steps:
         epoch, position = divmod(step, steps_per_epoch)
         if epoch != order_epoch:
-            order, order_epoch = keyed.permutation(count, _ORDER, seed, epoch), epoch
+            order, order_epoch = keyed.permutation(count, keyed.ORDER, seed, epoch), epoch
         for micro in range(accumulation):
             start = position * batch_size + (micro * world_size + rank) * size
             yield epoch, order[start : start + size][:most]
@@ -250,7 +247,7 @@ class OneByOne:
         images = torch.empty(len(indices), 3, *self.size, dtype=torch.uint8)
         frames: list[PictureFrame] = []
         sizes: list[tuple[int, int]] = []
-        seeds = keyed.key(_SAMPLE, self.seed, epoch, indices).tolist() if self.seed is not None else []
+        seeds = keyed.key(keyed.SAMPLE, self.seed, epoch, indices).tolist() if self.seed is not None else []
         with keyed.own_random_state():
             for i, index in enumerate(indices.tolist()):
                 if seeds:
@@ -296,13 +293,13 @@ class ShiftAndFlip:
 
     def __call__(self, epoch: int, indices: np.ndarray) -> Batch:
         images = self.fit(self.images[torch.from_numpy(indices)]).numpy()
-        flipped = np.flatnonzero(keyed.uniform(keyed.key(_CROP, self.seed, epoch, indices, 0)) < self.hflip)
+        flipped = np.flatnonzero(keyed.uniform(keyed.key(keyed.CROP, self.seed, epoch, indices, 0)) < self.hflip)
         if self.frames == "original":
             images[flipped] = images[flipped, :, :, ::-1]
         down = right = np.full(len(indices), self.pad)
         if self.pad:
             down, right = (
-                keyed.below(keyed.key(_CROP, self.seed, epoch, indices, i), 2 * self.pad + 1) for i in (1, 2)
+                keyed.below(keyed.key(keyed.CROP, self.seed, epoch, indices, i), 2 * self.pad + 1) for i in (1, 2)
             )
             images = shift(images, self.pad, down, right)
         if self.frames != "original":

@@ -15,9 +15,6 @@ from volo.data.loader import Batch, default_workers, micro_batch_size, run_reque
 from volo.data.mask_transforms import scale_to, scaled_size, train_transform
 from volo.data.masks import MaskedPictures
 
-_SAMPLE = 4
-"""Part of a key that keeps these random numbers apart from those of `volo.data.loader`."""
-
 
 class SegmentTrainLoader:
     """Endless shuffled, augmented batches: image uint8 [b, 3, H, W], mask uint8 [b, H, W], index int64 [b].
@@ -112,7 +109,7 @@ class _Augmented:
 
     def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch | BadImageError:
         epoch, indices = request
-        seeds = keyed.key(_SAMPLE, self.seed, epoch, indices).tolist()
+        seeds = keyed.key(keyed.SCENE, self.seed, epoch, indices).tolist()
         images, masks = [], []
         with keyed.own_random_state():
             for seed, index in zip(seeds, indices.tolist()):

@@ -501,7 +501,7 @@ def _read_metrics(path: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str
             raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
         if values["kind"] == "eval":
             evaluations.append(values)
-        elif "loss" in values:  # a step that fp16 skipped has none
+        elif values.get("loss") is not None:  # a step that fp16 skipped has none
             steps.append(values)
     return steps, evaluations
 

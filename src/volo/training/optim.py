@@ -65,7 +65,10 @@ def _choose_muon_precision(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear warm-up, half a cosine or a power from `peak` to `min_lr`, then `min_lr`: a pure function of the step."""
+    """Linear warm-up, half a cosine or a power from `peak` to `min_lr`, then `min_lr`: a pure function of the step.
+
+    With `decay_start` 0 and `every` one epoch it is the CosineLRScheduler of timm 0.4.5 as the original's main.py drives it.
+    """
 
     peak: float
     warmup_lr: float
@@ -77,6 +80,10 @@ class LearningRate:
     """"cosine", "linear" or "poly"."""
     power: float = 1.0
     """Of "poly"."""
+    decay_start: int = 0
+    """The step that the decay counts from; in a warm-up it does not show."""
+    every: int = 1
+    """Steps between changes."""
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, steps_per_epoch: int) -> LearningRate:
@@ -122,15 +129,18 @@ class LearningRate:
             total_steps=total_steps,
             decay=schedule.decay,
             power=schedule.power,
+            decay_start=warmup_steps if schedule.decay_begins == "after_warmup" else 0,
+            every=steps_per_epoch if schedule.changes == "every_epoch" else 1,
         )
 
     def at(self, step: int) -> float:
         """The learning rate of the step that follows `step` finished ones."""
+        step -= step % self.every
         if step < self.warmup_steps:
             return self.warmup_lr + (self.peak - self.warmup_lr) * step / self.warmup_steps
         if step >= self.decay_end:
             return self.min_lr
-        done = (step - self.warmup_steps) / (self.decay_end - self.warmup_steps)
+        done = (step - self.decay_start) / (self.decay_end - self.decay_start)
         left = 0.5 * (1.0 + math.cos(math.pi * done)) if self.decay == "cosine" else (1.0 - done) ** self.power
         return self.min_lr + (self.peak - self.min_lr) * left
 

@@ -14,10 +14,10 @@ from volo.data.files import write_atomically
 from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.transforms import height_width
 from volo.distributed import World, agree_on_start, join_world, main_first
-from volo.training.loop import _look_into as look_into
-from volo.training.loop import torch_settings
 from volo.training.loop import train as run_loop
 from volo.training.report import NullReporter, Reporter, TrainResult
+from volo.training.run_folder import look_into
+from volo.training.settings import torch_settings
 from volo.training.workloads.token_labeling import check_annotator, open_annotator_of
 
 

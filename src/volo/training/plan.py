@@ -12,9 +12,10 @@ from volo.config import Recipe
 from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.transforms import height_width
 from volo.training.annotator_cost import AnnotatorOutline, outline_annotator, seconds_a_picture
-from volo.training.loop import Probe, probe, torch_settings
 from volo.training.pipeline import annotator_recipe, trains_annotator
+from volo.training.probe import Probe, probe
 from volo.training.report import Reporter
+from volo.training.settings import torch_settings
 
 MOST_PICTURES = 16
 """In a micro batch that is tried out: enough to tell the time, and room for them is nearly everywhere."""
@@ -36,7 +37,7 @@ def plan_training(
 ) -> dict[str, Any]:
     """The figures of a run that would go to `out`, as plain numbers, strings and dicts; nothing is written.
 
-    A few steps are really taken (`volo.training.loop.probe`), on this machine and with the data of the recipe, so times
+    A few steps are really taken (`volo.training.probe`), on this machine and with the data of the recipe, so times
     hold for this machine and what else it does. A process takes them with `most_pictures` at most; what they cost is
     scaled up to the micro batches of the recipe. Raises ValueError as `train` does.
 

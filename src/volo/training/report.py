@@ -6,13 +6,18 @@ import importlib.util
 import json
 import math
 import os
+import platform
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from volo import __version__
 from volo.config import Recipe
+from volo.data.files import write_atomically
+from volo.training.run_folder import EVENTS
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,9 @@ class RunLog:
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(
+                str(out / "tensorboard"), purge_step=step + 1 if step else None, filename_suffix=EVENTS
+            )
 
     def write_step(self, report: StepReport) -> None:
         figures = {
@@ -149,7 +156,7 @@ class RunLog:
         self._write({"kind": "step", "step": report.step, "epoch": report.epoch, **figures, "seconds": report.seconds})
         if self._board is not None:
             for name, value in figures.items():
-                if value is not None:
+                if finite(value) is not None:
                     self._board.add_scalar(f"train/{name}", value, report.step)
 
     def write_evaluation(self, metrics: dict[str, Any], seconds: float) -> None:
@@ -157,15 +164,13 @@ class RunLog:
         self._write({"kind": "eval", **figures, "seconds": seconds})
         if self._board is not None:
             for name in figures.keys() - {"step", "epoch", "count"}:
+                if finite(figures[name]) is None:
+                    continue
                 self._board.add_scalar(f"val/{name}", figures[name], metrics["step"])
 
     def _write(self, record: dict[str, Any]) -> None:
-        # JSON has no NaN: what is missing, or overflowed in a step that fp16 skipped, is left out.
-        finite = {
-            k: v for k, v in record.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))
-        }
         try:
-            self._file.write(json.dumps(finite).encode() + b"\n")
+            self._file.write(json.dumps(finite({k: v for k, v in record.items() if v is not None})).encode() + b"\n")
         except OSError as error:
             advice = f"{error.strerror}. Checkpoints are whole: make room, then continue with --resume"
             raise OSError(error.errno, advice, str(self._path)) from error
@@ -179,3 +184,53 @@ class RunLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def write_summary(info: RunInfo, result: TrainResult) -> None:
+    """summary.json: what came out, of what, by which versions."""
+    import timm
+
+    def figures(metrics: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: dict(zip(info.classes, value)) if name.startswith("per_class_") else value
+            for name, value in metrics.items()
+        }
+
+    summary = {
+        "date": time.strftime("%Y-%m-%d"),
+        "status": result.status,
+        "step": result.step,
+        "total_steps": result.total_steps,
+        "epoch": round(result.step / info.steps_per_epoch, 4),
+        "best": figures(result.best),
+        "final": figures(result.metrics),
+        "seconds": result.seconds,
+        "images_per_second": round(result.images_per_second, 1),
+        "model": info.recipe.model.name,
+        "num_parameters": info.num_parameters,
+        "num_classes": len(info.classes),
+        "num_train": info.num_train,
+        "num_val": info.num_val,
+        "device": torch.cuda.get_device_name(info.device) if info.device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "world_size": info.world_size,
+        "versions": {
+            "volo": __version__,
+            "torch": str(torch.__version__),
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    text = json.dumps(finite(summary), indent=1).encode()
+    write_atomically(result.out / "summary.json", lambda file: file.write(text))
+
+
+def finite(value: Any) -> Any:
+    """Plain data for JSON, which has neither NaN nor infinity: None in their place."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return value

@@ -21,7 +21,7 @@ from volo.models.checkpoint import model_config_dict
 from volo.models.factory import create_model
 from volo.models.volo import VOLO, VOLOConfig
 from volo.tasks.classify import ClassifyTask
-from volo.training.workloads.workload import Batch, model_options
+from volo.training.workloads.workload import Batch, image_list, model_options
 
 
 class Classification:
@@ -69,6 +69,10 @@ class Classification:
     def open_label_maps(self, splits: DataSplits) -> LabelMapReader | None:
         """Label maps that go along with the training pictures; None: there are none."""
         return None
+
+    def list_images(self) -> dict[str, Any]:
+        sources = {"training": self.loader.source, "held-out": self.val_loader.source}
+        return {part: image_list(source.names, source.targets) for part, source in sources.items()}
 
     def create_model(self) -> VOLO:
         return build_model(self.recipe, len(self.classes))

@@ -20,7 +20,7 @@ from volo.models.checkpoint import model_config_dict
 from volo.models.factory import create_segmenter
 from volo.models.segmenter import Segmenter, segmenter_from_dict
 from volo.tasks.segment import SegmentTask, class_weights
-from volo.training.workloads.workload import Batch, model_options
+from volo.training.workloads.workload import Batch, image_list, model_options
 
 
 class Segmentation:
@@ -33,7 +33,7 @@ class Segmentation:
         self.recipe, self.world = recipe, world
         check_recipe(recipe)
         self.how = HowToTest.from_config(segment, recipe.data.img_size)
-        splits = open_segmentation(recipe.data, segment, on_progress=on_progress)
+        self.splits = splits = open_segmentation(recipe.data, segment, on_progress=on_progress)
         self.classes = splits.classes.names
         self.extras = {"colours": [list(colour) for colour in splits.classes.colours]}
         self.num_train, self.num_val = len(splits.train), len(splits.val)
@@ -63,6 +63,9 @@ class Segmentation:
             pin_memory=world.device.type == "cuda",
         )
         self.pixels = PixelPipeline(recipe.data).to(world.device)
+
+    def list_images(self) -> dict[str, Any]:
+        return {"training": image_list(self.splits.train.names), "held-out": image_list(self.splits.val.names)}
 
     def create_model(self) -> nn.Module:
         return build_segmenter(self.recipe, len(self.classes))

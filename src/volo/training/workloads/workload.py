@@ -7,7 +7,9 @@ whether pictures have one label or one for every pixel, what a model returns, or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -43,6 +45,9 @@ class Workload(Protocol):
     extras: dict[str, Any]
     """What users of the weights need besides names of classes, kept in checkpoints: plain containers and numbers."""
 
+    def list_images(self) -> dict[str, Any]:
+        """`image_list` of each part of the data, by which a run that is continued knows it again."""
+
     def create_model(self) -> nn.Module:
         """The model with the recipe's first weights, on the CPU. It may download them."""
 
@@ -75,6 +80,21 @@ class Workload(Protocol):
 
 
 OpenWorkload = Callable[[Recipe, World, Progress], Workload]
+
+
+def image_list(names: Sequence[str], labels: Tensor | None = None) -> dict[str, Any]:
+    """What tells some images, in their order, from others: how many there are, digests of their names and their labels
+    (int64 [N]), and a few of the names."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    step = max(1, len(names) // 50)
+    return {
+        "count": len(names),
+        "names": digest.hexdigest(),
+        "labels": "" if labels is None else hashlib.sha256(labels.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
+        "sample": [names[i] for i in range(0, len(names), step)],
+    }
 
 
 def model_options(recipe: Recipe, variant: str) -> dict[str, Any]:
