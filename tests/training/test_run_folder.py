@@ -9,14 +9,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from volo.config import recipe_to_toml
 from volo.data.files import FolderLock
+from volo.inference.model_source import load
 from volo.models.checkpoint import load_checkpoint
 from volo.training.loop import train
 from volo.training.report import NullReporter, StepReport
-from volo.training.run_folder import look_into
+from volo.training.run_folder import look_into, require_same_images
+from volo.training.workloads.workload import image_list
 
 SHORT = {"schedule.epochs": 0.5, "schedule.warmup_epochs": 0.0, "schedule.cooldown_epochs": 0.0}
 
@@ -150,10 +153,16 @@ def photos(tiny, tmp_path):
     return recipe, tmp_path / "run", tmp_path / "photos"
 
 
-def test_data_may_move(photos, tmp_path) -> None:
+def test_data_may_move(tiny, photos, tmp_path) -> None:
     recipe, out, folder = photos
     folder.rename(tmp_path / "elsewhere")
     assert train(recipe("elsewhere"), out, resume=True).status == "completed"
+    # What is evaluated and drawn afterwards looks there too, though the weights may be from before the move.
+    best = load_checkpoint(out / "best.pt") | {"recipe": recipe().to_dict()}
+    torch.save(best, out / "best.pt")
+    assert load(out, task="classify").preprocessing.path == str(tmp_path / "elsewhere")
+    torch.save(best | {"recipe": tiny({"model.drop_path_rate": 0.0}).to_dict()}, tmp_path / "run" / "other.pt")
+    assert load(out / "other.pt", task="classify").preprocessing.path == ""  # of another run
 
 
 @pytest.mark.parametrize(
@@ -179,10 +188,6 @@ def test_data_may_not_change(photos, change, message) -> None:
 
 def test_labels_may_not_change(photos) -> None:
     """Those of arrays and shards are not in the names."""
-    import torch
-
-    from volo.training.run_folder import require_same_images
-    from volo.training.workloads.workload import image_list
 
     then = {"training": image_list(["0", "1"], torch.tensor([0, 1]))}
     require_same_images(Path("run"), then, {"training": image_list(["0", "1"], torch.tensor([0, 1]))})

@@ -102,7 +102,8 @@ class _StderrHandler(logging.Handler):
 
 
 def _message(error: Exception) -> str:
-    """What an error says, without Python's decoration of OSErrors."""
+    """What an error says, without Python's decoration of OSErrors, and what was added to it on its way."""
+    said = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return "\n".join([said, *getattr(error, "__notes__", ())])

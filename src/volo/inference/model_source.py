@@ -22,7 +22,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import nn
 
-from volo.config import DataConfig, Recipe, SegmentConfig, Size, nearest, recipe_from_dict
+from volo.config import DataConfig, Recipe, SegmentConfig, Size, load_recipe, nearest, recipe_from_dict
 from volo.data.imagenet import imagenet_classes
 from volo.data.masks import Colour, palette
 from volo.data.transforms import height_width
@@ -150,7 +150,9 @@ def _find(
         return _from_config(path / CONFIG, path / WEIGHTS, name, device, timm)
     if path.exists():
         path = find_checkpoint(path)
-        return _from_content(read_file(path), str(path), device, use_ema)
+        return _with_place_of_data(
+            _from_content(read_file(path), str(path), device, use_ema), path.with_name("recipe.toml")
+        )
     if name.startswith(HUB_PREFIX):
         repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
         files = [fetch_from_hub(repository, file, revision or None) for file in (CONFIG, WEIGHTS)]
@@ -199,6 +201,18 @@ def _from_content(content: Any, origin: str, device: torch.device | str, use_ema
         step=content["step"],
         extras=content.get("extras", {}),
     )
+
+
+def _with_place_of_data(loaded: LoadedModel[Any], recipe: Path) -> LoadedModel[Any]:
+    """A checkpoint knows where the data of its run lay then; the run's recipe beside it, where it lies now."""
+    try:
+        now = load_recipe(recipe) if loaded.recipe is not None and recipe.is_file() else None
+    except ValueError:  # of another version
+        now = None
+    if now is None or loaded.recipe is None or (now.task, now.model) != (loaded.recipe.task, loaded.recipe.model):
+        return loaded
+    data = dataclasses.replace(loaded.preprocessing, path=now.data.path, kind=now.data.kind)
+    return dataclasses.replace(loaded, preprocessing=data, recipe=dataclasses.replace(loaded.recipe, data=data))
 
 
 def _from_config(config: Path, weights: Path, origin: str, device: torch.device | str, timm: bool) -> LoadedModel[Any]:
