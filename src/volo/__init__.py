@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from volo.config import load_recipe
     from volo.inference.model_source import LoadedModel, load
     from volo.inference.predictor import predict
+    from volo.inference.score import evaluate
+    from volo.inference.sharing import from_pretrained, push_to_hub, save_pretrained
     from volo.models.factory import create_model, create_segmenter, list_models, list_segmenters
     from volo.models.fuse import fuse
     from volo.models.hub import list_pretrained
@@ -25,6 +27,8 @@ __all__ = [
     "VOLOConfig",
     "create_model",
     "create_segmenter",
+    "evaluate",
+    "from_pretrained",
     "fuse",
     "list_models",
     "list_pretrained",
@@ -33,6 +37,8 @@ __all__ = [
     "load_recipe",
     "outlook_attention",
     "predict",
+    "push_to_hub",
+    "save_pretrained",
     "train",
 ]
 
@@ -44,6 +50,8 @@ _HOMES = {
     "VOLOConfig": "volo.models.volo",
     "create_model": "volo.models.factory",
     "create_segmenter": "volo.models.factory",
+    "evaluate": "volo.inference.score",
+    "from_pretrained": "volo.inference.sharing",
     "fuse": "volo.models.fuse",
     "list_models": "volo.models.factory",
     "list_pretrained": "volo.models.hub",
@@ -52,6 +60,8 @@ _HOMES = {
     "load_recipe": "volo.config",
     "outlook_attention": "volo.ops.outlook_attention",
     "predict": "volo.inference.predictor",
+    "push_to_hub": "volo.inference.sharing",
+    "save_pretrained": "volo.inference.sharing",
     "train": "volo.training.pipeline",
 }
 

@@ -58,6 +58,22 @@ def test_equals_a_loop_written_out(model: torch.nn.Module, loader: EvalLoader) -
     assert got["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, target)), rel=1e-5)
 
 
+def test_an_answer_that_is_not_finite_names_the_image(model: torch.nn.Module, loader: EvalLoader) -> None:
+    class Overflowing(torch.nn.Module):
+        calls = 0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            logits = model(images)
+            if self.calls == 2:
+                logits[5, 3] = -torch.inf  # of another class than the right one: the loss stays finite
+            return logits
+
+    name = loader.source.names[64 + 5]
+    with pytest.raises(ValueError, match=f"{name}: the model's answer is not finite.*use amp off or bf16"):
+        run(Overflowing(), loader, amp="fp16")
+
+
 def test_mirror_images_are_averaged_as_probabilities(model: torch.nn.Module, loader: EvalLoader) -> None:
     model.eval()
     both = MirrorAveraged(model)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import dataclasses
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,7 @@ from volo.inference.predictor import (
     to_csv,
     to_json,
 )
+from volo.inference.sharing import save_pretrained
 from volo.models.factory import create_model
 
 
@@ -76,6 +81,54 @@ def test_a_picture_that_is_gone_is_reported(classifier: LoadedModel, pictures: l
     assert errors[1] is not None
     assert "no such file" in errors[1]
     assert sum(error is not None for error in errors) == 1
+
+
+def test_an_answer_that_is_not_finite_is_an_error_of_that_image(classifier: LoadedModel, pictures: list[Path]) -> None:
+    """float16 overflows for one image and not for the next; damaged weights have no answer for any."""
+
+    class Overflowing(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = classifier.model(images)
+            logits[1, 2] = torch.inf
+            return logits
+
+    partly = dataclasses.replace(classifier, model=Overflowing())
+    got = list(predict(partly, pictures[:3], device="cpu"))
+    assert [prediction.error is not None for prediction in got] == [False, True, False]
+    assert f"{pictures[1]}: the model's answer is not finite" in str(got[1].error)
+    assert got[1].top == ()
+    assert ": NaN" not in "".join(to_json(got))
+
+    damaged = copy.deepcopy(classifier.model)
+    torch.nn.init.constant_(damaged.head.bias, torch.nan)
+    broken = dataclasses.replace(classifier, model=damaged)
+    assert all(prediction.error and not prediction.top for prediction in predict(broken, pictures))
+
+
+def test_strings_do_as_well(classifier: LoadedModel, pictures: list[Path], tmp_path: Path) -> None:
+    folder = save_pretrained(classifier, tmp_path / "saved")
+    by_name = list(predict(folder, pictures[0].parent, top=2))
+    assert by_name == list(predict(classifier, pictures, top=2))
+
+
+ALONE = """
+import sys
+for name in ("timm", "matplotlib", "tensorboard", "sklearn"):
+    sys.modules[name] = None  # makes `import name` fail
+from volo.cli.main import main
+assert main(["predict", sys.argv[1], sys.argv[2]]) == 0
+from volo.data.imagenet import imagenet_classes
+assert imagenet_classes()[1][207] == "golden retriever"
+"""
+
+
+def test_prediction_needs_neither_timm_nor_matplotlib(
+    classifier: LoadedModel, pictures: list[Path], tmp_path: Path
+) -> None:
+    folder = save_pretrained(classifier, tmp_path / "saved")
+    done = subprocess.run([sys.executable, "-c", ALONE, str(folder), str(pictures[0])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert any(name in done.stdout for name in classifier.classes)
 
 
 def test_no_more_classes_than_there_are(classifier: LoadedModel, pictures: list[Path]) -> None:

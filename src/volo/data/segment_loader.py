@@ -82,7 +82,7 @@ class SegmentEvalLoader:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"the evaluation batch size is {batch_size}; it is at least 1")
-        self.samples, self.pin_memory = _AsTheyAre(pictures, segment.short_side), pin_memory
+        self.source, self.samples, self.pin_memory = pictures, _AsTheyAre(pictures, segment.short_side), pin_memory
         self.num_workers = _workers(data.num_workers if num_workers is None else num_workers)
         start, stop = (len(pictures) * r // world_size for r in (rank, rank + 1))
         self.requests: list[tuple[int, np.ndarray]] = []

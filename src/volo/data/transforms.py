@@ -36,7 +36,7 @@ class RandomResizedCrop(v2.RandomResizedCrop):
         return {**params, "interpolation": self.modes[int(torch.randint(len(self.modes), ()))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(F.resized_crop, inpt, **params, size=self.size, antialias=True)
+        return F.resized_crop(inpt, **params, size=list(self.size), antialias=True)
 
 
 class ResizeAndCenterCrop(v2.Transform):

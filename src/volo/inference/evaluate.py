@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ from volo.data.splits import inside, split_folders
 from volo.data.walk import list_folder, spelled
 from volo.inference.metrics import ClassificationMetrics
 
+Answer = TypeVar("Answer")
+NONE = torch.iinfo(torch.int64).max
+"""Index of no image."""
+
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,6 +44,57 @@ class MirrorAveraged(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         plain, mirrored = (self.model(x).float().log_softmax(-1) for x in (images, images.flip(-1)))
         return torch.logaddexp(plain, mirrored) - math.log(2)
+
+
+def run_over(
+    loader: Iterable[dict[str, Tensor]],
+    model: nn.Module,
+    pixels: nn.Module,
+    look: Callable[[Tensor, dict[str, Tensor]], Answer],
+    add: Callable[[Answer, dict[str, Tensor]], None],
+    *,
+    device: torch.device,
+    amp: str = "off",
+    on_batch: Callable[[int], None] | None = None,
+) -> None:
+    """Hand every batch to `look(normalised images, batch)`, under autocast and with `model` and `pixels` in eval mode, and
+    what that says to `add(answer, batch)`; the modes are put back.
+
+    `on_batch` is called with the number of images done so far on this rank. Raises ValueError for an unknown `amp`.
+    """
+    if amp not in AMP_DTYPES:
+        raise ValueError(f"amp is one of {', '.join(AMP_DTYPES)}; given: {amp!r}")
+    modules = [m for part in (model, pixels) for m in part.modules()]
+    modes = [m.training for m in modules]
+    model.eval()
+    pixels.eval()
+    done = 0
+    try:
+        for batch in loader:
+            with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
+                answer = look(pixels(batch["image"].to(device, non_blocking=True)), batch)
+            add(answer, batch)
+            done += len(batch["image"])
+            if on_batch is not None:
+                on_batch(done)
+    finally:
+        for module, mode in zip(modules, modes):
+            module.training = mode
+
+
+def not_finite(amp: str) -> str:
+    """What is said of an image for which a model has no answer."""
+    way_out = "use amp off or bf16" if amp == "fp16" else "its weights are damaged, or it diverged while it was trained"
+    return f"the model's answer is not finite (NaN or infinite); {way_out}"
+
+
+def refuse_not_finite(bad: int, loss: float, loader: Iterable[Any], amp: str) -> None:
+    """Raises ValueError if some answer was not finite: for the image of index `bad` here, or in another process."""
+    if bad == NONE and math.isfinite(loss):
+        return
+    names = getattr(getattr(loader, "source", None), "names", None)
+    what = "an image of another process" if bad == NONE else names[bad] if names else f"image {bad}"
+    raise ValueError(f"{what}: {not_finite(amp)}")
 
 
 def evaluate(
@@ -69,34 +124,27 @@ def evaluate(
     Returns:
         `ClassificationMetrics.compute()`, over the pictures of all ranks when torch.distributed is set up: then every
         rank must call this, each with its own share of the pictures.
+
+    Raises ValueError, with the image's name, for logits that are not finite.
     """
-    if amp not in AMP_DTYPES:
-        raise ValueError(f"amp is one of {', '.join(AMP_DTYPES)}; given: {amp!r}")
     device = torch.device(device)
     metrics = ClassificationMetrics(num_classes, device)
     real = ClassificationMetrics(num_classes, device) if label_sets is not None else None
     to_model_class = None if class_map is None else torch.tensor(class_map)
-    modules = [m for part in (model, pixels) for m in part.modules()]
-    modes = [m.training for m in modules]
-    model.eval()
-    pixels.eval()
-    done = 0
-    try:
-        for batch in loader:
-            with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
-                logits = model(pixels(batch["image"].to(device, non_blocking=True)))
-            target = batch["target"]
-            metrics.update(logits, target if to_model_class is None else to_model_class[target])
-            if real is not None and label_sets is not None:
-                real.update(logits, [label_sets[i] for i in batch["index"].tolist()])
-            done += len(target)
-            if on_batch is not None:
-                on_batch(done)
-    finally:
-        for module, mode in zip(modules, modes):
-            module.training = mode
+    bad = torch.full((), NONE, device=device)
+
+    def add(logits: Tensor, batch: dict[str, Tensor]) -> None:
+        target, index = batch["target"], batch["index"].to(device)
+        metrics.update(logits, target if to_model_class is None else to_model_class[target])
+        if real is not None and label_sets is not None:
+            real.update(logits, [label_sets[i] for i in batch["index"].tolist()])
+        # Looked at once, at the end: to look at each batch would stall a GPU.
+        torch.minimum(bad, index.where(~logits.isfinite().all(dim=1), NONE).amin(), out=bad)
+
+    run_over(loader, model, pixels, lambda images, _: model(images), add, device=device, amp=amp, on_batch=on_batch)
     metrics.merge()
     result = metrics.compute()
+    refuse_not_finite(int(bad), result["loss"], loader, amp)
     if real is not None:
         real.merge()
         result["real"] = real.compute()

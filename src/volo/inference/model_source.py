@@ -62,6 +62,10 @@ class LoadedModel(Generic[Model]):
     """What its training left besides (`Workload.extras`)."""
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def segment(self) -> SegmentConfig:
         return self.recipe.segment if self.recipe else SegmentConfig()
 
@@ -194,7 +198,7 @@ def _from_content(content: Any, origin: str, device: torch.device | str, use_ema
         task="segment" if "backbone" in content["model_config"] else "classify",
         classes=tuple(content["classes"]),
         preprocessing=recipe.data,
-        origin=f"{origin}, step {content['step']}",
+        origin=f"{origin}, step {content['step']}" if content["step"] else origin,
         wnids=tuple(content.get("wnids", ())),
         recipe=recipe,
         metrics=content["metrics"],

@@ -20,8 +20,8 @@ from torch import Tensor
 from volo.data.decode import BadImageError, decode_image
 from volo.data.transforms import PixelPipeline, eval_transform
 from volo.data.walk import images_below
-from volo.inference.evaluate import AMP_DTYPES
-from volo.inference.model_source import LoadedModel
+from volo.inference.evaluate import AMP_DTYPES, not_finite
+from volo.inference.model_source import LoadedModel, load
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,38 @@ def find_pictures(inputs: Sequence[str], lines: Iterable[str] = ()) -> list[Path
 
 
 def predict(
-    classifier: LoadedModel[Any],
-    pictures: Iterable[str | Path],
+    model: LoadedModel[Any] | str | Path,
+    images: str | Path | Iterable[str | Path],
     *,
     top: int = 5,
     batch_size: int = 32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     amp: str = "off",
 ) -> Iterator[Prediction]:
-    """Predictions for `pictures`, in their order, as they come; unreadable ones are part of the result, not an end.
+    """Predictions for images, in their order, as they come; unreadable ones are part of the result, not an end.
 
     The next batch is decoded by threads while the model works on this one.
+
+    Args:
+        model: a classifier as `volo.inference.model_source.load` gives it, or what that takes.
+        images: paths of files; a single string or path may be a folder or a glob, too (`find_pictures`).
+        top: classes for each image.
+        device: where the model is to run; None: where it is, and the CPU for one that is loaded here.
+        amp: "off", "bf16" or "fp16": the type of autocast.
+
+    An image whose logits are not all finite has an error in place of classes. Raises ValueError for a segmentation model
+    and for options out of range, and as `load` and `find_pictures` do.
     """
     if top < 1 or batch_size < 1 or amp not in AMP_DTYPES:
         raise ValueError(
             f"top and batch_size are at least 1 and amp is one of {', '.join(AMP_DTYPES)}; given: {top}, {batch_size}, {amp!r}"
         )
-    device = torch.device(device)
+    classifier = model if isinstance(model, LoadedModel) else load(model, task="classify", device=device or "cpu")
+    if classifier.task != "classify":
+        raise ValueError(f"{classifier.origin} is a segmentation model: use `volo segment`")
+    if isinstance(images, str | Path):
+        images = find_pictures([str(images)])
+    device = classifier.device if device is None else torch.device(device)
     transform = eval_transform(classifier.preprocessing)
     pixels = PixelPipeline(classifier.preprocessing).to(device).eval()
     top = min(top, len(classifier.classes))
@@ -98,22 +113,25 @@ def predict(
 
     def classify(batch: list[tuple[str | Path, Future[Tensor | str]]]) -> Iterator[Prediction]:
         prepared = [future.result() for _, future in batch]
-        images = [image for image in prepared if isinstance(image, Tensor)]
-        answers: Iterator[tuple[list[float], list[int]]] = iter(())
-        if images:
+        decoded = [image for image in prepared if isinstance(image, Tensor)]
+        answers: Iterator[tuple[list[float], list[int], bool]] = iter(())
+        if decoded:
             with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
-                logits = classifier.model(pixels(torch.stack(images).to(device)))
-                best = logits.float().softmax(dim=1).topk(top, dim=1)
-            answers = zip(best.values.tolist(), best.indices.tolist())
+                logits = classifier.model(pixels(torch.stack(decoded).to(device))).float()
+                best = logits.softmax(dim=1).topk(top, dim=1)
+            answers = zip(best.values.tolist(), best.indices.tolist(), logits.isfinite().all(dim=1).tolist())
         for (path, _), image in zip(batch, prepared):
             if isinstance(image, str):
                 yield Prediction(str(path), (), image)
-            else:
-                values, indices = next(answers)
+                continue
+            values, indices, is_finite = next(answers)
+            if is_finite:
                 yield Prediction(str(path), tuple((classifier.classes[i], p) for i, p in zip(indices, values)))
+            else:
+                yield Prediction(str(path), (), f"{path}: {not_finite(amp)}")
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        remaining = iter(pictures)
+        remaining = iter(images)
 
         def next_batch() -> list[tuple[str | Path, Future[Tensor | str]]]:
             return [(path, pool.submit(prepare, path)) for path in islice(remaining, batch_size)]

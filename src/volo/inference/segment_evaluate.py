@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from volo.config import SegmentConfig, Size
 from volo.data.masks import IGNORE
 from volo.data.transforms import height_width
-from volo.inference.evaluate import AMP_DTYPES
+from volo.inference.evaluate import NONE, refuse_not_finite, run_over
 from volo.inference.segment_metrics import SegmentationMetrics
 from volo.inference.windows import multi_scale_log_probs, whole_logits
 
@@ -104,39 +105,34 @@ def evaluate_segmentation(
         on_batch: called with the number of pictures done so far on this rank.
 
     Returns `SegmentationMetrics.compute()`, over the pictures of all ranks when torch.distributed is set up: then every
-    rank must call this, each with its own share of the pictures.
+    rank must call this, each with its own share of the pictures. Raises ValueError, with the image's name, for answers that
+    are not finite.
     """
-    if amp not in AMP_DTYPES:
-        raise ValueError(f"amp is one of {', '.join(AMP_DTYPES)}; given: {amp!r}")
     device = torch.device(device)
     metrics = SegmentationMetrics(num_classes, device, boundary)
     to_model_class = torch.arange(256)
     if class_map is not None:
         to_model_class[: len(class_map)] = torch.tensor(class_map)
-    modules = [m for part in (model, pixels) for m in part.modules()]
-    modes = [m.training for m in modules]
-    model.eval()
-    pixels.eval()
-    done = 0
-    try:
-        for batch in loader:
-            target = to_model_class[batch["mask"].long()].to(device, non_blocking=True)
-            size = (target.shape[-2], target.shape[-1])
-            with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
-                images = pixels(batch["image"].to(device, non_blocking=True))
-                log_probs = log_probabilities(model, images, size, how, batch_size)
-            # torch's loss over [B, K, H, W] has no deterministic kernel on GPUs.
-            of_truth = log_probs.gather(1, target.clamp(max=num_classes - 1)[:, None])[:, 0]
-            loss = -torch.where(target == IGNORE, 0.0, of_truth).sum(dtype=torch.float64)
-            metrics.update(log_probs.argmax(1), target, loss)
-            done += len(target)
-            if on_batch is not None:
-                on_batch(done)
-    finally:
-        for module, mode in zip(modules, modes):
-            module.training = mode
+    bad = torch.full((), NONE, device=device)
+
+    def look(images: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        height, width = batch["mask"].shape[-2:]
+        return log_probabilities(model, images, (height, width), how, batch_size)
+
+    def add(log_probs: Tensor, batch: dict[str, Tensor]) -> None:
+        target = to_model_class[batch["mask"].long()].to(device, non_blocking=True)
+        # torch's loss over [B, K, H, W] has no deterministic kernel on GPUs.
+        of_truth = log_probs.gather(1, target.clamp(max=num_classes - 1)[:, None])[:, 0]
+        loss = -torch.where(target == IGNORE, 0.0, of_truth).sum(dtype=torch.float64)
+        metrics.update(log_probs.argmax(1), target, loss)
+        is_bad = log_probs.isnan().flatten(1).any(1)  # infinite ones are of probabilities that are 0
+        torch.minimum(bad, batch["index"].to(device).where(is_bad, NONE).amin(), out=bad)
+
+    run_over(loader, model, pixels, look, add, device=device, amp=amp, on_batch=on_batch)
     metrics.merge()
-    return metrics.compute()
+    result = metrics.compute()
+    refuse_not_finite(int(bad), 0.0 if result["loss"] == result["loss"] else math.nan, loader, amp)
+    return result
 
 
 def _by(size: tuple[int, int]) -> str:

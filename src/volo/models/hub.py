@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import re
 import sys
 import urllib.error
 from dataclasses import dataclass
@@ -128,7 +130,7 @@ def fetch(tag: str) -> Path:
         return found
     weights = known_tag(tag)
     try:
-        return fetch_from_hub(weights.hub_repo, WEIGHTS)
+        return _checked(fetch_from_hub(weights.hub_repo, WEIGHTS))
     except DownloadError as error:
         from_hub = str(error)
         logger.warning("%s\nTrying the authors' release file instead.", error)
@@ -165,6 +167,22 @@ def fetch_from_hub(repository: str, file: str, revision: str | None = None) -> P
         raise DownloadError(f"{what}: {error}; set HF_HOME to a folder that can be written") from error
     except known as error:
         raise DownloadError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _checked(path: Path) -> Path:
+    """`path` of the hub's cache, whose large files are named by the SHA-256 that the hub announced, if it is right."""
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name) is None:
+        return path
+    with blob.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest == blob.name:
+        return path
+    path.unlink()
+    blob.unlink()
+    raise DownloadError(
+        f"{path} is not what the hub announced and was removed: its SHA-256 is {digest}, not {blob.name}"
+    )
 
 
 def _fetch_release(weights: PretrainedWeights) -> Path:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from volo.config import OptimConfig, Recipe, nearest
 
@@ -182,7 +183,8 @@ class WeightAverage:
         if not self._pairs:  # only now, for both may have been sharded since they were made
             self._pairs = list(zip(_local_tensors(self.module), _local_tensors(self._source)))
         floats = [pair for pair in self._pairs if pair[0].is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1.0 - self.decay_at(step))
+        average = get_ema_multi_avg_fn(self.decay_at(step))
+        average([a for a, _ in floats], [b for _, b in floats], step)
         for a, b in self._pairs:
             if not a.is_floating_point():
                 a.copy_(b)

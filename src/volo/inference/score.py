@@ -1,0 +1,125 @@
+"""How good a model is on labelled data: one flow for classifiers and segmentation models, from names to a report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from volo.config import Size
+from volo.data.classes import match_classes
+from volo.data.decode import BadImage
+from volo.data.loader import EvalLoader
+from volo.data.masks import open_split
+from volo.data.segment_loader import SegmentEvalLoader
+from volo.data.transforms import PixelPipeline
+from volo.inference.evaluate import MirrorAveraged, open_labelled, read_real_labels
+from volo.inference.evaluate import evaluate as evaluate_classifier
+from volo.inference.model_source import LoadedModel, load
+from volo.inference.segment import how_to_test
+from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
+
+OnProgress = Callable[[str, int, int], None]
+"""`on_progress(what, done, total)`."""
+
+
+def evaluate(
+    model: LoadedModel[Any] | str | Path,
+    data: str | Path | None = None,
+    *,
+    real: str | Path | None = None,
+    split: str = "",
+    window: Size | None = None,
+    stride: Size | None = None,
+    scales: Sequence[float] = (),
+    flip: bool = False,
+    batch_size: int = 0,
+    device: torch.device | str | None = None,
+    amp: str = "off",
+    on_bad_image: Literal["error", "skip"] = "error",
+    on_progress: OnProgress | None = None,
+    on_skipped: Callable[[BadImage], None] | None = None,
+) -> dict[str, Any]:
+    """Score a model on labelled images.
+
+    Args:
+        model: as `volo.load` gives it, or what that takes.
+        data: as in `open_labelled` for classifiers, a segmentation data set for segmentation models; None: the images
+            held out from the training.
+        real: ReaL labels of ImageNet (`read_real_labels`), scored beside the others; for classifiers.
+        split: which images, "test" for instance; for segmentation models, as are `window`, `stride` and `scales`
+            (`volo.inference.segment.how_to_test`).
+        flip: average the answers with those of the mirror images.
+        batch_size: images, or windows, at once; 0: 32 images, or 1 window.
+        device: where the model is to run; None: where it is, and the CPU for one that is loaded here.
+        on_bad_image: images that cannot be decoded: an error that names them all, or left out (`on_skipped` hears of
+            each).
+
+    Returns a report of plain numbers, strings and lists: "model", "data" and "classes", how images were prepared, and the
+    figures of `ClassificationMetrics.compute` or `SegmentationMetrics.compute`.
+    Raises ValueError for options of the other task, data that does not fit, and answers that are not finite;
+    FileNotFoundError.
+    """
+    loaded = model if isinstance(model, LoadedModel) else load(model, device=device or "cpu")
+    device = loaded.device if device is None else torch.device(device)
+    say = on_progress or (lambda what, done, total: None)
+
+    def checking(done: int, total: int) -> None:
+        say("checking images", done, total)
+
+    preprocessing = dataclasses.replace(loaded.preprocessing, on_bad_image=on_bad_image)
+    run: dict[str, Any] = {"num_classes": len(loaded.classes), "device": device, "amp": amp}
+    described: dict[str, Any] = {"model": loaded.origin}
+    if loaded.task == "segment":
+        if real is not None:
+            raise ValueError("ReaL labels are for classifiers of ImageNet, and this is a segmentation model")
+        segment, split = loaded.segment, split or loaded.segment.val_split
+        if data is not None:  # another layout than that of the training, and classes in another order, are fine
+            preprocessing = dataclasses.replace(preprocessing, path=str(data))
+            segment = dataclasses.replace(segment, layout="auto", num_classes=0)
+        default = HowToTest.from_config(segment, preprocessing.img_size)
+        how = how_to_test(default, window=window, stride=stride, scales=scales, flip=flip) or default
+        masked, skipped = open_split(
+            preprocessing, segment, split, known=(loaded.classes, loaded.colours), on_progress=checking
+        )
+        names, count = masked.classes.names, len(masked)
+        described |= {"data": f"{split} of {preprocessing.path}", "test": str(how)}
+        score = partial(
+            evaluate_segmentation,
+            loaded.model,
+            SegmentEvalLoader(masked, preprocessing, segment, batch_size=1),
+            PixelPipeline(preprocessing).to(device),
+            how=how,
+            batch_size=batch_size or 1,
+            class_map=None if names == loaded.classes else match_classes(names, loaded.classes),
+            **run,
+        )
+    else:
+        if split or window is not None or stride is not None or scales:
+            raise ValueError(
+                f"split, window, stride and scales are for segmentation models, which {loaded.origin} is not"
+            )
+        labelled = open_labelled(data, preprocessing, loaded.classes, loaded.wnids, on_progress=checking)
+        source, skipped, count = labelled.source, labelled.skipped, len(labelled.source)
+        described |= {
+            "data": labelled.what,
+            "img_size": preprocessing.img_size,
+            "crop_pct": preprocessing.crop_pct,
+            "flip": flip,
+        }
+        score = partial(
+            evaluate_classifier,
+            MirrorAveraged(loaded.model) if flip else loaded.model,
+            EvalLoader(source, preprocessing, batch_size=batch_size or 32),
+            PixelPipeline(preprocessing).to(device),
+            class_map=labelled.class_map,
+            label_sets=None if real is None else read_real_labels(real, source.names, len(loaded.classes)),
+            **run,
+        )
+    for bad in skipped if on_skipped else ():
+        on_skipped(bad)  # type: ignore[misc]
+    return {**described, "classes": list(loaded.classes), **score(on_batch=lambda done: say("evaluating", done, count))}
