@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import json
 import math
+import os
+import re
 import tomllib
 import types
 import typing
@@ -386,6 +388,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         for parent in parents:
             section = section.setdefault(parent, {})
         section[leaf] = value
+    for section in values.values():
+        if isinstance(section, dict):
+            section |= {key: expand_path(text) for key, text in section.items() if isinstance(text, str)}
     return recipe_from_dict(values)
 
 
@@ -400,6 +405,21 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8 text (byte 0x{content[error.start]:02x} in line {line}); save it as UTF-8 in your editor, "
             f'or convert it: iconv -f latin1 -t utf-8 (utf-16 in place of latin1 for Windows\' "Unicode")'
         ) from None
+
+
+def expand_path(text: str) -> str:
+    """A path as a shell would read it: a leading ~ or $HOME is the home folder.
+
+    What does not begin like that, and what lies there under its very name, stays as it is. Raises ValueError where no
+    home folder is known.
+    """
+    if not re.match(r"(~|\$HOME|\$\{HOME\})(/|$)", text) or os.path.lexists(text):
+        return text
+    try:
+        home = Path.home()
+    except RuntimeError:
+        raise ValueError(f"{text}: no home folder is known here. Set HOME, or give the path from / on") from None
+    return str(home / text.partition("/")[2])
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -433,7 +453,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
     for key in values:
         if key not in hints:
             name = f"{where}.{key}" if where else key
-            raise ValueError(f"unknown recipe key {name!r}{nearest(key, hints)} Known here: {', '.join(hints)}")
+            raise ValueError(f"unknown recipe key {name!r}{nearest(key, hints) or '.'} Known here: {', '.join(hints)}")
     return cls(**{k: _convert(hints[k], v, f"{where}.{k}" if where else k) for k, v in values.items()})
 
 

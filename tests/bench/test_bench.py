@@ -143,7 +143,7 @@ def test_each_measurement_has_its_own_options_and_help(capsys: pytest.CaptureFix
         assert f"  volo bench {name}" in capsys.readouterr().out
         module, _, function = function.partition(":")
         takes = list(inspect.signature(getattr(importlib.import_module(module), function)).parameters)
-        own = {field.name for field in dataclasses.fields(kind)} - {"json", "out", "threads", "model"}
+        own = {field.name for field in dataclasses.fields(kind)} - {"json", "out", "overwrite", "threads", "model"}
         assert own <= set(takes), name
     with pytest.raises(SystemExit):
         main(["bench", "data", "--compiled"])

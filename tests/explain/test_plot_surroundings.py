@@ -15,7 +15,8 @@ from matplotlib.font_manager import fontManager
 from matplotlib.ft2font import FT2Font
 from PIL import Image
 
-from volo.explain.plots import SheetItem, confusion_matrix, is_figure, prediction_sheet, training_curves
+from volo.cli.outputs import is_figure
+from volo.explain.plots import SheetItem, confusion_matrix, prediction_sheet, training_curves
 
 NO_FONT = "\U0010fffe"  # no character, so no font has it
 
@@ -51,8 +52,8 @@ def test_curves_have_gaps_where_figures_are_not_finite(tmp_path: Path, steps: in
         lines.append({"kind": "eval", "step": step, "epoch": step, **figures})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     training_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    assert is_figure(tmp_path / "curves.png", "training curves")
-    assert not is_figure(tmp_path / "curves.png", "confusion matrix")
+    assert is_figure("training curves")(tmp_path / "curves.png")
+    assert not is_figure("confusion matrix")(tmp_path / "curves.png")
 
 
 @pytest.mark.filterwarnings("error")

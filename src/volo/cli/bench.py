@@ -18,6 +18,7 @@ from rich.table import Table
 
 from volo.cli.console import results
 from volo.cli.options import open_device, parse_as
+from volo.cli.outputs import begins_with, claim
 from volo.config import nearest
 
 
@@ -31,6 +32,8 @@ class Measurement:
     """Print one JSON object instead of a table."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
     """Write the result there as well."""
+    overwrite: bool = False
+    """Replace a file at --out that is no earlier result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +222,10 @@ def main(argv: Sequence[str]) -> int:
 def bench(name: str, options: Any, function: str) -> int:
     from volo.data.files import write_atomically
 
-    arguments = {key: value for key, value in vars(options).items() if key not in ("json", "out", "threads")}
+    if options.out is not None:
+        claim(options.out, begins_with('{\n "what": '), overwrite=options.overwrite)
+    left_out = ("json", "out", "overwrite", "threads")
+    arguments = {key: value for key, value in vars(options).items() if key not in left_out}
     if isinstance(options, OnDevice):
         arguments["device"] = str(open_device(options.device, options.threads))
     model = [arguments.pop("model")] if "model" in arguments else []
@@ -227,13 +233,12 @@ def bench(name: str, options: Any, function: str) -> int:
     result = getattr(importlib.import_module(module), function)(*model, **arguments)
     result = {"what": result["what"], "command": command_of(name, options)} | result
     report = json.dumps(result, indent=1)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.out, lambda file: file.write(report.encode()))
     if options.json:
         print(report)
     else:
         show_benchmark(results(), result)
+    if options.out is not None:
+        write_atomically(options.out, lambda file: file.write(report.encode()))
     return 0
 
 
@@ -243,7 +248,7 @@ def command_of(name: str, options: Measurement) -> str:
     words = ["volo", "bench", name]
     for option in dataclasses.fields(options):
         given = getattr(options, option.name)
-        if option.name in ("json", "out") or given == option.default:
+        if option.name in ("json", "out", "overwrite") or given == option.default:
             continue
         words.append("--" + option.name.replace("_", "-"))
         if given is not True:

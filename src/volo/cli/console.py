@@ -15,9 +15,23 @@ LINE_SECONDS = 30.0
 """A log file gets a line no more often than this."""
 
 
+NARROWEST = 40
+"""Columns that tables are laid out for at least, whatever COLUMNS says."""
+
+
 def results(json: bool = False) -> Console:
     """Where a command prints its result; with --json standard output is left to that."""
-    return Console(stderr=json)
+    console = Console(stderr=json)
+    console.width = max(console.width, NARROWEST)
+    return console
+
+
+def print_row(console: Console, row: Text) -> None:
+    """A row of a table without an end: cut to the width of a terminal, whole in a file."""
+    if console.is_terminal:
+        console.print(row, no_wrap=True, overflow="ellipsis", crop=True)
+    else:
+        console.print(row, soft_wrap=True)
 
 
 def note(text: object, style: str = "yellow") -> None:

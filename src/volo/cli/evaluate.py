@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,12 @@ from rich.text import Text
 
 from volo.cli.console import Bar, note, results
 from volo.cli.options import ModelOptions, WindowOptions, how_to_test, load_model, open_device, run
+from volo.cli.outputs import begins_with, claim, is_figure, optional
 
 if TYPE_CHECKING:
     import torch
+
+FIGURES = {"confusion.png": "confusion matrix", "iou.png": "IoU of classes"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class EvaluateOptions:
     """Print one JSON object instead of tables; the rest goes to standard error."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Write evaluation.json and confusion.png there."""
+    overwrite: bool = False
+    """Replace files of these names in --out that are no earlier evaluation."""
     split: str = ""
     """Of a segmentation model: which pictures of the data, for example test; those held out from the training if left out."""
     seen: Annotated[WindowOptions, tyro.conf.arg(name="")] = field(default_factory=WindowOptions)
@@ -59,76 +64,94 @@ def evaluate(options: EvaluateOptions) -> int:
       volo evaluate runs/camvid_cpu --split test --out report
       volo evaluate runs/cityscapes_volo_d1 --window 512 1024 --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --amp bf16
     """
+    from volo.data.files import write_atomically
+
+    if options.out is not None:
+        _claim(options.out, options.overwrite)
     device = open_device(options.how.device, options.how.threads)
-    classifier = load_model(options.model, options.how, device)
-    if classifier.task == "segment":
-        return _evaluate_segmentation(options, classifier, device)
+    loaded = load_model(options.model, options.how, device)
+    console = results(options.json)
+    with Bar(console) as bar:
+        evaluation = (_segmentation if loaded.task == "segment" else _classification)(options, loaded, device, bar)
+    described, result, show = evaluation
+    described = {"command": "volo evaluate", "model": loaded.origin, **described, "classes": loaded.classes}
+    # What is no text in a file name is written as JSON escapes it.
+    report = json.dumps(described | result, ensure_ascii=False).encode(errors="backslashreplace")
+    if options.json:
+        print(report.decode())
+    else:
+        how = [described[key] for key in ("data", "test") if key in described]
+        show(console, result, loaded.classes, ", ".join([*how, f"by {loaded.origin}"]))
+    if options.out is not None:
+        files = [options.out / "evaluation.json", *_draw(options.out, result, loaded)]
+        write_atomically(files[0], lambda file: file.write(report))
+        if not options.json:
+            console.print(", ".join(map(str, files)), style="cyan", soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def _claim(folder: Path, overwrite: bool) -> None:
+    """The pictures of a folder without an evaluation are those of another command."""
+    is_report = begins_with('{"command": "volo evaluate"')
+    report = folder / "evaluation.json"
+    claim(report, is_report, overwrite=overwrite)
+    for name, title in FIGURES.items():
+        claim(folder / name, lambda path, title=title: report.exists() and is_figure(title)(path), overwrite=overwrite)  # type: ignore[misc]
+
+
+def _draw(folder: Path, result: dict[str, Any], loaded: Any) -> list[Path]:
+    is_segment = loaded.task == "segment"
+    files = [folder / name for name in FIGURES][: 1 + is_segment]
+    with optional(" and ".join(path.name for path in files)):
+        from volo.explain.plots import class_bars, confusion_matrix
+
+        confusion_matrix(result["confusion"], loaded.classes, files[0], "pixels" if is_segment else "pictures")
+        if is_segment:
+            boundary = result["per_class_boundary_iou"]
+            class_bars(result["per_class_iou"], loaded.classes, loaded.colours, files[1], boundary)
+        return files
+    return []
+
+
+Evaluation = tuple[dict[str, Any], dict[str, Any], Callable[..., None]]
+"""What was done, its figures, and what shows them."""
+
+
+def _classification(options: EvaluateOptions, loaded: Any, device: torch.device, bar: Bar) -> Evaluation:
+    from volo.data.loader import EvalLoader
+    from volo.data.transforms import PixelPipeline
+    from volo.inference.evaluate import MirrorAveraged, evaluate, open_labelled, read_real_labels
+
     if options.seen != WindowOptions(flip=options.seen.flip) or options.split:
         raise ValueError(
             f"--split, --window, --stride and --scales are for segmentation models, which {options.model} is not"
         )
-    from volo.data.files import write_atomically
-    from volo.data.loader import EvalLoader
-    from volo.data.transforms import PixelPipeline
-    from volo.inference.evaluate import MirrorAveraged, open_labelled, read_real_labels
-    from volo.inference.evaluate import evaluate as run_evaluation
-
-    console = results(options.json)
-    model = MirrorAveraged(classifier.model) if options.seen.flip else classifier.model
-    data = dataclasses.replace(classifier.preprocessing, on_bad_image=options.on_bad_image)
-    with Bar(console) as bar:
-        labelled = open_labelled(
-            options.data,
-            data,
-            classifier.classes,
-            classifier.wnids,
-            on_progress=lambda done, total: bar.show("checking pictures", done, total),
-        )
-        bar.clear()
-        for bad in labelled.skipped:
-            note(f"left out: {bad}")
-        source = labelled.source
-        label_sets = None
-        if options.real is not None:
-            label_sets = read_real_labels(options.real, source.names, len(classifier.classes))
-        result = run_evaluation(
-            model,
-            EvalLoader(source, data, batch_size=options.how.batch_size or 32),
-            PixelPipeline(data).to(device),
-            num_classes=len(classifier.classes),
-            device=device,
-            amp=options.how.amp,
-            class_map=labelled.class_map,
-            label_sets=label_sets,
-            on_batch=lambda done: bar.show("evaluating", done, len(source)),
-        )
-    described = {
-        "model": classifier.origin,
-        "data": labelled.what,
-        "img_size": data.img_size,
-        "crop_pct": data.crop_pct,
-        "flip": options.seen.flip,
-    }
-    report = json.dumps({**described, "classes": classifier.classes, **result}, ensure_ascii=False)
-    if options.out is not None:
-        from volo.explain.plots import confusion_matrix
-
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.out / "evaluation.json", lambda file: file.write(report.encode()))
-        confusion_matrix(result["confusion"], classifier.classes, options.out / "confusion.png")
-    if options.json:
-        print(report)
-        return 0
-    show_evaluation(console, result, classifier.classes, f"{labelled.what}, by {classifier.origin}")
-    if options.out is not None:
-        console.print(
-            f"{options.out / 'evaluation.json'}, {options.out / 'confusion.png'}", style="cyan", soft_wrap=True
-        )
-    return 0
+    data = dataclasses.replace(loaded.preprocessing, on_bad_image=options.on_bad_image)
+    labelled = open_labelled(
+        options.data,
+        data,
+        loaded.classes,
+        loaded.wnids,
+        on_progress=lambda done, total: bar.show("checking pictures", done, total),
+    )
+    _tell(labelled.skipped, bar)
+    source, num_classes = labelled.source, len(loaded.classes)
+    result = evaluate(
+        MirrorAveraged(loaded.model) if options.seen.flip else loaded.model,
+        EvalLoader(source, data, batch_size=options.how.batch_size or 32),
+        PixelPipeline(data).to(device),
+        num_classes=num_classes,
+        device=device,
+        amp=options.how.amp,
+        class_map=labelled.class_map,
+        label_sets=None if options.real is None else read_real_labels(options.real, source.names, num_classes),
+        on_batch=lambda done: bar.show("evaluating", done, len(source)),
+    )
+    described = {"img_size": data.img_size, "crop_pct": data.crop_pct, "flip": options.seen.flip}
+    return {"data": labelled.what, **described}, result, show_evaluation
 
 
-def _evaluate_segmentation(options: EvaluateOptions, classifier: Any, device: torch.device) -> int:
-    from volo.data.files import write_atomically
+def _segmentation(options: EvaluateOptions, loaded: Any, device: torch.device, bar: Bar) -> Evaluation:
     from volo.data.masks import open_split
     from volo.data.segment_loader import SegmentEvalLoader
     from volo.data.transforms import PixelPipeline
@@ -137,62 +160,40 @@ def _evaluate_segmentation(options: EvaluateOptions, classifier: Any, device: to
 
     if options.real is not None:
         raise ValueError("--real is for classifiers; segmentation models take --window and --scales")
-    console = results(options.json)
-    segment, split = classifier.segment, options.split or classifier.segment.val_split
-    data = dataclasses.replace(classifier.preprocessing, on_bad_image=options.on_bad_image)
+    segment, split = loaded.segment, options.split or loaded.segment.val_split
+    data = dataclasses.replace(loaded.preprocessing, on_bad_image=options.on_bad_image)
     if options.data is not None:  # another layout than that of the training, and classes in another order, are fine
         data = dataclasses.replace(data, path=options.data)
         segment = dataclasses.replace(segment, layout="auto", num_classes=0)
     test = how_to_test(HowToTest.from_config(segment, data.img_size), options.seen)
-    assert test is not None
-    with Bar(console) as bar:
-        pictures, skipped = open_split(
-            data,
-            segment,
-            split,
-            known=(classifier.classes, classifier.colours),
-            on_progress=lambda done, total: bar.show("checking pictures", done, total),
-        )
-        bar.clear()
-        for bad in skipped:
-            note(f"left out: {bad}")
-        names = pictures.classes.names
-        result = evaluate_segmentation(
-            classifier.model,
-            SegmentEvalLoader(pictures, data, segment, batch_size=1),
-            PixelPipeline(data).to(device),
-            num_classes=len(classifier.classes),
-            device=device,
-            how=test,
-            amp=options.how.amp,
-            batch_size=options.how.batch_size or 1,
-            class_map=None if names == classifier.classes else match_classes(names, classifier.classes),
-            on_batch=lambda done: bar.show("evaluating", done, len(pictures)),
-        )
-    what = f"{split} of {data.path}"
-    described = {"model": classifier.origin, "data": what, "test": str(test), "classes": classifier.classes}
-    report = json.dumps({**described, **result}, ensure_ascii=False)
-    if options.out is not None:
-        from volo.explain.plots import class_bars, confusion_matrix
+    pictures, skipped = open_split(
+        data,
+        segment,
+        split,
+        known=(loaded.classes, loaded.colours),
+        on_progress=lambda done, total: bar.show("checking pictures", done, total),
+    )
+    _tell(skipped, bar)
+    names = pictures.classes.names
+    result = evaluate_segmentation(
+        loaded.model,
+        SegmentEvalLoader(pictures, data, segment, batch_size=1),
+        PixelPipeline(data).to(device),
+        num_classes=len(loaded.classes),
+        device=device,
+        how=test,
+        amp=options.how.amp,
+        batch_size=options.how.batch_size or 1,
+        class_map=None if names == loaded.classes else match_classes(names, loaded.classes),
+        on_batch=lambda done: bar.show("evaluating", done, len(pictures)),
+    )
+    return {"data": f"{split} of {data.path}", "test": str(test)}, result, show_segmentation
 
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.out / "evaluation.json", lambda file: file.write(report.encode()))
-        confusion_matrix(result["confusion"], classifier.classes, options.out / "confusion.png", "pixels")
-        class_bars(
-            result["per_class_iou"],
-            classifier.classes,
-            classifier.colours,
-            options.out / "iou.png",
-            result["per_class_boundary_iou"],
-        )
-    if options.json:
-        print(report)
-        return 0
-    show_segmentation(console, result, classifier.classes, f"{what}, {test}, by {classifier.origin}")
-    if options.out is not None:
-        files = ", ".join(str(options.out / name) for name in ("evaluation.json", "iou.png", "confusion.png"))
-        console.print(files, style="cyan", soft_wrap=True)
-    return 0
+
+def _tell(skipped: Sequence[object], bar: Bar) -> None:
+    bar.clear()
+    for bad in skipped:
+        note(f"left out: {bad}")
 
 
 def show_evaluation(

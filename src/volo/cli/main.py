@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from volo import __version__
-from volo.config import nearest
+from volo.config import expand_path, nearest
 
 COMMANDS = {
     "train": ("RECIPE", "train on a folder of pictures, CIFAR, the digits that come along, or pictures with masks"),
@@ -59,28 +59,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return 0 if argv else 2
-    if argv[0] in ("-V", "--version"):
-        print(f"volo {__version__}")
-        return 0
     try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(HELP, end="", flush=True)
+            return 0 if argv else 2
+        if argv[0] in ("-V", "--version"):
+            print(f"volo {__version__}", flush=True)
+            return 0
         if argv[0] not in COMMANDS:
             known = ", ".join(COMMANDS)
             raise ValueError(f"no command {argv[0]!r}{nearest(argv[0], COMMANDS)} (commands: {known}; see volo --help)")
-        return importlib.import_module(f"volo.cli.{argv[0]}").main(argv[1:])
+        command = importlib.import_module(f"volo.cli.{argv[0]}")
+        code = command.main([_expanded(word) for word in argv[1:]])
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt as interrupt:
         complain("stopped" + (f"; go on with: {interrupt}" if str(interrupt) else ""))
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone. Python's own flush at exit must not stumble over it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()  # its reader (head, less) has gone
         return 1
     except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
         if os.environ.get("VOLO_TRACEBACK"):
             raise
         complain(_message(error))
+        _give_up_output()
         return 2
     except RuntimeError as error:
         import torch
@@ -92,6 +95,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--train.accumulation 4), --amp bf16 (--train.amp bf16), a smaller picture, or --train.grad_checkpointing true"
         )
         return 2
+
+
+def _give_up_output() -> None:
+    """What standard output does not take must not make Python stumble again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _expanded(word: str) -> str:
+    """A word with ~ and $HOME for the home folder, after --option= too, where shells leave them alone."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + expand_path(value)
 
 
 class _StderrHandler(logging.Handler):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.text import Text
 
-from volo.cli.console import Bar, note, results
+from volo.cli.console import Bar, note, print_row, results
 from volo.cli.options import ModelOptions, load_model, model_and_pictures, open_device, run
+from volo.cli.outputs import begins_with, claim, is_figure, optional
 
 if TYPE_CHECKING:
     from volo.inference.predictor import Prediction
@@ -35,6 +36,8 @@ class PredictOptions:
     """Write there instead of standard output; the file appears when it is complete."""
     sheet: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
     """Draw the first 48 pictures with their classes; if all lie in folders named like classes, right and wrong show."""
+    overwrite: bool = False
+    """Replace what is at --out and --sheet already and is no earlier result."""
     on_bad_image: Literal["error", "skip"] = "error"
     """Pictures that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
     how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -58,6 +61,14 @@ def predict(options: PredictOptions) -> int:
     from volo.inference.predictor import to_csv, to_json
 
     model, pictures = model_and_pictures(options.model, options.pictures, options.checkpoint)
+    for option, path, is_ours in (
+        ("--out", options.out, begins_with('[\n{"picture": ', "picture,rank,class,probability,error\n")),
+        ("--sheet", options.sheet, is_figure("prediction sheet")),
+    ):
+        if path is not None:
+            if path.resolve() in {picture.resolve() for picture in pictures}:
+                raise ValueError(f"{option} would replace the picture {path}")
+            claim(path, is_ours, overwrite=options.overwrite, option=option)
     device = open_device(options.how.device, options.how.threads)
     classifier = load_model(model, options.how, device, "classify")
     # Only one of the two streams may draw: a bar and lines on the same terminal must know of each other.
@@ -93,14 +104,13 @@ def predict(options: PredictOptions) -> int:
         for prediction in watched():
             line = prediction_line(prediction, name_width, class_width)
             if to_terminal:
-                output.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+                print_row(output, line)
             else:
                 yield line.plain.rstrip() + "\n"
 
     lines = {"table": table, "json": lambda: to_json(watched()), "csv": lambda: to_csv(watched())}[options.format]()
     with bar:
         if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(
                 options.out, lambda file: file.writelines(line.encode(errors="backslashreplace") for line in lines)
             )
@@ -109,7 +119,8 @@ def predict(options: PredictOptions) -> int:
                 sys.stdout.write(line)
             sys.stdout.flush()
     if options.sheet is not None and for_sheet:
-        _draw_sheet(for_sheet, classifier.classes, options.sheet)
+        with optional(options.sheet.name):
+            _draw_sheet(for_sheet, classifier.classes, options.sheet)
     if failed:
         is_error = options.on_bad_image == "error"
         note(f"{failed} of {len(pictures)} pictures could not be read", "red" if is_error else "yellow")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -99,7 +97,7 @@ class TrainReporter(NullReporter):
         self.console.print(text, soft_wrap=True)
 
 
-def show_result(console: Console, result: TrainResult, pictures: Sequence[Path]) -> None:
+def show_result(console: Console, result: TrainResult) -> None:
     """The end of a run: how good it is, where everything lies, what to do next."""
     best = result.best
     if best:
@@ -115,8 +113,7 @@ def show_result(console: Console, result: TrainResult, pictures: Sequence[Path])
     speed = f", {result.images_per_second:,.0f} pictures/s in training" if result.images_per_second else ""
     console.print(f"{duration(result.seconds)} in all{speed}", highlight=False)
     weights = result.out / ("best.pt" if best else "last.pt")
-    for path, what in [(weights, "the weights")] + [(p, p.stem) for p in pictures]:
-        console.print(Text.assemble("  ", (str(path), "cyan"), f"  {what}"), soft_wrap=True)
+    console.print(Text.assemble("  ", (str(weights), "cyan"), "  the weights"), soft_wrap=True)
     console.print(
         Text.assemble(
             "next: ",

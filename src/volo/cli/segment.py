@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.text import Text
 
-from volo.cli.console import Bar, note, results
+from volo.cli.console import Bar, note, print_row, results
 from volo.cli.options import DeviceOptions, WindowOptions, how_to_test, model_and_pictures, open_device, run
 
 
@@ -116,7 +116,7 @@ def segment(options: SegmentOptions) -> int:
             entries.append(areas_json(result, names, files))
             if not result.error and not options.json:
                 shares = [(area["class"], area["share"]) for area in entries[-1]["areas"]]
-                console.print(area_line(result.name, shares, width), no_wrap=True, overflow="ellipsis", crop=True)
+                print_row(console, area_line(result.name, shares, width))
             bar.show("segmenting", len(entries), len(pictures))
     areas = options.out / "areas.json"
     write_areas(areas, entries, classifier, str(how or f"whole pictures, windows above a megapixel{views.views}"))

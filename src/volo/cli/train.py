@@ -9,8 +9,9 @@ import logging
 import shlex
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,10 +19,11 @@ import tyro
 
 from volo.cli.console import is_main_process, note, process_rank, results
 from volo.cli.options import open_device, parse_as
+from volo.cli.outputs import is_figure, optional
 from volo.config import Recipe, find_recipe, list_recipes, load_recipe
 
 if TYPE_CHECKING:
-    import torch
+    from volo.training.report import TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -97,38 +99,72 @@ def train(options: TrainOptions) -> int:
         note(f"stopped after step {result.step:,} of {result.total_steps:,}; go on with: {resume_command}")
         return 128 + result.signal
 
-    from volo.explain.plots import confusion_matrix, training_curves
-
-    pictures = [out / "curves.png"]
-    training_curves(out / "metrics.jsonl", pictures[0])
-    if result.confusion:
-        pictures.append(out / "confusion.png")
-        unit = "pixels" if recipe.task == "segment" else "pictures"
-        confusion_matrix(result.confusion, result.classes, pictures[1], unit)
-    if recipe.task == "segment" and result.best:
-        pictures += _draw_segmentation(out, result.best, open_device(recipe.train.device))
     if options.json:
-        print((out / "summary.json").read_text(encoding="utf-8"))
+        print((out / "summary.json").read_text(encoding="utf-8"), flush=True)
     else:
-        show_result(console, result, pictures)
+        show_result(console, result)
+    for name, draw in _figures(out, result, recipe.task).items():
+        path = out / name
+        with optional(str(path)):
+            if path.exists() and not is_figure(FIGURES[name])(path):
+                raise ValueError("a file of that name is there, and it is no earlier figure of a training")
+            draw(path)
+            if not options.json:
+                console.print(f"  {path}", style="cyan", soft_wrap=True, markup=False, highlight=False)
     return 0
+
+
+FIGURES = {
+    "curves.png": "training curves",
+    "confusion.png": "confusion matrix",
+    "iou.png": "IoU of classes",
+    "overlays.png": "overlays",
+}
+
+
+def _figures(out: Path, result: TrainResult, task: str) -> dict[str, Callable[[Path], None]]:
+    """What is drawn of a run, each by a function of the file it goes to."""
+
+    def curves(path: Path) -> None:
+        from volo.explain.plots import training_curves
+
+        training_curves(out / "metrics.jsonl", path)
+
+    def confusion(path: Path) -> None:
+        from volo.explain.plots import confusion_matrix
+
+        confusion_matrix(result.confusion, result.classes, path, "pixels" if task == "segment" else "pictures")
+
+    figures: dict[str, Callable[[Path], None]] = {"curves.png": curves}
+    if result.confusion:
+        figures["confusion.png"] = confusion
+    if task == "segment" and result.best:
+        figures["iou.png"] = partial(_draw_iou, out, result.best)
+        figures["overlays.png"] = partial(_draw_overlays, out)
+    return figures
 
 
 MAX_OVERLAYS = 6
 
 
-def _draw_segmentation(out: Path, best: dict[str, Any], device: torch.device) -> list[Path]:
-    """iou.png and overlays.png of a run: bars for the classes, and some held-out pictures as the best weights see them."""
+def _draw_iou(out: Path, best: dict[str, Any], path: Path) -> None:
+    from volo.explain.plots import class_bars
+    from volo.inference.model_source import load
+
+    model = load(out, task="segment", device="meta")
+    class_bars(best["per_class_iou"], model.classes, model.colours, path, best.get("per_class_boundary_iou", ()))
+
+
+def _draw_overlays(out: Path, path: Path) -> None:
+    """Some held-out pictures as the best weights see them."""
     from volo.data.masks import BadImageError, find_pairs, load_pair, open_classes
-    from volo.explain.plots import OverlayItem, class_bars, overlay_sheet
+    from volo.explain.plots import OverlayItem, overlay_sheet
     from volo.inference.model_source import load
     from volo.inference.segment import HowToTest, segment
 
+    recipe = load_recipe(out / "recipe.toml")
+    device = open_device(recipe.train.device)
     classifier = load(out, task="segment", device=device)
-    bars, sheet = out / "iou.png", out / "overlays.png"
-    class_bars(
-        best["per_class_iou"], classifier.classes, classifier.colours, bars, best.get("per_class_boundary_iou", ())
-    )
     root, classes = open_classes(classifier.preprocessing, classifier.segment)
     pairs = find_pairs(root, classifier.segment, classifier.segment.val_split)
     count = len(pairs.names)
@@ -142,8 +178,7 @@ def _draw_segmentation(out: Path, best: dict[str, Any], device: torch.device) ->
         how = HowToTest.from_config(classifier.segment, classifier.preprocessing.img_size)
         answer = next(segment(classifier, [root / name], how=how, device=device))
         items.append(OverlayItem(image, answer.classes, truth[0].numpy(), Path(name).name))
-    overlay_sheet(items, classifier.classes, classifier.colours, sheet)
-    return [bars, sheet]
+    overlay_sheet(items, classifier.classes, classifier.colours, path)
 
 
 def _show_plan(recipe: Recipe, out: Path, options: TrainOptions) -> int:

@@ -447,13 +447,6 @@ def _figure(out: str | Path, title: str, width: float, height: float, names: _Na
         write_atomically(out, lambda file: figure.savefig(file, format="png", **how))
 
 
-def is_figure(path: Path, title: str) -> bool:
-    """Whether a file is a figure of ours, of that title."""
-    with path.open("rb") as file:
-        head = file.read(2048)
-    return b"tEXtSoftware\0volo" in head and b"tEXtTitle\0" + title.encode() in head
-
-
 class _Names:
     """Names as they can be drawn here: in fonts that have their characters, or else as numbers, which a file explains."""
 

@@ -28,7 +28,9 @@ def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.
 
     known = list_optimizers()
     if config.name not in known:
-        raise ValueError(f"unknown optimizer {config.name!r}{nearest(config.name, known)} Known: {', '.join(known)}")
+        raise ValueError(
+            f"unknown optimizer {config.name!r}{nearest(config.name, known) or '.'} Known: {', '.join(known)}"
+        )
     info = get_optimizer_info(config.name)
     if info.second_order:
         raise ValueError(
