@@ -93,7 +93,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 
 def test_help_lists_every_key_with_the_values_of_the_recipe(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["train", "tiny.toml", "--help"])
+        main(["train", "tiny.toml", "--help-all"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     recipe = load_recipe("tiny.toml").to_dict()
@@ -104,7 +104,17 @@ def test_help_lists_every_key_with_the_values_of_the_recipe(inside: Path, capsys
     assert "Peak learning rate" in text
 
 
-@pytest.mark.parametrize("command", COMMANDS.keys() - {"bench"})
+def test_help_of_train_shows_first_what_matters(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.toml", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--train.batch_size 128" in text and "--optim.lr 0.005" in text and "--help-all" in text
+    assert "--augment.erase_prob" not in text
+    assert len(text.splitlines()) < 60
+    assert main(["train", "--help"]) == 0
+    assert "--train.batch_size 1024" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"bench", "train"}))
 def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -130,6 +140,11 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
         ("evaluate runs/tiny --img-size 17", "The next legal size is 24 x 24"),
         ("evaluate tiny.toml", "tiny.toml"),
         ("predict runs/tiny", "name the pictures"),
+        ("train tiny.toml --epochs 3", "volo train has no --epochs: --schedule.epochs"),
+        ("train tiny.toml --batch_size=3", "--train.batch_size"),
+        ("train tiny.toml --pretrained", "--model.weights volo_d1.224"),
+        ("predict --weights runs/tiny pictures", "name the model first"),
+        ("evaluate --checkpoint runs/tiny", "name the model first"),
         ("predict runs/tiny gone.png", "no file or folder 'gone.png'"),
     ],
 )

@@ -141,3 +141,19 @@ def test_the_home_folder_in_paths(
     Path("~/own.toml").write_text('[data]\npath = "~/photos"\n[model]\nweights = "~x"\n')
     recipe = load_recipe("~/own.toml")
     assert (recipe.data.path, recipe.model.weights) == (str(inside / "photos"), "~x")
+
+
+def test_recipes_in_other_encodings(tmp_path: Path) -> None:
+    """With a byte order mark they are read; what is not UTF-8 is named, with its line."""
+    path = tmp_path / "mine.toml"
+    path.write_bytes("\ufeff# grüße\r\n[data]\r\nimg_size = 48\r\n".encode())
+    assert load_recipe(path).data.img_size == 48
+    path.write_bytes("[data]\n# grüße\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"mine\.toml, line 2, is not UTF-8"):
+        load_recipe(path)
+    path.write_text("[dato]\n")
+    with pytest.raises(ValueError, match=r"'dato'; did you mean 'data'\? Known here"):
+        load_recipe(path)
+    path.write_text("[zzzzzz]\n")
+    with pytest.raises(ValueError, match=r"'zzzzzz'\. Known here"):
+        load_recipe(path)

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from volo.cli.console import Bar, note, results
-from volo.cli.options import ModelOptions, WindowOptions, how_to_test, load_model, open_device, run
+from volo.cli.options import OF_MODELS, ModelOptions, WindowOptions, how_to_test, load_model, open_device, run
 from volo.cli.outputs import begins_with, claim, is_figure, optional
 
 if TYPE_CHECKING:
@@ -280,4 +280,4 @@ def show_segmentation(console: Console, result: dict[str, Any], classes: Sequenc
     console.print(table, highlight=False)
 
 
-main = partial(run, evaluate)
+main = partial(run, evaluate, ours=OF_MODELS | {"--checkpoint": OF_MODELS["--weights"]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,10 +30,23 @@ def parse_as(kind: type[Any], argv: Sequence[str], prog: str, described: str = "
     )
 
 
-def run(command: Callable[[Any], int], argv: Sequence[str]) -> int:
+def answer_habits(command: str, argv: Sequence[str], ours: Mapping[str, str]) -> None:
+    """Answer options of other tools by what they are called here. Raises ValueError."""
+    for word in argv:
+        option = word.partition("=")[0].replace("_", "-")
+        if word.startswith("-") and option in ours:
+            raise ValueError(f"{command} has no {word.partition('=')[0]}: {ours[option]}")
+
+
+def run(command: Callable[[Any], int], argv: Sequence[str], ours: Mapping[str, str] | None = None) -> int:
     """Parse the options of a command, the one argument it takes, and run it. Its docstring is the help."""
+    answer_habits(f"volo {command.__name__}", argv, ours or {})
     kind = typing.get_type_hints(command)["options"]
     return command(parse_as(kind, argv, f"volo {command.__name__}", command.__doc__ or ""))
+
+
+_MODEL_FIRST = "name the model first, a run folder, a file or published weights such as volo_d1.224"
+OF_MODELS = {"--pretrained": _MODEL_FIRST, "--weights": _MODEL_FIRST, "--model": _MODEL_FIRST}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import tyro
 from rich.text import Text
 
 from volo.cli.console import Bar, note, print_row, results
-from volo.cli.options import ModelOptions, load_model, model_and_pictures, open_device, run
+from volo.cli.options import OF_MODELS, ModelOptions, load_model, model_and_pictures, open_device, run
 from volo.cli.outputs import begins_with, claim, is_figure, optional
 
 if TYPE_CHECKING:
@@ -160,4 +160,4 @@ def prediction_line(prediction: Prediction, name_width: int, class_width: int) -
     return line
 
 
-main = partial(run, predict)
+main = partial(run, predict, ours=OF_MODELS)

@@ -12,7 +12,7 @@ import tyro
 from rich.text import Text
 
 from volo.cli.console import Bar, note, print_row, results
-from volo.cli.options import DeviceOptions, WindowOptions, how_to_test, model_and_pictures, open_device, run
+from volo.cli.options import OF_MODELS, DeviceOptions, WindowOptions, how_to_test, model_and_pictures, open_device, run
 
 
 @dataclass(frozen=True)
@@ -145,4 +145,4 @@ def area_line(name: str, areas: Sequence[tuple[str, float]], name_width: int, mo
     return line
 
 
-main = partial(run, segment)
+main = partial(run, segment, ours=OF_MODELS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import logging
 import shlex
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from volo.cli.console import is_main_process, note, process_rank, results
-from volo.cli.options import open_device, parse_as
+from volo.cli.options import answer_habits, open_device, parse_as
 from volo.cli.outputs import is_figure, optional
 from volo.config import Recipe, find_recipe, list_recipes, load_recipe
 
@@ -66,7 +67,7 @@ def train(options: TrainOptions) -> int:
       torchrun --nproc-per-node 8 -m volo train imagenet_volo_d1_224 --data imagenet --train.amp bf16
       volo train cifar10_token_labels --data cifar10       its annotator first, then the label maps, then the training
       volo train imagenet_volo_d1_224 --data imagenet --token_label.maps maps/imagenet --plan
-      volo train photos_cpu --help                         all keys, with the values of that recipe
+      volo train photos_cpu --help-all                     all keys, with the values of that recipe
     """
     from volo.cli.progress import TrainReporter, show_result
     from volo.training.pipeline import train as run_training
@@ -198,8 +199,71 @@ def _show_plan(recipe: Recipe, out: Path, options: TrainOptions) -> int:
     return 0
 
 
+KEYS_THAT_MATTER = {
+    "data.path": "where the images are; --data for short",
+    "model.name": "which network: `volo info --models` lists them",
+    "model.weights": "start from these: published ones (volo_d1.224), a run folder, a file; empty: from scratch",
+    "data.img_size": "side of the images in pixels, or height and width: time grows with its square",
+    "schedule.epochs": "how long: passes over the training images",
+    "train.batch_size": "images in a step; the learning rate goes with it unless optim.lr is set",
+    "optim.lr": "peak learning rate; 0: by the batch size",
+    "train.accumulation": "split each step into so many micro batches, for less memory",
+    "train.amp": "off, bf16, fp16: bf16 is about twice as fast on today's GPUs",
+    "train.device": "cpu, cuda, cuda:1; auto: cuda where there is one",
+}
+HABITS = {
+    "--pretrained": "--model.weights volo_d1.224 starts from published weights",
+    "--weights": "--model.weights takes published weights, a run folder or a file to start from",
+    "--checkpoint": "--model.weights RUN starts from its weights; `volo train RUN --resume` goes on with it",
+    "--epochs": "--schedule.epochs",
+    "--lr": "--optim.lr",
+    "--learning-rate": "--optim.lr",
+    "--weight-decay": "--optim.weight_decay",
+    "--opt": "--optim.name",
+    "--batch-size": "--train.batch_size, images in a step over all processes",
+    "--img-size": "--data.img_size",
+    "--model": "--model.name",
+    "--amp": "--train.amp bf16",
+    "--device": "--train.device",
+    "--seed": "--train.seed",
+    "--workers": "--data.num_workers",
+}
+
+
+def _short_help(recipe: Recipe) -> str:
+    """What to know first: the ten keys that matter, as they are in `recipe`."""
+    sections = dataclasses.asdict(recipe)
+    keys = []
+    for key, meaning in KEYS_THAT_MATTER.items():
+        section, _, name = key.partition(".")
+        value = sections[section][name]
+        given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        keys.append(f"  {f'--{key} {given}'.rstrip():30} {meaning}")
+    return f"""usage: volo train RECIPE [OPTIONS]
+
+{inspect.cleandoc(train.__doc__ or "")}
+
+Where and how:
+  --data PATH                    where the images are
+  --out FOLDER                   run folder; runs/NAME of the recipe if left out
+  --resume, --overwrite          go on with the run in --out, or replace it
+  --plan                         only say what it would take: steps, memory, time
+  --json, --quiet                the summary as JSON; no progress
+
+The keys that matter first, with the values of this recipe:
+{chr(10).join(keys)}
+
+volo train RECIPE --help-all     every option and key
+"""
+
+
 def main(argv: Sequence[str]) -> int:
+    answer_habits("volo train", argv, HABITS)
     words, default, of_recipe, given = _prepare(argv)
+    if {"-h", "--help"} & set(words):
+        print(_short_help(default.recipe), end="")
+        return 0
+    words = ["--help" if word == "--help-all" else word for word in words]
     # Recipe keys are shown as they are written in recipes.
     options = parse_as(
         TrainOptions, words, "volo train RECIPE", train.__doc__ or "", default=default, use_underscores=True
@@ -220,9 +284,10 @@ def _prepare(argv: Sequence[str]) -> tuple[list[str], TrainOptions, dict[str, An
     if not argv:
         raise ValueError("volo train needs a recipe: a .toml file, " + ", ".join(path.stem for path in list_recipes()))
     if argv[0].startswith("-"):
-        if not {"-h", "--help"} & set(argv):
+        asked = {"-h", "--help", "--help-all"} & set(argv)
+        if not asked:
             raise ValueError(f"the recipe comes first: volo train RECIPE {' '.join(argv)}")
-        return ["--help"], TrainOptions(), {}, {}
+        return [*asked], TrainOptions(), {}, {}
     folder = Path(argv[0])
     path = find_recipe(folder / "recipe.toml" if (folder / "recipe.toml").is_file() else argv[0])
     # The recipe a run was started with lies in its folder, where it is also continued.

@@ -1,0 +1,170 @@
+"""Write the tables of README.md and docs/ that quote benchmarks/results, from these files: `python benchmarks/tables.py`.
+
+A table stands between `<!-- NAME: python benchmarks/tables.py -->` and `<!-- end of NAME -->`; `--check` only says which
+are out of date (exit code 1), as a test does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ["README.md", "docs/operator.md", "docs/gpu.md"]
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def row(name: str, candidate: str, **of: str) -> dict[str, Any]:
+    """The row of a result that is of `candidate` and what else is asked."""
+    wanted = {"candidate": candidate} | of
+    (found,) = (r for r in result(name)["rows"] if all(r[key] == value for key, value in wanted.items()))
+    return found
+
+
+def where(name: str) -> str:
+    content = result(name)
+    return f"{content['device']}, {content['threads']} threads, {content['date']}"
+
+
+def minutes(seconds: float) -> str:
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def kernel(name: str, dtype: str, direction: str) -> float:
+    return row(name, f"cpu {dtype}", **{"pass": direction})["times_reference"]
+
+
+def trainings() -> str:
+    def line(what: str, folder: str, share: float, figure: str, machine: str) -> list[str]:
+        run = result(f"{folder}/summary")
+        return [
+            what,
+            f"`{run['model']}`, {run['num_parameters'] / 1e6:.1f} M",
+            f"{100 * share:.1f} % {figure}",
+            f"{minutes(run['seconds'])} on {machine}",
+            f"[{folder}](benchmarks/results/{folder})",
+        ]
+
+    top1 = {name: result(f"{name}/summary")["final"]["top1"] for name in ("digits", "photos", "cifar10")}
+    held_out = {name: result(f"{name}/summary")["num_val"] for name in top1}
+    camvid = result("camvid/test")
+    return table(
+        ["trained from scratch", "model", "score", "minutes", "files"],
+        [
+            line(f"handwritten digits, {held_out['digits']} held out", "digits", top1["digits"], "top-1", "two CPU cores"),
+            line(f"ten classes of photos, {held_out['photos']} held out", "photos", top1["photos"], "top-1", "one CPU core"),
+            line(f"CIFAR-10, {held_out['cifar10']:,} held out", "cifar10", top1["cifar10"], "top-1", "two CPU cores (AMX)"),
+            line(f"CamVid, {camvid['count']} test images", "camvid", camvid["miou"], "mIoU", "two CPU cores"),
+        ],
+    )  # fmt: skip
+
+
+def speed() -> str:
+    def link(name: str) -> str:
+        return f"[{name}](benchmarks/results/{name}.json)"
+
+    rows = []
+    for batch in (1, 8):
+        name = f"cpu_op_d1_batch{batch}"
+        forward, both = (f"{kernel(name, 'float32', d):.1f}" for d in ("forward", "forward + backward"))
+        what = f"CPU kernel against unfold/fold, D1 stage 1, batch {batch}, float32"
+        rows.append([what, f"forward {forward}, with backward {both}", where(name), link(name)])
+    for what, candidate, name in (
+        ("inference of D1, batch 8, float32, against timm eager", "volo float32", "cpu_model_d1"),
+        ("the same in bfloat16, against timm in float32", "volo bfloat16", "cpu_model_d1"),
+        ("a training step of D1, batch 8, float32, against timm eager", "volo", "cpu_train_d1"),
+    ):
+        rows.append([what, f"{row(name, candidate)['times_timm_eager']:.2f}", where(name), link(name)])
+    loop = f"{result('training_loop')['ratio']:.2f}"
+    rows.append(["`volo train` against a bare loop", loop, where("training_loop"), link("training_loop")])
+    eager = [f"{row('gpu_kernels_d1', f'fused {d}')['times_eager']:.0f}" for d in ("forward", "forward + backward")]
+    what = "GPU kernels against unfold/fold eager, D1 stage 1, batch 128, bfloat16"
+    machine = f"{result('gpu_kernels_d1')['device']}, {result('gpu_kernels_d1')['date']}"
+    rows.append([what, f"forward {eager[0]}, with backward {eager[1]}", machine, link("gpu_kernels_d1")])
+    return table(["what, against what", "times as fast", "where and when", "file"], rows)
+
+
+def asked(head: str, goals: list[tuple[str, float, float]], form: str) -> str:
+    def measured(bound: float, figure: float) -> str:
+        text = format(figure, form)
+        return text if figure >= bound else f"**{text}, missed**"
+
+    return table(
+        [head, "asked: at least", "measured"],
+        [[what, f"{bound:g}", measured(bound, figure)] for what, bound, figure in goals],
+    )
+
+
+def operator() -> str:
+    goals = (
+        ("D1 at 224, batch 8", "cpu_op_d1_batch8", 12, 8),
+        ("D1 at 224, batch 1", "cpu_op_d1_batch1", 6, 8),
+        ("D4 at 448 (384 channels, 12 heads, 56 x 56 tokens), batch 1", "cpu_op_d4_448", 8, 8),
+    )
+    rows = [(f"forward, {what}", float(f), kernel(name, "float32", "forward")) for what, name, f, _ in goals]
+    both = "forward + backward"
+    rows += [(f"{both}, {what}", float(b), kernel(name, "float32", both)) for what, name, _, b in goals]
+    return asked("times as fast as unfold, softmax, product, fold; float32", rows, ".1f")
+
+
+def against_timm() -> str:
+    goals = [
+        ("inference, float32", 1.35, row("cpu_model_d1", "volo float32")["times_timm_eager"]),
+        ("inference, bfloat16", 2.2, row("cpu_model_d1", "volo bfloat16")["times_timm_eager"]),
+        ("training step, float32", 1.25, row("cpu_train_d1", "volo")["times_timm_eager"]),
+    ]
+    return asked("D1 at 224, batch 8: times as fast as timm eager in float32", goals, ".2f")
+
+
+def gpu_goals() -> str:
+    goals = [
+        (f"operator {direction}, of the copy bandwidth", bound, row("gpu_kernels_d1", f"fused {direction}")["copy_fraction"])
+        for direction, bound in (("forward", 0.6), ("backward", 0.45))
+    ]  # fmt: skip
+    return asked("H200, bfloat16, batch 128", goals, ".2f")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "trainings": trainings,
+    "speed": speed,
+    "operator": operator,
+    "against timm": against_timm,
+    "gpu goals": gpu_goals,
+}
+PLACE = re.compile(r"(<!-- ([\w ]+): python benchmarks/tables\.py -->\n\n).*?(\n\n<!-- end of \2 -->)", re.DOTALL)
+
+
+def written(text: str) -> str:
+    """A document with its tables as the files have them now."""
+    return PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[3], text)
+
+
+def main(argv: list[str]) -> int:
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        if written(text) != text:
+            stale.append(name)
+            if "--check" not in argv:
+                path.write_text(written(text), encoding="utf-8")
+    if stale:
+        print(f"{'out of date' if '--check' in argv else 'written'}: {', '.join(stale)}")
+    return int(bool(stale) and "--check" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
