@@ -15,12 +15,26 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 Size = int | tuple[int, int]
+"""A side in pixels, or height and width."""
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def read_size(name: str, words: Sequence[int] | None, least: int = 1) -> Size | None:
+    """One number, or two, as they come from a command line. Raises ValueError that speaks of `name`."""
+    if words is None:
+        return None
+    if len(words) not in (1, 2) or min(words) < least:
+        raise ValueError(f"{name} is one number of pixels, or height and width; given: {' '.join(map(str, words))}")
+    return words[0] if len(words) == 1 else (words[0], words[1])
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
+from volo.cli.console import Bar, Lasting
 from volo.cli.main import main
 from volo.config import Recipe, load_recipe
 from volo.models.checkpoint import model_config_dict, save_checkpoint
@@ -141,6 +144,23 @@ def test_the_home_folder_in_paths(
     Path("~/own.toml").write_text('[data]\npath = "~/photos"\n[model]\nweights = "~x"\n')
     recipe = load_recipe("~/own.toml")
     assert (recipe.data.path, recipe.model.weights) == (str(inside / "photos"), "~x")
+
+
+def test_a_training_outlives_its_terminal() -> None:
+    """Progress into a pipe whose reader has gone; a Console alone would end the program."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as gone:
+        console = Console(file=cast(IO[str], Lasting(gone)))
+        console.print("a row of figures")
+        with Bar(console) as bar:
+            bar._drawn = 0.0
+            bar.show("training", 1, 2)
+        try:
+            with pytest.raises(SystemExit):
+                Console(file=gone).print("a row of figures")
+        finally:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
 
 
 def test_recipes_in_other_encodings(tmp_path: Path) -> None:

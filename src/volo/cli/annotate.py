@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.text import Text
 
 from volo.cli.console import Bar, duration, is_main_process, results
-from volo.cli.options import DeviceOptions, read_crop, read_size, run, set_threads
+from volo.cli.options import DeviceOptions, read_crop, run, set_threads
+from volo.config import read_size
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -19,11 +21,32 @@ NARROWEST = 40
 """Columns that tables are laid out for at least, whatever COLUMNS says."""
 
 
-def results(json: bool = False) -> Console:
-    """Where a command prints its result; with --json standard output is left to that."""
+def results(json: bool = False, *, lasting: bool = False) -> Console:
+    """Where a command prints its result; with --json standard output is left to that. `lasting`: see `Lasting`."""
     console = Console(stderr=json)
+    if lasting:
+        console.file = cast(IO[str], Lasting(console.file))
     console.width = max(console.width, NARROWEST)
     return console
+
+
+class Lasting:
+    """A stream whose end (a terminal that was closed, a pipe without a reader) does not end the work it tells of."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def print_row(console: Console, row: Text) -> None:

@@ -6,6 +6,7 @@ parser is imported where it is used, so that help and spelling mistakes are answ
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import logging
@@ -115,7 +116,8 @@ class _StderrHandler(logging.Handler):
     """Writes to what is sys.stderr at that moment: while a bar is drawn, rich puts lines above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody listens any more
+            print(self.format(record), file=sys.stderr)
 
 
 def _message(error: Exception) -> str:

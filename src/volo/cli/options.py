@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from volo.config import read_size
+
 if TYPE_CHECKING:
     import torch
 
@@ -128,15 +130,6 @@ def read_crop(crop: str, *words: str) -> Any:
         return float(crop)
     except ValueError:
         raise ValueError(f"--crop is {', '.join(words)} or a number such as 0.96; given: {crop!r}") from None
-
-
-def read_size(option: str, size: tuple[int, ...] | None, least: int = 1) -> Any:
-    """A side in pixels, or (height, width)."""
-    if size is None:
-        return None
-    if len(size) not in (1, 2) or min(size) < least:
-        raise ValueError(f"{option} is one number of pixels, or height and width; given: {' '.join(map(str, size))}")
-    return size[0] if len(size) == 1 else size
 
 
 def set_threads(threads: int) -> None:

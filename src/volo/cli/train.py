@@ -81,7 +81,7 @@ def train(options: TrainOptions) -> int:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, on_bad_image=options.on_bad_image))
     is_main = is_main_process()
     console = results(options.json)
-    reporter = None if options.quiet or not is_main else TrainReporter(console)
+    reporter = None if options.quiet or not is_main else TrainReporter(results(options.json, lasting=True))
     if options.plan:
         return _show_plan(recipe, out, options)
     program = "volo" if process_rank() is None else "torchrun ... -m volo"
@@ -189,7 +189,7 @@ def _show_plan(recipe: Recipe, out: Path, options: TrainOptions) -> int:
 
     is_main = is_main_process()
     console = results(options.json)
-    reporter = None if options.quiet or not is_main else TrainReporter(console)
+    reporter = None if options.quiet or not is_main else TrainReporter(results(options.json, lasting=True))
     with reporter or contextlib.nullcontext():
         plan = plan_training(recipe, out, reporter=reporter)
     if is_main and options.json:

@@ -11,14 +11,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from volo.config import AugmentConfig, DataConfig, Size
+from volo.config import AugmentConfig, DataConfig, Size, height_width
 from volo.data.rand_augment import parse_rand_augment
 
 _MODES = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
-
-
-def height_width(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):
