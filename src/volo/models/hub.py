@@ -138,7 +138,7 @@ def fetch(tag: str) -> Path:
         return _fetch_release(weights)
     except DownloadError as error:
         raise DownloadError(
-            f"{from_hub}\n{error}\nWithout a network, fetch the file by other means and give its path in place of {tag}"
+            f"{tag} cannot be had here; fetch the file by other means, and give its path in place of {tag}:\n{from_hub}\n{error}"
         ) from error
 
 
