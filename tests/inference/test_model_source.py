@@ -88,3 +88,23 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
         load("volo_d1.225")
     with pytest.raises(FileNotFoundError, match=r"no best\.pt or last\.pt"):
         load(tmp_path)
+
+
+def test_architectures_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan reads and downloads nothing, whatever the name stands for."""
+    monkeypatch.setenv("VOLO_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.save(create_model("volo_nano").state_dict(), tmp_path / "nano.pth")
+    for source, size in (("volo_d5.512", 512), (tmp_path / "nano.pth", 32), ("resnet18.a1_in1k", (288, 288))):
+        outline = load(source, device="meta", timm=True)
+        assert all(p.is_meta for p in outline.model.parameters())
+        assert (outline.device.type, outline.preprocessing.img_size) == ("meta", size)
+
+
+def test_names_of_timm_mean_nothing_where_none_is_asked_for() -> None:
+    with pytest.raises(FileNotFoundError, match="hf-hub:user/name"):
+        load("resnet18.a1_in1k")
+    with pytest.raises(ValueError, match=r"no annotator 'resnet19'; did you mean 'resnet1"):
+        load("resnet19", timm=True)
+    with pytest.raises(ValueError, match="weights of its own"):
+        load("volo_d1.224", timm=True, weights="w.pth")

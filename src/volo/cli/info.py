@@ -125,7 +125,7 @@ def _cache() -> str:
     try:
         return str(cache_folder())
     except ValueError as error:
-        return f"none: {error}"
+        return f"no folder: {error}"
 
 
 def _title(recipe: Path) -> str:
