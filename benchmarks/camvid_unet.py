@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from volo.config import ModelConfig, Recipe, load_recipe
 from volo.data.files import write_atomically
+from volo.data.loader import MaskEvalLoader
 from volo.data.masks import open_split
-from volo.data.segment_loader import SegmentEvalLoader
 from volo.data.transforms import PixelPipeline
 from volo.distributed import World
 from volo.inference.evaluate import AMP_DTYPES
@@ -99,7 +99,7 @@ def test_score(out: Path, name: str, recipe: Recipe, device: torch.device) -> di
     model = UNet(**checkpoint["model_config"])
     model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
     pictures, _ = open_split(recipe.data, recipe.segment, "test")
-    loader = SegmentEvalLoader(pictures, recipe.data, recipe.segment, batch_size=1)
+    loader = MaskEvalLoader(pictures, recipe.data, recipe.segment, batch_size=1)
     pixels = PixelPipeline(recipe.data).to(device)
     figures = evaluate_segmentation(
         model.to(device), loader, pixels, num_classes=len(checkpoint["classes"]), device=device

@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,9 +24,11 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from volo.config import AugmentConfig, DataConfig
+from volo.data import decode
 from volo.data.decode import BadImageError
 from volo.data.images import ArraySource, FolderSource, open_data
-from volo.data.loader import EvalLoader, TrainLoader, default_workers, shift
+from volo.data.loader import EvalLoader, TrainLoader, default_workers
+from volo.data.samples import shift
 from volo.data.transforms import eval_transform
 
 # torch advises against more workers than cores; the tests run everywhere.
@@ -246,7 +250,7 @@ def test_small_pictures_need_a_size_and_a_time(size: int, epochs: int) -> None:
 def test_batches_that_cannot_be_formed_are_refused() -> None:
     with pytest.raises(ValueError, match="does not divide by 3 accumulated micro batches x 2 processes; .* is 12"):
         loader(arrays(30), batch_size=8, accumulation=3, world_size=2)
-    with pytest.raises(ValueError, match="only 10 training pictures; it can be 8 at most"):
+    with pytest.raises(ValueError, match="only 10 training images; it can be 8 at most"):
         loader(arrays(10), batch_size=16, accumulation=4)
     with pytest.raises(ValueError, match="4 are needed"):
         loader(arrays(3), batch_size=4, accumulation=4)
@@ -294,12 +298,54 @@ def test_evaluation_shares(count: int, batch_size: int, world: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_breaks_during_the_run_is_named(workers: int, files: FolderSource, tmp_path: Path) -> None:
+def test_a_file_that_breaks_during_the_run_is_named(
+    workers: int, files: FolderSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "PAUSES", (0.01,))
     broken = FolderSource(tmp_path, files.targets, files.names, files.classes)  # nothing of it is there
     with pytest.raises(BadImageError, match=r"[ab]/\d\d\.png: no such file.*At the start"):
         list(loader(broken, HEAVY, num_workers=workers).batches(0, 2))
     with pytest.raises(BadImageError, match=r"[ab]/\d\d\.png: no such file"):
         list(EvalLoader(broken, DATA, batch_size=4, num_workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_any_more_is_left_out_where_the_run_says_so(
+    workers: int, files: FolderSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one takes its place, the same whatever the workers and restarts; an evaluation goes without."""
+    monkeypatch.setattr(decode, "PAUSES", (0.01,))
+    root = shutil.copytree(files.root, tmp_path / "copy")
+    gone = FolderSource(root, files.targets, files.names, files.classes)
+    (root / files.names[5]).unlink()
+    data = replace(DATA, on_bad_image="skip")
+    one = TrainLoader(gone, data, HEAVY, batch_size=11, num_workers=workers)
+    with pytest.warns(UserWarning, match=f"left out: {files.names[5]}: no such file"):
+        epoch = joined(one.batches(0, 2))
+    assert sorted(epoch["index"].tolist()) == [*range(5), 6, *range(6, 22)]
+    assert torch.equal(epoch["target"], gone.targets[epoch["index"]])
+    assert one.left_out == {files.names[5]: "no such file or directory"}
+    with pytest.warns(UserWarning, match="left out"):
+        assert_same(joined(TrainLoader(gone, data, HEAVY, batch_size=11, num_workers=0).batches(0, 2)), epoch)
+    with pytest.warns(UserWarning, match="left out"):
+        shown = joined(EvalLoader(gone, data, batch_size=4, num_workers=workers))
+    assert shown["index"].tolist() == [i for i in range(22) if i != 5]
+    (root / files.names[0]).parent.rename(tmp_path / "away")
+    (tmp_path / "b").mkdir()
+    (root / files.names[-1]).parent.rename(tmp_path / "b/away")
+    with pytest.raises(BadImageError, match="nor can the 7 before it be read"):
+        list(one.batches(0, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_is_away_for_a_moment_is_waited_for(workers: int, files: FolderSource, tmp_path: Path) -> None:
+    root = shutil.copytree(files.root, tmp_path / "copy")
+    moment = FolderSource(root, files.targets, files.names, files.classes)
+    path = root / files.names[5]
+    path.rename(tmp_path / "away")
+    threading.Timer(0.7, lambda: (tmp_path / "away").rename(path)).start()
+    got = joined(TrainLoader(moment, DATA, HEAVY, batch_size=11, num_workers=workers).batches(0, 2))
+    assert_same(got, joined(loader(files, HEAVY, batch_size=11).batches(0, 2)))
 
 
 class Grumpy(FolderSource):
@@ -313,7 +359,7 @@ def test_other_failures_name_the_picture_too(workers: int, files: FolderSource) 
     with pytest.raises(RuntimeError, match="a bug of ours") as error:
         list(loader(grumpy, HEAVY, num_workers=workers).batches(0, 1))
     notes = " ".join(getattr(error.value, "__notes__", []))
-    assert "while preparing picture" in notes + str(error.value)
+    assert "while loading image" in notes + str(error.value)
 
 
 def children(pid: int) -> list[int]:

@@ -76,7 +76,7 @@ def bench_data(
         small_encoded = [small.read(i) for i in range(count)]
         maps = write_label_maps(root / "maps", from_shards.names)
         whole = {
-            name: TrainLoader(source, data, augment, batch_size=count, num_workers=0, **options).pictures  # type: ignore[arg-type]
+            name: TrainLoader(source, data, augment, batch_size=count, num_workers=0, **options).samples  # type: ignore[arg-type]
             for name, source, options in (
                 ("all of it, from a folder", from_folder, {}),
                 ("all of it, from shards", from_shards, {}),

@@ -153,7 +153,7 @@ def _classification(options: EvaluateOptions, loaded: Any, device: torch.device,
 
 def _segmentation(options: EvaluateOptions, loaded: Any, device: torch.device, bar: Bar) -> Evaluation:
     from volo.data.masks import open_split
-    from volo.data.segment_loader import SegmentEvalLoader
+    from volo.data.loader import MaskEvalLoader
     from volo.data.transforms import PixelPipeline
     from volo.inference.evaluate import match_classes
     from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
@@ -177,7 +177,7 @@ def _segmentation(options: EvaluateOptions, loaded: Any, device: torch.device, b
     names = pictures.classes.names
     result = evaluate_segmentation(
         loaded.model,
-        SegmentEvalLoader(pictures, data, segment, batch_size=1),
+        MaskEvalLoader(pictures, data, segment, batch_size=1),
         PixelPipeline(data).to(device),
         num_classes=len(loaded.classes),
         device=device,

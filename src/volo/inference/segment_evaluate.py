@@ -98,7 +98,7 @@ def evaluate_segmentation(
 
     Args:
         model: images [B, 3, H, W] float -> logits [B, num_classes, H, W], already on `device`.
-        loader: batches {"image": uint8 [B, 3, h, w], "mask": uint8 [B, H, W]}, a `SegmentEvalLoader`.
+        loader: batches {"image": uint8 [B, 3, h, w], "mask": uint8 [B, H, W]}, a `MaskEvalLoader`.
         pixels: the data module's `PixelPipeline`, uint8 -> normalised float.
         batch_size: windows that pass the model at once.
         class_map: class of the model for each class of the data; None: they are the same.

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from volo.config import Recipe, recipe_from_dict
+from volo.data.loader import MaskEvalLoader
 from volo.data.masks import open_split
-from volo.data.segment_loader import SegmentEvalLoader
 from volo.data.transforms import PixelPipeline
 from volo.inference.model_source import load
 from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
@@ -105,7 +105,7 @@ def test_what_a_run_leaves_behind(reference: Path, scenes: Path) -> None:
     pictures, _ = open_split(recipe.data, recipe.segment, "val")
     figures = evaluate_segmentation(
         loaded.model,
-        SegmentEvalLoader(pictures, recipe.data, recipe.segment, batch_size=1),
+        MaskEvalLoader(pictures, recipe.data, recipe.segment, batch_size=1),
         PixelPipeline(recipe.data),
         num_classes=3,
         device="cpu",

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from volo.config import AugmentConfig, LossConfig, Recipe, SegmentConfig
+from volo.data.loader import MaskEvalLoader, MaskTrainLoader
 from volo.data.masks import open_segmentation
-from volo.data.segment_loader import SegmentEvalLoader, SegmentTrainLoader
 from volo.data.sources import Progress
 from volo.data.transforms import PixelPipeline
 from volo.distributed import World
@@ -39,7 +39,7 @@ class Segmentation:
         self.num_train, self.num_val = len(splits.train), len(splits.val)
         self.notes = [f"left out: {bad}" for bad in splits.skipped] + splits.notes
         self.weights = class_weights(splits.pixel_counts.tolist(), segment.class_weights)
-        self.loader = SegmentTrainLoader(
+        self.loader = MaskTrainLoader(
             splits.train,
             recipe.data,
             segment,
@@ -53,7 +53,7 @@ class Segmentation:
         )
         self.steps_per_epoch, self.num_workers = self.loader.steps_per_epoch, self.loader.num_workers
         # Whole pictures are larger than crops, by how much nobody knows: one at a time unless the recipe says more.
-        self.val_loader = SegmentEvalLoader(
+        self.val_loader = MaskEvalLoader(
             splits.val,
             recipe.data,
             segment,

@@ -9,8 +9,8 @@ import torch
 
 from volo.config import DataConfig, SegmentConfig
 from volo.data.decode import BadImageError
+from volo.data.loader import MaskEvalLoader, MaskTrainLoader
 from volo.data.masks import IGNORE, MaskedPictures, open_segmentation, open_split
-from volo.data.segment_loader import SegmentEvalLoader, SegmentTrainLoader
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def pictures(data: DataConfig) -> MaskedPictures:
 
 
 def batches(pictures, data, start=0, stop=7, **options):
-    loader = SegmentTrainLoader(pictures, data, SegmentConfig(), **{"batch_size": 4, "seed": 3, **options})
+    loader = MaskTrainLoader(pictures, data, SegmentConfig(), **{"batch_size": 4, "seed": 3, **options})
     return list(loader.batches(start, stop))
 
 
@@ -72,7 +72,7 @@ def test_processes_and_accumulation_share_the_same_batch(pictures, data) -> None
 
 
 def test_batches_that_cannot_be_formed(pictures, data) -> None:
-    with pytest.raises(ValueError, match="only 10 training pictures"):
+    with pytest.raises(ValueError, match="only 10 training images"):
         batches(pictures, data, batch_size=16)
 
 
@@ -86,12 +86,12 @@ def test_evaluation_sees_every_picture_once_at_its_own_size(make_scenes, tmp_pat
     pictures, _ = open_split(data, SegmentConfig(), "val")
     for short_side, height in ((0, 48), (24, 24)):
         segment = SegmentConfig(short_side=short_side)
-        got = list(SegmentEvalLoader(pictures, data, segment, batch_size=3))
+        got = list(MaskEvalLoader(pictures, data, segment, batch_size=3))
         assert [tuple(b["mask"].shape) for b in got] == [(3, 48, 64), (2, 48, 64), (2, 40, 80)]
         assert got[0]["image"].shape[-2] == height
         assert torch.cat([b["index"] for b in got]).tolist() == list(range(7))
         assert torch.equal(got[1]["mask"][0], pictures.load(3)[1][0])
-    shares = [SegmentEvalLoader(pictures, data, SegmentConfig(), batch_size=2, rank=r, world_size=3) for r in range(3)]
+    shares = [MaskEvalLoader(pictures, data, SegmentConfig(), batch_size=2, rank=r, world_size=3) for r in range(3)]
     assert torch.cat([b["index"] for share in shares for b in share]).tolist() == list(range(7))
 
 
