@@ -118,6 +118,14 @@ def main_only(world: World, work: Callable[[], T]) -> T:
     return result
 
 
+def gather_from_all(mine: T, world: World) -> list[T]:
+    """What every process has, by rank; all of them call it."""
+    found: list[Any] = [mine] * world.size
+    if world.size > 1:
+        dist.all_gather_object(found, mine)
+    return found
+
+
 def agree_on_start(checkpoint: dict[str, Any] | None, world: World) -> dict[str, Any] | None:
     """The checkpoint that the first process has found, for all of them: other machines need not see its folder.
 

@@ -7,7 +7,10 @@ import os
 import pickle
 import random
 import shutil
+import tarfile
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +20,10 @@ from PIL import Image
 
 from volo.config import DataConfig
 from volo.data import folders
+from volo.data.decode import BadImageError
 from volo.data.images import ArraySource, FolderSource, decode_image, open_data, open_folder
-from volo.data.sources import Names, PixelCache, cache_budget, held_out
+from volo.data.sources import Names, PixelCache, Share, cache_budget
+from volo.data.splits import held_out
 
 
 def save(path: Path, color: int = 0, size: tuple[int, int] = (12, 8)) -> Path:
@@ -522,3 +527,56 @@ def test_shared_photos_and_cifar(shared: Path) -> None:
     splits = open_data(DataConfig(path=str(shared / "data/photos"), cache="none"))
     assert (len(splits.train), len(splits.val), len(splits.classes)) == (1279, 280, 10)
     assert splits.notes == splits.skipped == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_processes_share_the_check_and_find_the_same(pictures: Path, tmp_path_factory, kind: str) -> None:
+    """Threads stand for processes; every image is decoded by one of them alone, unless all keep it in memory."""
+    spoil(pictures)
+    root = pictures
+    if kind == "tar":
+        for part in ("train", "val"):
+            for number in range(3):
+                with tarfile.open(pictures / f"{part}-{number}.tar", "w") as tar:
+                    for c, name in enumerate(("cat", "dog")):
+                        for file in sorted((pictures / part / name).iterdir())[number::3]:
+                            tar.add(file, f"{name}{file.name}")
+                            label = tarfile.TarInfo(f"{name}{file.stem}.cls")
+                            label.size = 1
+                            tar.addfile(label, io.BytesIO(b"%d" % c))
+        root = tmp_path_factory.mktemp("shards")
+        for file in pictures.glob("*.tar"):
+            file.rename(root / file.name)
+    for cache in ("none", "auto"):
+        wanted = open_data(config(root, on_bad_image="skip", cache=cache))
+        for index in root.glob("*.volo-index"):
+            index.unlink()
+        found: list[object] = [None] * 3
+        barrier, results = threading.Barrier(3, timeout=60), [None] * 3
+
+        def process(rank: int) -> None:
+            def gather(mine: object) -> list[object]:
+                found[rank] = mine
+                barrier.wait()
+                everything = list(found)
+                barrier.wait()
+                return everything
+
+            results[rank] = open_data(config(root, on_bad_image="skip", cache=cache), share=Share(rank, 3, gather))
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(process, range(3)))
+        for splits in results:
+            assert list(splits.train.names) == list(wanted.train.names)
+            assert list(splits.val.names) == list(wanted.val.names)
+            assert splits.skipped == wanted.skipped and len(splits.skipped) >= 3
+            assert (splits.train.cache is not None) == (cache == "auto")
+            assert torch.equal(splits.train.load(2), wanted.train.load(2))
+
+
+def test_a_check_that_is_left_out_opens_the_folder_as_it_is(pictures: Path) -> None:
+    spoil(pictures)
+    splits = open_data(config(pictures, check="off"))
+    assert len(splits.train) + len(splits.val) == 18 and splits.skipped == []
+    with pytest.raises(BadImageError, match="empty.jpg"):
+        list(map(splits.train.load, range(len(splits.train))))

@@ -12,16 +12,21 @@ from torch import nn
 from volo.config import Recipe
 from volo.data.images import data_kind, open_data
 from volo.data.loader import EvalLoader, TrainLoader
-from volo.data.sources import DataSplits, Progress
+from volo.data.sources import DataSplits, Progress, Share
 from volo.data.token_labels import LabelMapReader
 from volo.data.transforms import PixelPipeline
-from volo.distributed import World, main_first
+from volo.distributed import World, gather_from_all, main_first
 from volo.inference.evaluate import evaluate
 from volo.models.checkpoint import model_config_dict
 from volo.models.factory import create_model
 from volo.models.volo import VOLO, VOLOConfig
 from volo.tasks.classify import ClassifyTask
 from volo.training.workloads.workload import Batch, image_list, model_options
+
+
+def share_of(world: World) -> Share:
+    """This process's share of the check of the data."""
+    return Share(world.rank, world.size, lambda mine: gather_from_all(mine, world))
 
 
 class Classification:
@@ -32,10 +37,10 @@ class Classification:
     def __init__(self, recipe: Recipe, world: World, on_progress: Progress | None = None) -> None:
         config = recipe.train
         self.recipe, self.world = recipe, world
-        # One process downloads, makes the index of shards or tries the pictures of a folder, and the others find it.
-        waits = data_kind(recipe.data) in ("cifar10", "cifar100", "tar", "folder")
-        with main_first(world) if waits else contextlib.nullcontext():
-            splits = open_data(recipe.data, on_progress=on_progress)
+        # One process downloads, and the others find it; images are tried by all together.
+        downloads = data_kind(recipe.data) in ("cifar10", "cifar100")
+        with main_first(world) if downloads else contextlib.nullcontext():
+            splits = open_data(recipe.data, on_progress=on_progress, share=share_of(world))
         self.classes = splits.classes
         self.extras: dict[str, Any] = {}
         self.num_train, self.num_val = len(splits.train), len(splits.val)

@@ -20,6 +20,7 @@ from volo.models.checkpoint import model_config_dict
 from volo.models.factory import create_segmenter
 from volo.models.segmenter import Segmenter, segmenter_from_dict
 from volo.tasks.segment import SegmentTask, class_weights
+from volo.training.workloads.classification import share_of
 from volo.training.workloads.workload import Batch, image_list, model_options
 
 
@@ -33,7 +34,7 @@ class Segmentation:
         self.recipe, self.world = recipe, world
         check_recipe(recipe)
         self.how = HowToTest.from_config(segment, recipe.data.img_size)
-        self.splits = splits = open_segmentation(recipe.data, segment, on_progress=on_progress)
+        self.splits = splits = open_segmentation(recipe.data, segment, on_progress=on_progress, share=share_of(world))
         self.classes = splits.classes.names
         self.extras = {"colours": [list(colour) for colour in splits.classes.colours]}
         self.num_train, self.num_val = len(splits.train), len(splits.val)
