@@ -22,7 +22,7 @@ from volo.config import DataConfig
 from volo.data import folders
 from volo.data.decode import BadImageError
 from volo.data.images import ArraySource, FolderSource, decode_image, open_data, open_folder
-from volo.data.sources import Names, PixelCache, Share, cache_budget
+from volo.data.sources import DataSplits, Names, PixelCache, Share, cache_budget
 from volo.data.splits import held_out
 
 
@@ -551,27 +551,30 @@ def test_processes_share_the_check_and_find_the_same(pictures: Path, tmp_path_fa
         wanted = open_data(config(root, on_bad_image="skip", cache=cache))
         for index in root.glob("*.volo-index"):
             index.unlink()
-        found: list[object] = [None] * 3
-        barrier, results = threading.Barrier(3, timeout=60), [None] * 3
-
-        def process(rank: int) -> None:
-            def gather(mine: object) -> list[object]:
-                found[rank] = mine
-                barrier.wait()
-                everything = list(found)
-                barrier.wait()
-                return everything
-
-            results[rank] = open_data(config(root, on_bad_image="skip", cache=cache), share=Share(rank, 3, gather))
-
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(process, range(3)))
-        for splits in results:
+        for splits in open_by_three(config(root, on_bad_image="skip", cache=cache)):
             assert list(splits.train.names) == list(wanted.train.names)
             assert list(splits.val.names) == list(wanted.val.names)
             assert splits.skipped == wanted.skipped and len(splits.skipped) >= 3
             assert (splits.train.cache is not None) == (cache == "auto")
             assert torch.equal(splits.train.load(2), wanted.train.load(2))
+
+
+def open_by_three(data: DataConfig) -> list[DataSplits]:
+    found: list[object] = [None] * 3
+    barrier = threading.Barrier(3, timeout=60)
+
+    def process(rank: int) -> DataSplits:
+        def gather(mine: object) -> list[object]:
+            found[rank] = mine
+            barrier.wait()
+            everything = list(found)
+            barrier.wait()
+            return everything
+
+        return open_data(data, share=Share(rank, 3, gather))
+
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(process, range(3)))
 
 
 def test_a_check_that_is_left_out_opens_the_folder_as_it_is(pictures: Path) -> None:

@@ -297,6 +297,7 @@ class MaskEvalLoader(_EvalLoader):
             return {"image": scale_to(image, scaled_size(H, W, segment.short_side)), "mask": mask[0]}
 
         batch_plan = BatchPlan(len(pictures), **plan)
+        self.source = pictures
         self.requests = batch_plan.evaluation(pictures.sizes)
         instead = "none" if data.on_bad_image == "skip" else ""
         super().__init__(

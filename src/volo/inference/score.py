@@ -13,9 +13,8 @@ import torch
 from volo.config import Size
 from volo.data.classes import match_classes
 from volo.data.decode import BadImage
-from volo.data.loader import EvalLoader
+from volo.data.loader import EvalLoader, MaskEvalLoader
 from volo.data.masks import open_split
-from volo.data.segment_loader import SegmentEvalLoader
 from volo.data.transforms import PixelPipeline
 from volo.inference.evaluate import MirrorAveraged, open_labelled, read_real_labels
 from volo.inference.evaluate import evaluate as evaluate_classifier
@@ -91,7 +90,7 @@ def evaluate(
         score = partial(
             evaluate_segmentation,
             loaded.model,
-            SegmentEvalLoader(masked, preprocessing, segment, batch_size=1),
+            MaskEvalLoader(masked, preprocessing, segment, batch_size=1),
             PixelPipeline(preprocessing).to(device),
             how=how,
             batch_size=batch_size or 1,
