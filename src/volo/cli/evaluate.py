@@ -152,8 +152,8 @@ def _classification(options: EvaluateOptions, loaded: Any, device: torch.device,
 
 
 def _segmentation(options: EvaluateOptions, loaded: Any, device: torch.device, bar: Bar) -> Evaluation:
-    from volo.data.masks import open_split
     from volo.data.loader import MaskEvalLoader
+    from volo.data.masks import open_split
     from volo.data.transforms import PixelPipeline
     from volo.inference.evaluate import match_classes
     from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
