@@ -146,3 +146,10 @@ def test_scaled_size_keeps_the_aspect() -> None:
     assert scaled_size(300, 600, 0) == (300, 600)
     assert scaled_size(300, 600, 512) == (512, 1024)
     assert scaled_size(601, 300, 150) == (300, 150)
+
+
+def test_narrow_images_are_not_enlarged_without_bound() -> None:
+    height, width = scaled_size(2, 4000, 512)
+    assert (height, width) == (23, 45795)
+    assert scaled_size(500, 3000, 512) == (500, 3000)
+    assert scaled_size(4000, 60000, 512) == (512, 7680)

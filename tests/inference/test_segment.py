@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from PIL import Image
 
 import volo
+from volo.cli.main import main
 from volo.config import DataConfig, Recipe, SegmentConfig
+from volo.data.transforms import PixelPipeline
 from volo.inference.model_source import LoadedModel, load
 from volo.inference.segment import (
     blend,
@@ -27,6 +30,7 @@ from volo.inference.segment import (
     write_overlay,
 )
 from volo.inference.segment_evaluate import HowToTest
+from volo.inference.windows import window_logits
 from volo.models.checkpoint import FORMAT, model_config_dict, save_checkpoint
 
 
@@ -78,8 +82,6 @@ def test_whole_picture_and_windows_agree_in_most_pixels(picture: Path) -> None:
     assert len(np.unique(whole.classes)) > 1
     assert sum(whole.areas) == 101 * 150
     with torch.no_grad():
-        from volo.data.transforms import PixelPipeline
-
         logits = classifier.model(PixelPipeline(classifier.preprocessing).eval()(whole.image[None]))
     assert (whole.classes == logits[0].argmax(0).numpy()).all()
     # Windows of random weights see other surroundings than the whole picture does, but the same pixels.
@@ -131,6 +133,81 @@ def test_a_broken_picture_does_not_stop_the_others(picture: Path, tmp_path: Path
     results = list(segment(tiny_classifier(), [tmp_path / "broken.png", picture]))
     assert results[0].error is not None and "broken.png" in results[0].error
     assert results[1].error is None and results[1].classes.size
+
+
+def test_wide_pictures_are_seen_from_left_to_right(picture: Path) -> None:
+    """Memory holds windows across the short side, and the answer is the same."""
+    classifier, how = tiny_classifier(), HowToTest.by_windows((48, 64))
+    with Image.open(picture) as image:
+        image.crop((0, 0, 150, 101)).resize((90, 200)).save(picture.with_name("tall.png"))
+        image.resize((400, 60)).save(picture.with_name("wide.png"))
+    for name in ("tall.png", "wide.png"):
+        got = next(segment(classifier, [picture.with_name(name)], how=how))
+        images = got.image[None]
+        strips = window_logits(
+            classifier.model,
+            images,
+            (48, 64),
+            how.steps,
+            smooth=True,
+            pixels=PixelPipeline(classifier.preprocessing).eval(),
+        )
+        with torch.no_grad():
+            expected = torch.cat([strip for _, strip in strips], dim=2)[0].argmax(0).numpy()
+        assert (got.classes == expected).mean() > 0.999
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"scales": (0.5, 1.0)}, {"as_scored": True}], ids=str)
+def test_answers_that_are_not_finite_are_an_error(picture: Path, bad: float, options: dict) -> None:
+    classifier = tiny_classifier()
+    with torch.no_grad():
+        classifier.model.decode_head.conv_seg.bias[1] = bad
+    with pytest.raises(ValueError, match=r"picture\.png: the model's answer is not finite"):
+        next(segment(classifier, [picture], **options))
+
+
+def test_only_results_of_ours_are_replaced(picture: Path, tmp_path: Path) -> None:
+    run, out = save_run(tmp_path / "run", 3), tmp_path / "out"
+    first, second = tmp_path / "in" / "a.png", tmp_path / "in" / "b.png"
+    first.parent.mkdir()
+    for path in (first, second):
+        shutil.copy(picture, path)
+    command = ["segment", str(run), "--out", str(out), "--json", "--device", "cpu"]
+    out.mkdir()
+    (out / "b.png").write_bytes(b"drawn by hand")
+    assert main([*command, str(first.parent)]) == 2
+    assert (out / "b.png").read_bytes() == b"drawn by hand" and not (out / "a.png").exists()
+    (out / "b.png").unlink()
+
+    assert main([*command, str(first)]) == 0
+    assert main([*command, str(second)]) == 0  # keeps the areas of the first
+    assert main([*command, str(second), "--no-overlays"]) == 0
+
+    def names() -> list[str]:
+        return [Path(entry["picture"]).name for entry in json.loads((out / "areas.json").read_text())["pictures"]]
+
+    assert names() == ["a.png", "b.png"]
+    (out / "areas.json").unlink()  # as after kill -9: masks say what they are
+    assert main([*command, str(first.parent)]) == 0
+    other = save_run(tmp_path / "other", 4)
+    assert main([command[0], str(other), *command[2:], str(first)]) == 2, "other classes"
+    (out / "areas.json").write_text("[]")
+    assert main([*command, str(first)]) == 2
+    assert (out / "areas.json").read_text() == "[]"
+
+
+def test_results_are_no_pictures(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "run", 3)
+    (tmp_path / "here").mkdir()
+    shutil.copy(picture, tmp_path / "here" / "a.png")
+    monkeypatch.chdir(tmp_path / "here")
+    for words in ([], [], ["--out", "other"]):
+        assert main(["segment", str(run), ".", "--json", "--device", "cpu", *words]) == 0
+        assert [entry["picture"] for entry in json.loads(capsys.readouterr().out)["pictures"]] == ["a.png"]
+    assert main(["segment", str(run), "segmented", "--device", "cpu"]) == 2
 
 
 def test_files(tmp_path: Path) -> None:

@@ -124,11 +124,19 @@ def test_windows_of_bytes_are_normalised_one_by_one() -> None:
     assert set(seen) == {(1, 3, 20, 20)} and len(seen) == 4
 
 
-@given(h=st.integers(1, 30), w=st.integers(1, 30), H=st.integers(1, 60), W=st.integers(1, 60), rows=st.integers(1, 70))
+@given(
+    h=st.integers(1, 30),
+    w=st.integers(1, 30),
+    H=st.integers(1, 60),
+    W=st.integers(1, 60),
+    rows=st.integers(1, 70),
+    cut=st.integers(1, 9),
+)
 @settings(max_examples=60, deadline=None)
-def test_strips_of_a_resized_map_are_those_of_interpolate(h, w, H, W, rows) -> None:
+def test_strips_of_a_resized_map_are_those_of_interpolate(h, w, H, W, rows, cut) -> None:
     logits = torch.randn(1, 3, h, w)
-    strips = list(resized_strips(logits, (H, W), rows))
+    parts = [(top, logits[:, :, top : top + cut]) for top in range(0, h, cut)]
+    strips = list(resized_strips(iter(parts), h, (H, W), rows))
     assert [top for top, _ in strips] == list(range(0, H, rows))
     expected = F.interpolate(logits, size=(H, W), mode="bilinear", align_corners=False)
     torch.testing.assert_close(torch.cat([s for _, s in strips], dim=2), expected, rtol=1e-4, atol=1e-5)

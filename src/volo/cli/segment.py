@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,14 +25,14 @@ class SegmentOptions:
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """The model by an option: everything that is no option is a picture then."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("segmented")
-    """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there. Pictures are never replaced."""
+    """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there. Nothing else is ever replaced."""
     overlays: bool = True
     """Write overlays: the picture under the colours of its classes, with a legend."""
     cityscapes: bool = False
     """Masks hold Cityscapes' label ids and are named as its benchmark wants them; pictures are seen as volo evaluate sees
     them, so that what is submitted is what was scored. No overlays: the benchmark would take them for masks."""
     json: bool = False
-    """Print areas.json instead of a table; the rest goes to standard error."""
+    """Print the areas as JSON instead of a table; the rest goes to standard error."""
     on_bad_image: Literal["error", "skip"] = "error"
     """Pictures that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
     batch_size: int = 1
@@ -53,10 +54,14 @@ def segment(options: SegmentOptions) -> int:
       volo segment runs/ade20k_volo_d1 huge.tif --window 1024 --batch-size 4 --amp bf16
       volo segment runs/cityscapes_volo_d1 leftImg8bit/test --cityscapes --scales 0.75 1 1.25 --flip --out submission
     """
+    from volo.data.files import FolderLock
     from volo.data.masks import CITYSCAPES
     from volo.inference.model_source import load
     from volo.inference.segment import (
         areas_json,
+        areas_text,
+        earlier_areas,
+        is_result,
         output_files,
         write_areas,
         write_cityscapes,
@@ -78,13 +83,22 @@ def segment(options: SegmentOptions) -> int:
     )
     how = how_to_test(trained, options.seen)
     views = HowToTest(scales=options.seen.scales or (1.0,), flip=options.seen.flip)
+    if left_out := [path for path in pictures if is_result(path)]:
+        note(f"left out: {len(left_out):,} results of volo segment, such as {left_out[0]}")
+        pictures = [path for path in pictures if path not in set(left_out)]
+        if not pictures:
+            raise ValueError("no pictures are left: all that were named are results of volo segment")
     targets = output_files(pictures, options.out, cityscapes=options.cityscapes, overlays=options.overlays)
     console = results(options.json)
     width = min(60, max(len(str(path)) for path in pictures))
-    options.out.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
-    failed = 0
-    with Bar(console) as bar:
+    failed, said = 0, str(how or f"whole pictures, windows above a megapixel{views.views}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FolderLock(options.out, "segmenting"))
+        earlier = earlier_areas(options.out, pictures, targets, classifier)
+        # What is done stays in areas.json, whatever ends the rest.
+        stack.callback(lambda: entries and write_areas(options.out, areas_text(earlier + entries, classifier, said)))
+        bar = stack.enter_context(Bar(console))
 
         def on_window(done: int, total: int) -> None:
             if total > 1:
@@ -118,10 +132,8 @@ def segment(options: SegmentOptions) -> int:
                 shares = [(area["class"], area["share"]) for area in entries[-1]["areas"]]
                 print_row(console, area_line(result.name, shares, width))
             bar.show("segmenting", len(entries), len(pictures))
-    areas = options.out / "areas.json"
-    write_areas(areas, entries, classifier, str(how or f"whole pictures, windows above a megapixel{views.views}"))
     if options.json:
-        print(areas.read_text(encoding="utf-8"))
+        print(areas_text(entries, classifier, said))
     else:
         console.print(
             f"{options.out}: {', '.join(f'{kind}s' for kind in targets[0])}, areas.json", style="cyan", soft_wrap=True

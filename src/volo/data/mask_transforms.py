@@ -5,6 +5,7 @@ torchvision's `tv_tensors.Mask` says what a mask is. Masks are only ever cut, mi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -159,11 +160,18 @@ def check_segment(data: DataConfig, segment: SegmentConfig) -> None:
             raise ValueError(f"segment.{name} is {getattr(segment, name)}; it is 0 or more")
 
 
+MOST_ENLARGED = 1 << 20
+"""Pixels that an image is enlarged to at most."""
+
+
 def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width of a picture whose shorter side becomes `short_side`; 0: unchanged."""
+    """Height and width of an image whose shorter side becomes `short_side`; 0: unchanged. Narrow images are not enlarged
+    beyond `MOST_ENLARGED` pixels: an image of 2 x 4000 would have half a thousand million."""
     if not short_side:
         return height, width
     factor = short_side / min(height, width)
+    if factor > 1:
+        factor = min(factor, max(1.0, math.sqrt(MOST_ENLARGED / (height * width))))
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from volo.config import Size
@@ -23,7 +24,7 @@ from volo.data.masks import CITYSCAPES, Colour
 from volo.data.transforms import PixelPipeline, height_width
 from volo.inference.evaluate import AMP_DTYPES
 from volo.inference.model_source import LoadedModel
-from volo.inference.segment_evaluate import HowToTest, log_probabilities
+from volo.inference.segment_evaluate import NOT_FINITE, HowToTest, log_probabilities
 from volo.inference.windows import resized_strips, window_logits
 from volo.models.segmenter import Segmenter
 
@@ -32,6 +33,9 @@ WHOLE_PIXELS = 1 << 20
 WINDOW = 512
 """Side of windows at the least: below, too little of the surroundings is seen."""
 OPACITY = 0.55
+AREAS = "areas.json"
+SOFTWARE = "volo segment"
+"""What masks and overlays name as their author."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def segment(
     """The class of each pixel of each picture, at the picture's own size, one picture after the other.
 
     Windows overlap and are blended smoothly, strip by strip: besides the picture and its answer (4 bytes a pixel) memory
-    holds one row of windows. Scales and mirror images are those of each window.
+    holds one row of windows (a column of wide pictures). Scales and mirror images are those of each window.
 
     Args:
         how: windows, scales, mirror images; None: whole for small pictures, else windows (`default_window`).
@@ -87,7 +91,8 @@ def segment(
         amp: "off", "bf16" or "fp16": the type of autocast.
         on_window: called with (windows done, windows of this picture).
 
-    A picture that cannot be read gives a `Segmented` with `error`.
+    A picture that cannot be read gives a `Segmented` with `error`. Raises ValueError, naming the picture, where the model's
+    answer is not finite.
     """
     if amp not in AMP_DTYPES:
         raise ValueError(f"amp is one of {', '.join(AMP_DTYPES)}; given: {amp!r}")
@@ -104,16 +109,19 @@ def segment(
         chosen = how or dataclasses.replace(default_window(classifier, scaled), scales=tuple(scales), flip=flip)
         images = scale_to(image, scaled)[None]
         with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
-            if as_scored:
-                log_probs = log_probabilities(classifier.model, pixels(images.to(device)), size, chosen, batch_size)
-                classes = log_probs[0].argmax(0).to("cpu", torch.uint8).numpy()
-            else:
-                classes = _classes(classifier.model, images, size, chosen, pixels, batch_size, device, on_window)
+            try:
+                if as_scored:
+                    log_probs = log_probabilities(classifier.model, pixels(images.to(device)), size, chosen, batch_size)
+                    classes = _best(log_probs).numpy()
+                else:
+                    classes = _classes(classifier.model, images, size, chosen, pixels, batch_size, device, on_window)
+            except FloatingPointError as error:
+                raise ValueError(f"{path}: {error}; {NOT_FINITE}") from None
         yield Segmented(str(path), classes, image)
 
 
 def _classes(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     images: Tensor,
     size: tuple[int, int],
     how: HowToTest,
@@ -122,7 +130,15 @@ def _classes(
     device: torch.device,
     on_window: Callable[[int, int], None] | None,
 ) -> np.ndarray:
-    """uint8 [*size] from one picture, uint8 [1, 3, h, w]."""
+    """uint8 [*size] from one picture, uint8 [1, 3, h, w]. Raises FloatingPointError for answers that are not finite."""
+    if images.shape[-1] > images.shape[-2] and how.window is not None:
+        # From left to right, turned: a row of windows, which memory holds, is then as short as it can be.
+        def turned(crops: Tensor) -> Tensor:
+            return model(crops.transpose(-1, -2).contiguous()).transpose(-1, -2)
+
+        how = dataclasses.replace(how, window=how.window[::-1], stride=how.steps[::-1])
+        images, size = images.transpose(-1, -2), size[::-1]
+        return _classes(turned, images, size, how, pixels, batch_size, device, on_window).T
     scaled = (images.shape[-2], images.shape[-1])
     window, stride = (how.window, how.steps) if how.window is not None else (scaled, scaled)
     views = dataclasses.replace(how, window=None, stride=None)
@@ -145,11 +161,20 @@ def _classes(
     )
     if scaled != size:
         # The picture was scaled for the model: logits are scaled back, not the numbers of classes.
-        strips = resized_strips(torch.cat([strip for _, strip in strips], dim=2), size)
+        strips = resized_strips(strips, scaled[0], size)
     for top, logits in strips:
-        answer[top : top + logits.shape[2]] = logits[0].argmax(0).to("cpu", torch.uint8)
+        answer[top : top + logits.shape[2]] = _best(logits)
         del logits  # before the next strip is made
     return answer.numpy()
+
+
+def _best(logits: Tensor) -> Tensor:
+    """uint8 [H, W] on the CPU, from [1, K, H, W]; raises FloatingPointError where it is not finite."""
+    best = logits[0].max(0)
+    # NaN is the greatest of all; so is an infinity, unless all are infinitely small.
+    if not best.values.isfinite().all():
+        raise FloatingPointError("the model's answer is not finite (NaN or infinity)")
+    return best.indices.to("cpu", torch.uint8)
 
 
 # Files
@@ -244,7 +269,7 @@ def output_names(pictures: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):  # a.jpg beside a.png
         names = [path.name.replace(".", "_") if names.count(name) > 1 else name for name, path in zip(names, pictures)]
     if len(set(names)) < len(names):
-        raise ValueError("some pictures differ in nothing their results could be named after; segment them by and by")
+        raise ValueError("some pictures differ in nothing their results could be named after; segment them separately")
     return names
 
 
@@ -273,20 +298,68 @@ def output_files(
                     f"{target}, a result of {path}, would replace the picture {picture}; choose another --out"
                 )
             if name in taken:
-                raise ValueError(f"{taken[name]} and {path} would both write {target}; segment them by and by")
+                raise ValueError(f"{taken[name]} and {path} would both write {target}; segment them separately")
             taken[name] = path
     return files
 
 
+def is_result(path: Path) -> bool:
+    """A mask or an overlay that `volo segment` wrote, by what the file says."""
+    if path.suffix.lower() != ".png":
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
+def earlier_areas(
+    out: Path, pictures: Sequence[Path], targets: Sequence[dict[str, str]], classifier: LoadedModel[Segmenter]
+) -> list[dict[str, Any]]:
+    """What areas.json in `out` says of other pictures than these, from earlier calls; nothing is written.
+
+    Raises ValueError where one of `targets` (of `output_files`) or areas.json is there and is nobody's result of
+    `volo segment`, and where the results there are of a model with other classes.
+    """
+    areas, content = out / AREAS, None
+    if areas.exists():
+        try:
+            content = json.loads(areas.read_text(encoding="utf-8"))
+            entries = [entry | {"model": entry.get("model", content["model"])} for entry in content["pictures"]]
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            raise ValueError(
+                f"{areas} was not written by volo segment: choose another --out, or move it away"
+            ) from None
+    else:
+        entries = []
+    written = {entry[kind] for entry in entries for kind in ("mask", "overlay") if kind in entry}
+    for names in targets:
+        for name in names.values():
+            if (out / name).exists() and name not in written and not is_result(out / name):
+                raise ValueError(
+                    f"{out / name} was not written by volo segment, and a result would replace it: choose another --out, or move it away"
+                )
+    ours = {str(path) for path in pictures} | {name for names in targets for name in names.values()}
+    kept = [entry for entry in entries if not ours & {entry["picture"], entry.get("mask"), entry.get("overlay")}]
+    if content and kept and [c["class"] for c in content["classes"]] != list(classifier.classes):
+        raise ValueError(
+            f"{out} holds results of a model with other classes ({content['model']}): choose another --out, or move them away"
+        )
+    return kept
+
+
 def _write_png(path: Path, image: Image.Image) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=4)
+    buffer, said = io.BytesIO(), PngInfo()
+    said.add_text("Software", SOFTWARE)
+    image.save(buffer, format="PNG", compress_level=4, pnginfo=said)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def write_areas(path: Path, entries: Sequence[dict[str, Any]], classifier: LoadedModel[Segmenter], how: str) -> None:
-    """areas.json: the model, its classes and colours, and the areas in each picture."""
+def areas_text(entries: Sequence[dict[str, Any]], classifier: LoadedModel[Segmenter], how: str) -> str:
+    """What areas.json says: the model, its classes and colours, and the areas in each picture (of another model where an
+    entry names one)."""
     content = {
         "model": classifier.origin,
         "test": how,
@@ -294,10 +367,17 @@ def write_areas(path: Path, entries: Sequence[dict[str, Any]], classifier: Loade
             {"index": i, "class": name, "colour": list(colour)}
             for i, (name, colour) in enumerate(zip(classifier.classes, classifier.colours))
         ],
-        "pictures": list(entries),
+        "pictures": [
+            {key: value for key, value in entry.items() if (key, value) != ("model", classifier.origin)}
+            for entry in entries
+        ],
     }
-    text = json.dumps(content, ensure_ascii=False, indent=1)
-    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
+    return text.encode(errors="backslashreplace").decode()
+
+
+def write_areas(out: Path, text: str) -> None:
+    write_atomically(out / AREAS, lambda file: file.write(text.encode()))
 
 
 def how_to_test(

@@ -17,6 +17,9 @@ from volo.inference.evaluate import NONE, refuse_not_finite, run_over
 from volo.inference.segment_metrics import SegmentationMetrics
 from volo.inference.windows import multi_scale_log_probs, whole_logits
 
+NOT_FINITE = "try --amp off or bf16 if it was fp16, else its weights are damaged or its training has diverged"
+"""What to do about such answers."""
+
 
 @dataclass(frozen=True)
 class HowToTest:

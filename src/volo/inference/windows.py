@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -112,16 +112,27 @@ def whole_logits(model: Callable[[Tensor], Tensor], images: Tensor, **options: o
     return torch.cat([strip for _, strip in window_logits(model, images, **options)], dim=2)  # type: ignore[arg-type]
 
 
-def resized_strips(logits: Tensor, size: tuple[int, int], rows: int = 64) -> Iterator[tuple[int, Tensor]]:
-    """Logits [B, K, h, w] bilinearly at `size`, as `F.interpolate` does, in strips of so many rows: (first row, strip)."""
+def resized_strips(
+    strips: Iterable[tuple[int, Tensor]], height: int, size: tuple[int, int], rows: int = STRIP_ROWS
+) -> Iterator[tuple[int, Tensor]]:
+    """Logits bilinearly at `size`, as `F.interpolate` does, in strips of so many rows: (first row, [B, K, rows, W]).
+
+    strips: of `height` rows together, from top to bottom, as `window_logits` hands them out. No more of them are held at
+    once than a strip of the result is made of.
+    """
     H, W = size
-    h = logits.shape[2]
+    coming = iter(strips)
+    first, held = next(coming)
     for top in range(0, H, rows):
-        y = torch.arange(top, min(top + rows, H), device=logits.device, dtype=torch.float32)
-        source = ((y + 0.5) * (h / H) - 0.5).clamp(0, h - 1)
+        y = torch.arange(top, min(top + rows, H), device=held.device, dtype=torch.float32)
+        source = ((y + 0.5) * (height / H) - 0.5).clamp(0, height - 1)
         above = source.floor().long()
-        share = (source - above)[:, None]
-        part = torch.lerp(logits[:, :, above], logits[:, :, (above + 1).clamp(max=h - 1)], share)
+        below = (above + 1).clamp(max=height - 1)
+        while first + held.shape[2] <= int(below[-1]):
+            done = min(max(0, int(above[0]) - first), held.shape[2])
+            held = torch.cat([held[:, :, done:], next(coming)[1]], dim=2)
+            first += done
+        part = torch.lerp(held[:, :, above - first], held[:, :, below - first], (source - above)[:, None])
         yield top, F.interpolate(part, size=(len(y), W), mode="bilinear", align_corners=False)
 
 
@@ -148,4 +159,5 @@ def multi_scale_log_probs(
         share = logits.float().softmax(1) / len(views)
         total = share if total is None else total + share
     assert total is not None
-    return total.log()
+    # Rounded to 0, a probability would have an infinite logarithm.
+    return total.clamp_min_(torch.finfo(total.dtype).tiny).log_()
