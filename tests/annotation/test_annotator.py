@@ -68,7 +68,7 @@ def test_a_map_of_one_position_everywhere_is_answered_like_that_position(name, o
     annotator = Annotator(model)
     with torch.inference_mode():
         features = model.forward_features(torch.randn(1, 3, *picture))
-        seen = annotator.features(torch.randn(1, 3, *picture))
+        seen, layout = annotator.features(torch.randn(1, 3, *picture))
         assert seen.shape[1:3] == grid
         position = seen[:, 1, 1]
         if features.dim() == 3:
@@ -77,7 +77,9 @@ def test_a_map_of_one_position_everywhere_is_answered_like_that_position(name, o
             same = position[:, None, None].expand_as(features)
         else:
             same = position[:, :, None, None].expand_as(features)
-        torch.testing.assert_close(annotator.classify(seen)[:, 1, 1], model.forward_head(same), rtol=1e-4, atol=1e-5)
+        # Another one, that has looked at nothing yet.
+        logits = Annotator(model).classify(seen, layout)
+        torch.testing.assert_close(logits[:, 1, 1], model.forward_head(same), rtol=1e-4, atol=1e-5)
 
 
 SMALL = {

@@ -31,8 +31,10 @@ from volo.annotation.drawing import (
 )
 from volo.cli.main import main
 from volo.config import DataConfig, Recipe
+from volo.data.files import FolderLock
 from volo.data.images import open_data
 from volo.data.label_maps import INDEX, LabelMaps, ShardWriter, read_shard, shard_path
+from volo.data.token_labels import PictureFrame, resample_label_maps, stack_frames
 from volo.data.transforms import PixelPipeline, squash_transform
 from volo.distributed import World
 from volo.inference.model_source import load
@@ -440,6 +442,39 @@ def test_original_maps_are_imported(tmp_path: Path):
     assert names[3] in str(raised.value) and "[2, top, h, w]" in str(raised.value)
     skipping = dataclasses.replace(config, on_bad_image="skip")
     assert set(import_original(folder, skipping, tmp_path / "again", resume=True)["skipped"]) == {names[3], names[5]}
+
+
+def test_original_maps_are_of_the_centre_square(tmp_path: Path):
+    """A map whose logits are the place it shows: read back for the whole picture, they are where they were."""
+    data, folder = tmp_path / "data", tmp_path / "original"
+    for name in ("cat", "dog"):
+        (data / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (400, 300)).save(data / name / f"{i}.png")
+            place = (50 + (torch.arange(6) + 0.5) * 50) / 400  # of the middle 300 columns
+            scores = torch.stack([place.expand(6, 6), torch.zeros(6, 6)])
+            classes = torch.stack([torch.zeros(6, 6), torch.ones(6, 6)])
+            torch.save(torch.stack([scores, classes]), folder / name / f"{i}.pt")
+    config = AnnotateConfig(data=str(data), part="all")
+    import_original(folder, config, tmp_path / "store")
+    maps = LabelMaps.open(tmp_path / "store")
+    assert maps.annotator["crop"] == 1.0 and maps.box(300, 400) == pytest.approx((0, 0.125, 1, 0.875))
+    scores, classes = maps.read_batch(["cat/0.png"])
+    frames, boxes = stack_frames([PictureFrame.whole(300, 400)]), torch.tensor([maps.box(300, 400)])
+    read = resample_label_maps(scores, classes, frames, (8, 8), 2, boxes).view(8, 8, 2)[4, :, 0]
+    torch.testing.assert_close(read[2:6], (torch.arange(8)[2:6] + 0.5) / 8, atol=2e-3, rtol=0)
+    with pytest.raises(ValueError, match=r"crop was 1\.0, now squash"):
+        import_original(folder, config, tmp_path / "store", crop="squash", resume=True)
+    command = ["annotate", "--import-original", str(folder), "--data", str(data), "--part", "all", "--quiet"]
+    for words, box in ((["--crop", "squash"], (0, 0, 1, 1)), (["--crop", "0.5"], (-0.5, -0.25, 1.5, 1.25))):
+        assert main([*command, "--out", str(tmp_path / words[1]), *words]) == 0
+        assert LabelMaps.open(tmp_path / words[1]).box(300, 400) == pytest.approx(box)
+
+
+def test_one_process_a_store(annotator: OpenedAnnotator, arrays: Path, tmp_path: Path):
+    with FolderLock(tmp_path / "store", "a test"), pytest.raises(ValueError, match="is at work in"):
+        annotate(annotator, dataclasses.replace(CONFIG, data=str(arrays)), tmp_path / "store", world=ONE)
 
 
 def test_original_maps_whose_first_ones_are_damaged(tmp_path: Path):

@@ -12,7 +12,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,16 @@ from volo.models.loading import read_state_dict
 
 MAX_LOGITS = 1 << 26
 """No more logits than this are held at once while the best are picked: 256 MiB."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the head of a classifier takes a feature map: [B, N, C] with class and register tokens before the positions,
+    [B, h, w, C] or [B, C, h, w]."""
+
+    kind: Literal["tokens", "NHWC", "NCHW"]
+    num_prefix: int = 0
+    """Tokens that are no position."""
 
 
 class Annotator(nn.Module):
@@ -48,8 +58,9 @@ class Annotator(nn.Module):
             )
         self.aux_head = getattr(classifier, "aux_head", None)
 
-    def features(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> what the head sees, [B, h, w, C]. Raises ValueError for a model without a grid."""
+    def features(self, images: Tensor) -> tuple[Tensor, Layout]:
+        """images [B, 3, H, W] -> what the head sees, [B, h, w, C], and how the head takes it. Raises ValueError for a model
+        without a grid."""
         x = self.classifier.forward_features(images)  # type: ignore[operator]
         if not isinstance(x, Tensor) or x.dim() not in (3, 4):
             raise ValueError(
@@ -57,50 +68,42 @@ class Annotator(nn.Module):
             )
         if x.dim() == 3:
             num_prefix, h, w = self._token_grid(x.shape[1], *images.shape[-2:])
-            return x[:, num_prefix:].unflatten(1, (h, w))
-        return x if self._is_channels_last(x) else x.permute(0, 2, 3, 1)
+            return x[:, num_prefix:].unflatten(1, (h, w)), Layout("tokens", num_prefix)
+        width = getattr(self.classifier, "num_features", None)
+        declared = str(getattr(self.classifier, "output_fmt", ""))
+        if declared.endswith("NHWC") or (x.shape[1] != width and x.shape[3] == width):
+            return x, Layout("NHWC")
+        return x.permute(0, 2, 3, 1), Layout("NCHW")
 
-    def classify(self, features: Tensor) -> Tensor:
-        """features [..., C] -> logits [..., num_classes], each position for itself."""
+    def classify(self, features: Tensor, layout: Layout) -> Tensor:
+        """features [..., C], laid out for the head as `features` says -> logits [..., num_classes], each position for
+        itself."""
         x = features.reshape(-1, features.shape[-1])
         if self._has_token_head:
             logits = self.aux_head(x)  # type: ignore[misc]
-        elif self._is_token_model:
-            # As many equal tokens as the head tells apart: class, distillation and register tokens, and one more.
-            count = self._num_prefix + 1
-            logits = self.classifier.forward_head(x[:, None].expand(-1, count, -1))  # type: ignore[operator]
-        elif self._channels_last:
-            logits = self.classifier.forward_head(x[:, None, None])  # type: ignore[operator]
         else:
-            logits = self.classifier.forward_head(x[:, :, None, None])  # type: ignore[operator]
+            if layout.kind == "tokens":
+                # As many equal tokens as the head tells apart: class, distillation and register tokens, and one more.
+                x = x[:, None].expand(-1, layout.num_prefix + 1, -1)
+            else:
+                x = x[:, None, None] if layout.kind == "NHWC" else x[:, :, None, None]
+            logits = self.classifier.forward_head(x)  # type: ignore[operator]
         return logits.unflatten(0, features.shape[:-1])
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classify(self.features(images))
+        return self.classify(*self.features(images))
 
     @property
     def _has_token_head(self) -> bool:
         return isinstance(self.aux_head, nn.Linear)
 
-    _is_token_model = False
-    _channels_last = False
-    _num_prefix = 0
-
-    def _is_channels_last(self, x: Tensor) -> bool:
-        width = getattr(self.classifier, "num_features", None)
-        declared = str(getattr(self.classifier, "output_fmt", ""))
-        self._channels_last = declared.endswith("NHWC") or (x.shape[1] != width and x.shape[3] == width)
-        return self._channels_last
-
     def _token_grid(self, num_tokens: int, height: int, width: int) -> tuple[int, int, int]:
         """(tokens that are no position, rows, columns)."""
-        self._is_token_model = True
         known = 1 if self._has_token_head else getattr(self.classifier, "num_prefix_tokens", None)
         for num_prefix in (0, 1, 2) if known is None else (known,):
             for stride in range(1, max(height, width) + 1):
                 for h, w in ((height // stride, width // stride), (-(-height // stride), -(-width // stride))):
                     if h * w == num_tokens - num_prefix:
-                        self._num_prefix = num_prefix
                         return num_prefix, h, w
         raise ValueError(
             f"the {num_tokens} tokens of {type(self.classifier).__name__} are no grid over a picture of {height} x {width}; "
@@ -133,15 +136,15 @@ def draw_label_maps(annotator: Annotator, images: Tensor, *, top: int = 5, flip:
     gave them. Without it the best of an annotator with negative logits, as binary cross-entropy trains them, would be
     less likely than all that it rejected. Where `top` leaves nothing out, nothing is shifted.
     """
-    features = annotator.features(images)
-    mirrored = annotator.features(images.flip(-1)).flip(2) if flip else None
+    features, layout = annotator.features(images)
+    mirrored = annotator.features(images.flip(-1))[0].flip(2) if flip else None
     B, h, w, _ = features.shape
     group = max(1, MAX_LOGITS // (h * w * annotator.num_classes))
     scores, classes, means = [], [], []
     for start in range(0, B, group):
-        logits = annotator.classify(features[start : start + group]).float()  # [b, h, w, K]
+        logits = annotator.classify(features[start : start + group], layout).float()  # [b, h, w, K]
         if mirrored is not None:
-            logits = (logits + annotator.classify(mirrored[start : start + group]).float()) / 2
+            logits = (logits + annotator.classify(mirrored[start : start + group], layout).float()) / 2
         best = logits.topk(top, dim=-1)
         scores.append((best.values - _level_of_the_rest(logits, best.indices)).permute(0, 3, 1, 2))
         classes.append(best.indices.permute(0, 3, 1, 2))

@@ -30,7 +30,7 @@ from volo.annotation.annotator import Annotator, Drawing, draw_label_maps, load_
 from volo.annotation.original_maps import OriginalMapError, find_original_map, read_original_map
 from volo.config import DataConfig, Size
 from volo.data.decode import BadImage, BadImageError
-from volo.data.files import write_atomically
+from volo.data.files import FolderLock, write_atomically
 from volo.data.imagenet import imagenet_classes
 from volo.data.images import open_data
 from volo.data.label_maps import (
@@ -56,6 +56,9 @@ from volo.models.hub import PRETRAINED
 
 PLAN = "plan.bin"
 """Which picture goes where: lies in a store until it is complete."""
+
+WORK = "generating label maps"
+"""What the lock of a store says."""
 
 Part = Literal["train", "val", "all"]
 OnProgress = Callable[[str, int, int], None]
@@ -206,33 +209,35 @@ def annotate(
         },
     }
     wanted = _Plan.of(header, sources, splits, config)
-    plan = main_only(world, lambda: _prepare_folder(Path(out), wanted, resume, overwrite, say))
-    drawn, seconds = 0, 0.0
-    failed: list[BadImage] = []
-    if plan is not None:
-        transform = (
-            squash_transform(annotator.data)
-            if annotator.described["crop"] == "squash"
-            else eval_transform(annotator.data)
-        )
-        pen = _Pen(annotator, config, device, label_map)
-        for part, source in enumerate(sources):
-            schedule = plan.schedule(Path(out), part, config.batch_size, world)
-            positions = plan.locate(source.names, part)
-            loader = ListedLoader(
-                source,
-                transform,
-                [positions[b.start : b.stop][positions[b.start : b.stop] >= 0] for b in schedule],
-                num_workers=config.num_workers,
-                pin_memory=device.type == "cuda",
+    with contextlib.ExitStack() as stack:
+        main_only(world, lambda: bool(stack.enter_context(FolderLock(out, WORK))))
+        plan = main_only(world, lambda: _prepare_folder(Path(out), wanted, resume, overwrite, say))
+        drawn, seconds = 0, 0.0
+        failed: list[BadImage] = []
+        if plan is not None:
+            transform = (
+                squash_transform(annotator.data)
+                if annotator.described["crop"] == "squash"
+                else eval_transform(annotator.data)
             )
-            start = time.perf_counter()
-            bad, count = pen.draw(Path(out), plan, part, schedule, positions, source, loader, splits, say)
-            seconds += time.perf_counter() - start
-            failed += bad
-            drawn += count
-        _raise_failed(failed, plan, config, world)
-    return _finish(Path(out), plan, splits, world, drawn, seconds, say)
+            pen = _Pen(annotator, config, device, label_map)
+            for part, source in enumerate(sources):
+                schedule = plan.schedule(Path(out), part, config.batch_size, world)
+                positions = plan.locate(source.names, part)
+                loader = ListedLoader(
+                    source,
+                    transform,
+                    [positions[b.start : b.stop][positions[b.start : b.stop] >= 0] for b in schedule],
+                    num_workers=config.num_workers,
+                    pin_memory=device.type == "cuda",
+                )
+                start = time.perf_counter()
+                bad, count = pen.draw(Path(out), plan, part, schedule, positions, source, loader, splits, say)
+                seconds += time.perf_counter() - start
+                failed += bad
+                drawn += count
+            _raise_failed(failed, plan, config, world)
+        return _finish(Path(out), plan, splits, world, drawn, seconds, say)
 
 
 class _Pen:
@@ -345,11 +350,17 @@ def import_original(
     config: AnnotateConfig,
     out: str | Path,
     *,
+    crop: float | Literal["squash"] = 1.0,
+    img_size: Size | None = None,
     resume: bool = False,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Pack the original's label maps (a file CLASS/NAME.pt for each picture of `config.data`) into a store.
+
+    crop: what part of a picture a map is of: crop_pct of a centre crop, or "squash" for the whole picture. The original's
+        are of the centre square (--img-size 576 --crop-pct 1.0 in its instructions).
+    img_size: what the annotator saw; None: 32 pixels for each position.
 
     Raises ValueError as `annotate` does; missing and unusable files are named, all of them, and with
     `on_bad_image="skip"` left out. Files that belong to no picture are reported as "unused".
@@ -357,6 +368,7 @@ def import_original(
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; the original's label maps are CLASS/NAME.pt below one")
+    check_crop(crop)
     say = on_progress or (lambda what, done, total: None)
     world = World(0, 1, torch.device("cpu"))
     splits, sources = open_sources(DataConfig(), config, say)
@@ -368,66 +380,69 @@ def import_original(
             f"{Path(sources[0].names[0]).with_suffix('.pt')}"
         )
     shape = _first_shape(there, len(splits.classes))
-    described = {"model": "imported from the original's files", "weights": folder.resolve().name, "crop": "squash"}
+    size = height_width(img_size or (32 * shape[1], 32 * shape[2]))
+    described: dict[str, Any] = {"model": "imported from the original's files", "weights": folder.resolve().name}
+    described |= {"img_size": list(size), "crop": crop if crop == "squash" else float(crop)}
     header = {
         "top": shape[0],
         "grid": list(shape[1:]),
         "num_classes": len(splits.classes),
         "classes": list(splits.classes),
         "encoding": config.encoding,
-        "annotator": {**described, "img_size": None, "flip": None, **_part(config), **_provenance()},
+        "annotator": {**described, "flip": None, **_part(config), **_provenance()},
     }
-    plan = _prepare_folder(out, _Plan.of(header, sources, splits, config), resume, overwrite, say)
-    drawn, start = 0, time.perf_counter()
-    failed: list[BadImage] = []
+    with FolderLock(out, WORK):
+        plan = _prepare_folder(out, _Plan.of(header, sources, splits, config), resume, overwrite, say)
+        drawn, start = 0, time.perf_counter()
+        failed: list[BadImage] = []
 
-    def read(path: Path | None, name: str) -> tuple[np.ndarray, np.ndarray] | BadImage:
-        if path is None:
-            return BadImage(name, f"no label map in {folder}")
-        try:
-            scores, classes = read_original_map(path, len(splits.classes))
-        except OriginalMapError as error:
-            return BadImage(name, str(error))
-        if scores.shape != shape:
-            return BadImage(name, f"{path} holds {scores.shape}, where the first map that can be read has {shape}")
-        return scores, classes
+        def read(path: Path | None, name: str) -> tuple[np.ndarray, np.ndarray] | BadImage:
+            if path is None:
+                return BadImage(name, f"no label map in {folder}")
+            try:
+                scores, classes = read_original_map(path, len(splits.classes))
+            except OriginalMapError as error:
+                return BadImage(name, str(error))
+            if scores.shape != shape:
+                return BadImage(name, f"{path} holds {scores.shape}, where the first map that can be read has {shape}")
+            return scores, classes
 
-    if plan is not None:
-        done, shards = 0, _OpenShard()
-        with ThreadPoolExecutor(4) as pool, contextlib.closing(shards):
-            for part, source in enumerate(sources):
-                positions, given_up = plan.locate(source.names, part), set[int]()
-                for request in plan.schedule(out, part, config.batch_size, world):
-                    block, bad = Block(), plan.gone(part, request, positions, splits)
-                    kept = [int(i) for i in positions[request.start : request.stop] if i >= 0]
-                    names = [source.names[i] for i in kept]
-                    for i, name, result in zip(kept, names, pool.map(read, [found[part][i] for i in kept], names)):
-                        if isinstance(result, BadImage):
-                            bad.append(result)
-                            continue
-                        try:
-                            block.add(name, *result, config.encoding, source.fingerprint(i))
-                        except BadImageError as error:
-                            bad.append(BadImage(error.name, error.reason))
-                            continue
-                        except ValueError as error:
-                            bad.append(BadImage(name, str(error)))
-                            continue
-                        label, (scores, best) = int(source.targets[i]), result
-                        means = np.bincount(best.ravel(), scores.ravel(), minlength=len(splits.classes))
-                        own = [1, int(means.argmax() == label), best[0].size, int((best[0] == label).sum())]
-                        block.tally = [a + b for a, b in zip(block.tally, own)]
-                    failed += bad
-                    block.skipped = [(item.name, item.reason) for item in bad]
-                    if bad and config.on_bad_image == "error":
-                        given_up.add(request.shard)
-                    if request.shard not in given_up:
-                        shards.append(out, request, block)
-                        drawn += len(block.names)
-                    done += request.stop - request.start
-                    say("importing", done, len(plan.names))
-        _raise_failed(failed, plan, config, world)
-    report = _finish(out, plan, splits, world, drawn, time.perf_counter() - start, say)
+        if plan is not None:
+            done, shards = 0, _OpenShard()
+            with ThreadPoolExecutor(4) as pool, contextlib.closing(shards):
+                for part, source in enumerate(sources):
+                    positions, given_up = plan.locate(source.names, part), set[int]()
+                    for request in plan.schedule(out, part, config.batch_size, world):
+                        block, bad = Block(), plan.gone(part, request, positions, splits)
+                        kept = [int(i) for i in positions[request.start : request.stop] if i >= 0]
+                        names = [source.names[i] for i in kept]
+                        for i, name, result in zip(kept, names, pool.map(read, [found[part][i] for i in kept], names)):
+                            if isinstance(result, BadImage):
+                                bad.append(result)
+                                continue
+                            try:
+                                block.add(name, *result, config.encoding, source.fingerprint(i))
+                            except BadImageError as error:
+                                bad.append(BadImage(error.name, error.reason))
+                                continue
+                            except ValueError as error:
+                                bad.append(BadImage(name, str(error)))
+                                continue
+                            label, (scores, best) = int(source.targets[i]), result
+                            means = np.bincount(best.ravel(), scores.ravel(), minlength=len(splits.classes))
+                            own = [1, int(means.argmax() == label), best[0].size, int((best[0] == label).sum())]
+                            block.tally = [a + b for a, b in zip(block.tally, own)]
+                        failed += bad
+                        block.skipped = [(item.name, item.reason) for item in bad]
+                        if bad and config.on_bad_image == "error":
+                            given_up.add(request.shard)
+                        if request.shard not in given_up:
+                            shards.append(out, request, block)
+                            drawn += len(block.names)
+                        done += request.stop - request.start
+                        say("importing", done, len(plan.names))
+            _raise_failed(failed, plan, config, world)
+        report = _finish(out, plan, splits, world, drawn, time.perf_counter() - start, say)
     used = {path for paths in found for path in paths}
     return report | {"unused": sorted(str(p.relative_to(folder)) for p in folder.rglob("*.pt") if p not in used)}
 
@@ -627,7 +642,7 @@ class _Plan:
 def _prepare_folder(out: Path, plan: _Plan, resume: bool, overwrite: bool, say: OnProgress) -> _Plan | None:
     """Make the folder ready; the plan that all processes follow, None where all is done already."""
     out.mkdir(parents=True, exist_ok=True)
-    content = list(out.iterdir())
+    content = [path for path in out.iterdir() if path.name != FolderLock.NAME]
     # With what a killed process left half written.
     ours = [p for p in content if p.name in (INDEX, PLAN) or p.match("maps-*") or p.match(".*.tmp")]
     if strange := [p.name for p in content if p not in ours]:
@@ -767,7 +782,7 @@ def _shared_classes(annotator: OpenedAnnotator, data: Sequence[str]) -> tuple[tu
 def _grid(annotator: OpenedAnnotator, device: torch.device) -> tuple[int, int]:
     size = height_width(annotator.data.img_size)
     with torch.inference_mode():
-        return tuple(annotator.model.features(torch.zeros(1, 3, *size, device=device)).shape[1:3])  # type: ignore[return-value]
+        return tuple(annotator.model.features(torch.zeros(1, 3, *size, device=device))[0].shape[1:3])  # type: ignore[return-value]
 
 
 def _part(config: AnnotateConfig) -> dict[str, Any]:
@@ -826,7 +841,7 @@ def _publish(
             raise ValueError(
                 f"{len(lost)} pictures have no map: {', '.join(sorted(lost))}; start anew with --overwrite"
             )
-    size = sum(p.stat().st_size for p in out.iterdir())
+    size = sum(p.stat().st_size for p in out.iterdir() if p.name != FolderLock.NAME)
     return {
         "out": str(out),
         "pictures": len(maps),

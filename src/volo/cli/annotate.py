@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from volo.cli.console import Bar, duration, is_main_process, results
+from volo.cli.console import Bar, duration, is_main_process, note, results
 from volo.cli.options import DeviceOptions, read_crop, run, set_threads
 from volo.config import read_size
 
@@ -34,9 +34,9 @@ class AnnotateOptions:
     """Weights of a timm model, in place of its published ones, which are downloaded."""
     img_size: tuple[int, ...] | None = None
     """What the annotator sees, in pixels, or height and width: larger pictures give finer maps. Its own size if left out."""
-    crop: Annotated[str, tyro.conf.arg(metavar="squash|FLOAT")] = "squash"
+    crop: Annotated[str | None, tyro.conf.arg(metavar="squash|FLOAT")] = None
     """squash: the whole picture, whatever its shape, so that the map covers all of it. A number: a centre crop, as
-    --crop of volo evaluate; the map then covers the centre."""
+    --crop of volo evaluate; the map then covers the centre. squash if left out; 1.0 with --import-original."""
     top: int = 5
     """Classes kept for each position."""
     encoding: Literal["exact", "compact"] = "exact"
@@ -52,18 +52,18 @@ class AnnotateOptions:
     on_bad_image: Literal["error", "skip"] = "error"
     """Pictures that cannot be decoded are named either way: stop, or leave them out."""
     resume: bool = False
-    """Go on with --out where it stopped; damaged files of a finished store are drawn again."""
+    """Go on with --out where it stopped; damaged files of a finished store are generated again."""
     overwrite: bool = False
     """Replace the label maps in --out."""
     batch_size: int = 64
     workers: int = -1
     """Processes that decode pictures; -1 chooses."""
     check: Annotated[Path | None, tyro.conf.arg(metavar="STORE")] = None
-    """Instead of drawing: find missing, extra, corrupt and mismatched maps of the pictures in --data."""
+    """Instead of generating: find missing, extra, corrupt and mismatched maps of the pictures in --data."""
     quick: bool = False
     """With --check: do not read the pictures again to see whether they have changed."""
     import_original: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Instead of drawing: pack label maps of the original tool, CLASS/NAME.pt, for the pictures in --data."""
+    """Instead of generating: pack label maps of the original tool, CLASS/NAME.pt, for the pictures in --data."""
     json: bool = False
     """Print one JSON object; everything else goes to standard error."""
     quiet: bool = False
@@ -72,7 +72,7 @@ class AnnotateOptions:
 
 
 def annotate(options: AnnotateOptions) -> int:
-    """Draw label maps for token labeling: what an annotator sees at each position of every picture.
+    """Generate label maps for token labeling: what an annotator sees at each position of every picture.
 
     The same command with --resume goes on after Ctrl-C, kill -9 or a power cut; the result is the same, byte for byte,
     and the same for any number of processes.
@@ -114,13 +114,13 @@ def annotate(options: AnnotateOptions) -> int:
         on_progress = _with_rate(bar) if is_main and not options.quiet else None
         if options.import_original is not None:
             if options.annotator:
-                raise ValueError(
-                    f"--import-original takes maps that are there; {options.annotator} has nothing to draw"
-                )
+                raise ValueError(f"--import-original takes maps that are there; {options.annotator} has nothing to do")
             report = import_original(
                 options.import_original,
                 config,
                 options.out,
+                crop=read_crop(options.crop or "1.0", "squash"),
+                img_size=read_size("--img-size", options.img_size),
                 resume=options.resume,
                 overwrite=options.overwrite,
                 on_progress=on_progress,
@@ -137,7 +137,7 @@ def annotate(options: AnnotateOptions) -> int:
                     options.annotator,
                     weights=options.annotator_weights,
                     img_size=read_size("--img-size", options.img_size),
-                    crop=read_crop(options.crop, "squash"),
+                    crop=read_crop(options.crop or "squash", "squash"),
                     device=world.device,
                 )
                 report = run_annotation(
@@ -151,8 +151,8 @@ def annotate(options: AnnotateOptions) -> int:
                 )
     if not is_main:
         return 0
-    for note in report["notes"]:
-        note(note)
+    for text in report["notes"]:
+        note(text)
     for name, reason in report["skipped"].items():
         note(f"left out: {name}: {reason}")
     for name in report["ignored"]:
@@ -222,7 +222,9 @@ def show_annotation(console: Console, report: dict[str, Any]) -> None:
         ),
         soft_wrap=True,
     )
-    speed = f"; {report['drawn']:,} drawn now, {report['pictures_per_second']:,.0f} a second" if report["drawn"] else ""
+    speed = (
+        f"; {report['drawn']:,} generated now, {report['pictures_per_second']:,.0f} a second" if report["drawn"] else ""
+    )
     console.print(
         f"{report['bytes'] / 1e6:,.1f} MB, {report['bytes_per_picture']:,.0f} bytes a picture ({report['encoding']}){speed}",
         highlight=False,

@@ -97,7 +97,12 @@ def segment(options: SegmentOptions) -> int:
         stack.enter_context(FolderLock(options.out, "segmenting"))
         earlier = earlier_areas(options.out, pictures, targets, classifier)
         # What is done stays in areas.json, whatever ends the rest.
-        stack.callback(lambda: entries and write_areas(options.out, areas_text(earlier + entries, classifier, said)))
+
+        def save_areas() -> None:
+            if entries:
+                write_areas(options.out, areas_text(earlier + entries, classifier, said))
+
+        stack.callback(save_areas)
         bar = stack.enter_context(Bar(console))
 
         def on_window(done: int, total: int) -> None:

@@ -71,7 +71,7 @@ class HowToTest:
 
 
 def log_probabilities(
-    model: nn.Module, images: Tensor, size: tuple[int, int], how: HowToTest, batch_size: int = 1
+    model: Callable[[Tensor], Tensor], images: Tensor, size: tuple[int, int], how: HowToTest, batch_size: int = 1
 ) -> Tensor:
     """Log-probabilities [B, K, *size] of normalised pictures [B, 3, h, w], as `how` says; model in eval mode."""
 

@@ -76,7 +76,7 @@ def outline_annotator(recipe: Recipe, num_classes: int, is_there: bool) -> Annot
         with torch.device("meta"), torch.no_grad():
             height, width = height_width(size or native or outline().img_size)
             annotator = Annotator(build()).eval()
-            rows, columns = annotator.features(torch.zeros(1, 3, height, width)).shape[1:3]
+            rows, columns = annotator.features(torch.zeros(1, 3, height, width))[0].shape[1:3]
     except RuntimeError:
         return None
     num_parameters = sum(p.numel() for p in annotator.parameters())
