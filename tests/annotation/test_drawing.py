@@ -467,7 +467,7 @@ def test_original_maps_are_of_the_centre_square(tmp_path: Path):
     with pytest.raises(ValueError, match=r"crop was 1\.0, now squash"):
         import_original(folder, config, tmp_path / "store", crop="squash", resume=True)
     command = ["annotate", "--import-original", str(folder), "--data", str(data), "--part", "all", "--quiet"]
-    for words, box in ((["--crop", "squash"], (0, 0, 1, 1)), (["--crop", "0.5"], (-0.5, -0.25, 1.5, 1.25))):
+    for words, box in ((["--crop", "squash"], (0, 0, 1, 1)), (["--crop", "0.5"], (0.25, 0.3125, 0.75, 0.6875))):
         assert main([*command, "--out", str(tmp_path / words[1]), *words]) == 0
         assert LabelMaps.open(tmp_path / words[1]).box(300, 400) == pytest.approx(box)
 
