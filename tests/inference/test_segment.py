@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ import volo
 from volo.cli.main import main
 from volo.config import DataConfig, Recipe, SegmentConfig
 from volo.data.transforms import PixelPipeline
+from volo.inference import segment as segment_module
 from volo.inference.model_source import LoadedModel, load
 from volo.inference.segment import (
     blend,
@@ -208,6 +210,27 @@ def test_results_are_no_pictures(
         assert main(["segment", str(run), ".", "--json", "--device", "cpu", *words]) == 0
         assert [entry["picture"] for entry in json.loads(capsys.readouterr().out)["pictures"]] == ["a.png"]
     assert main(["segment", str(run), "segmented", "--device", "cpu"]) == 2
+
+
+def test_a_legend_names_classes_of_any_script_or_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A font that lacks the characters would draw the same box for every class."""
+    image, classes = (
+        torch.zeros(3, 40, 300, dtype=torch.uint8),
+        np.repeat(np.arange(2, dtype=np.uint8), 20)[:, None] + np.zeros((1, 300), np.uint8),
+    )
+    colours = [(200, 0, 0), (0, 0, 200)]
+
+    def legend(names: list[str]) -> bytes:
+        write_overlay(tmp_path / "o.png", image, classes, names, colours)
+        with Image.open(tmp_path / "o.png") as overlay:
+            return overlay.crop((0, 40, *overlay.size)).tobytes()
+
+    monkeypatch.setattr(segment_module, "FONTS", [])
+    assert legend(["猫", "犬"]) == legend(["class 0", "class 1"])
+    assert legend(["café", "th\udce9"]) == legend(["café", "th?"])  # a folder whose name is Latin-1
+    monkeypatch.setattr(segment_module, "FONTS", [Path(matplotlib.get_data_path()) / "fonts"])
+    font, names = segment_module._legend_font(["Привет", "გამარჯობა"], 20)
+    assert names == ["Привет", "გამარჯობა"] and font.getname()[0].startswith("DejaVu")
 
 
 def test_files(tmp_path: Path) -> None:

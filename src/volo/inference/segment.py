@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,10 @@ WHOLE_PIXELS = 1 << 20
 WINDOW = 512
 """Side of windows at the least: below, too little of the surroundings is seen."""
 OPACITY = 0.55
+FONTS = [
+    Path(p) for p in ("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts", "C:/Windows/Fonts", "~/.fonts")
+]
+"""Where a font is looked for whose characters class names need."""
 AREAS = "areas.json"
 SOFTWARE = "volo segment"
 """What masks and overlays name as their author."""
@@ -219,8 +225,9 @@ def write_overlay(
     areas = np.bincount(classes.ravel(), minlength=len(names))
     order = [int(i) for i in np.argsort(-areas, kind="stable") if areas[i]]
     size = max(11, min(48, round(0.016 * max(mixed.size))))
-    font = ImageFont.load_default(size)
-    entries = [f"{names[i]}  {_percent(areas[i] / classes.size)}" for i in order]
+    font, labels = _legend_font([names[i] for i in order], size)
+    labels = labels or [f"class {i}" for i in order]  # areas.json says which that is
+    entries = [f"{label}  {_percent(areas[i] / classes.size)}" for label, i in zip(labels, order)]
     wide = max(int(font.getlength(entry)) for entry in entries) + 3 * size
     columns = max(1, mixed.width // wide)
     rows = -(-len(entries) // columns)
@@ -234,6 +241,24 @@ def write_overlay(
         draw.rectangle((x, y + size // 4, x + size, y + size // 4 + size), fill=tuple(colours[i]), outline="#555555")
         draw.text((x + round(1.6 * size), y + size // 4 + size // 2), entry, fill="#22282f", font=font, anchor="lm")
     _write_png(path, sheet)
+
+
+def _legend_font(names: Sequence[str], size: int) -> tuple[Any, list[str]]:
+    """A font that has the characters of all names, and the names as it draws them; without one no names."""
+    shown = [name.encode(errors="replace").decode() for name in names]  # file names need not be text
+    default = ImageFont.load_default(size)
+    for font in itertools.chain([default], _system_fonts(size)):
+        missing = font.getmask("\U0010ffff")
+        if all(bytes(font.getmask(c)) != bytes(missing) for c in set("".join(shown)) if not c.isspace()):
+            return font, shown
+    return default, []
+
+
+def _system_fonts(size: int) -> Iterator[ImageFont.FreeTypeFont]:
+    for folder in FONTS:
+        for path in sorted(folder.expanduser().rglob("*.[to]t[fc]")):
+            with contextlib.suppress(OSError):
+                yield ImageFont.truetype(path, size)
 
 
 def _percent(share: float) -> str:
