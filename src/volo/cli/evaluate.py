@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -16,11 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from volo.cli.console import Bar, note, results
-from volo.cli.options import OF_MODELS, ModelOptions, WindowOptions, how_to_test, load_model, open_device, run
+from volo.cli.options import OF_MODELS, ModelOptions, WindowOptions, load_model, open_device, run
 from volo.cli.outputs import begins_with, claim, is_figure, optional
-
-if TYPE_CHECKING:
-    import torch
+from volo.config import read_size
 
 FIGURES = {"confusion.png": "confusion matrix", "iou.png": "IoU of classes"}
 
@@ -65,6 +62,7 @@ def evaluate(options: EvaluateOptions) -> int:
       volo evaluate runs/cityscapes_volo_d1 --window 512 1024 --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --amp bf16
     """
     from volo.data.files import write_atomically
+    from volo.inference.score import evaluate as score
 
     if options.out is not None:
         _claim(options.out, options.overwrite)
@@ -72,15 +70,35 @@ def evaluate(options: EvaluateOptions) -> int:
     loaded = load_model(options.model, options.how, device)
     console = results(options.json)
     with Bar(console) as bar:
-        evaluation = (_segmentation if loaded.task == "segment" else _classification)(options, loaded, device, bar)
-    described, result, show = evaluation
-    described = {"command": "volo evaluate", "model": loaded.origin, **described, "classes": loaded.classes}
+
+        def left_out(bad: object) -> None:
+            bar.clear()
+            note(f"left out: {bad}")
+
+        figures = score(
+            loaded,
+            options.data,
+            real=options.real,
+            split=options.split,
+            window=read_size("--window", options.seen.window, least=0),
+            stride=read_size("--stride", options.seen.stride, least=0),
+            scales=options.seen.scales,
+            flip=options.seen.flip,
+            batch_size=options.how.batch_size,
+            device=device,
+            amp=options.how.amp,
+            on_bad_image=options.on_bad_image,
+            on_progress=bar.show,
+            on_skipped=left_out,
+        )
+    result = {"command": "volo evaluate", **figures}
     # What is no text in a file name is written as JSON escapes it.
-    report = json.dumps(described | result, ensure_ascii=False).encode(errors="backslashreplace")
+    report = json.dumps(result, ensure_ascii=False).encode(errors="backslashreplace")
     if options.json:
         print(report.decode())
     else:
-        how = [described[key] for key in ("data", "test") if key in described]
+        show = show_segmentation if loaded.task == "segment" else show_evaluation
+        how = [result[key] for key in ("data", "test") if key in result]
         show(console, result, loaded.classes, ", ".join([*how, f"by {loaded.origin}"]))
     if options.out is not None:
         files = [options.out / "evaluation.json", *_draw(options.out, result, loaded)]
@@ -111,89 +129,6 @@ def _draw(folder: Path, result: dict[str, Any], loaded: Any) -> list[Path]:
             class_bars(result["per_class_iou"], loaded.classes, loaded.colours, files[1], boundary)
         return files
     return []
-
-
-Evaluation = tuple[dict[str, Any], dict[str, Any], Callable[..., None]]
-"""What was done, its figures, and what shows them."""
-
-
-def _classification(options: EvaluateOptions, loaded: Any, device: torch.device, bar: Bar) -> Evaluation:
-    from volo.data.loader import EvalLoader
-    from volo.data.transforms import PixelPipeline
-    from volo.inference.evaluate import MirrorAveraged, evaluate, open_labelled, read_real_labels
-
-    if options.seen != WindowOptions(flip=options.seen.flip) or options.split:
-        raise ValueError(
-            f"--split, --window, --stride and --scales are for segmentation models, which {options.model} is not"
-        )
-    data = dataclasses.replace(loaded.preprocessing, on_bad_image=options.on_bad_image)
-    labelled = open_labelled(
-        options.data,
-        data,
-        loaded.classes,
-        loaded.wnids,
-        on_progress=lambda done, total: bar.show("checking pictures", done, total),
-    )
-    _tell(labelled.skipped, bar)
-    source, num_classes = labelled.source, len(loaded.classes)
-    result = evaluate(
-        MirrorAveraged(loaded.model) if options.seen.flip else loaded.model,
-        EvalLoader(source, data, batch_size=options.how.batch_size or 32),
-        PixelPipeline(data).to(device),
-        num_classes=num_classes,
-        device=device,
-        amp=options.how.amp,
-        class_map=labelled.class_map,
-        label_sets=None if options.real is None else read_real_labels(options.real, source.names, num_classes),
-        on_batch=lambda done: bar.show("evaluating", done, len(source)),
-    )
-    described = {"img_size": data.img_size, "crop_pct": data.crop_pct, "flip": options.seen.flip}
-    return {"data": labelled.what, **described}, result, show_evaluation
-
-
-def _segmentation(options: EvaluateOptions, loaded: Any, device: torch.device, bar: Bar) -> Evaluation:
-    from volo.data.loader import MaskEvalLoader
-    from volo.data.masks import open_split
-    from volo.data.transforms import PixelPipeline
-    from volo.inference.evaluate import match_classes
-    from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
-
-    if options.real is not None:
-        raise ValueError("--real is for classifiers; segmentation models take --window and --scales")
-    segment, split = loaded.segment, options.split or loaded.segment.val_split
-    data = dataclasses.replace(loaded.preprocessing, on_bad_image=options.on_bad_image)
-    if options.data is not None:  # another layout than that of the training, and classes in another order, are fine
-        data = dataclasses.replace(data, path=options.data)
-        segment = dataclasses.replace(segment, layout="auto", num_classes=0)
-    test = how_to_test(HowToTest.from_config(segment, data.img_size), options.seen)
-    pictures, skipped = open_split(
-        data,
-        segment,
-        split,
-        known=(loaded.classes, loaded.colours),
-        on_progress=lambda done, total: bar.show("checking pictures", done, total),
-    )
-    _tell(skipped, bar)
-    names = pictures.classes.names
-    result = evaluate_segmentation(
-        loaded.model,
-        MaskEvalLoader(pictures, data, segment, batch_size=1),
-        PixelPipeline(data).to(device),
-        num_classes=len(loaded.classes),
-        device=device,
-        how=test,
-        amp=options.how.amp,
-        batch_size=options.how.batch_size or 1,
-        class_map=None if names == loaded.classes else match_classes(names, loaded.classes),
-        on_batch=lambda done: bar.show("evaluating", done, len(pictures)),
-    )
-    return {"data": f"{split} of {data.path}", "test": str(test)}, result, show_segmentation
-
-
-def _tell(skipped: Sequence[object], bar: Bar) -> None:
-    bar.clear()
-    for bad in skipped:
-        note(f"left out: {bad}")
 
 
 def show_evaluation(

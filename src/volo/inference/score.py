@@ -75,7 +75,7 @@ def evaluate(
     described: dict[str, Any] = {"model": loaded.origin}
     if loaded.task == "segment":
         if real is not None:
-            raise ValueError("ReaL labels are for classifiers of ImageNet, and this is a segmentation model")
+            raise ValueError("ReaL labels are for classifiers; segmentation models take window, stride and scales")
         segment, split = loaded.segment, split or loaded.segment.val_split
         if data is not None:  # another layout than that of the training, and classes in another order, are fine
             preprocessing = dataclasses.replace(preprocessing, path=str(data))
