@@ -62,10 +62,13 @@ def evaluate(options: EvaluateOptions) -> int:
       volo evaluate runs/cityscapes_volo_d1 --window 512 1024 --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --amp bf16
     """
     from volo.data.files import write_atomically
+    from volo.inference.model_source import refuse_published
     from volo.inference.score import evaluate as score
 
     if options.out is not None:
         _claim(options.out, options.overwrite)
+    if options.split or options.seen != WindowOptions(flip=options.seen.flip):
+        refuse_published(options.model, "--split, --window, --stride and --scales are for segmentation models")
     device = open_device(options.how.device, options.how.threads)
     loaded = load_model(options.model, options.how, device)
     console = results(options.json)

@@ -136,6 +136,13 @@ def load(
     return dataclasses.replace(loaded, preprocessing=data)
 
 
+def refuse_published(source: str | Path, why: str) -> None:
+    """Raises ValueError, and says `why`, if `source` names published weights, all of which are classifiers: before they are
+    downloaded."""
+    if not Path(source).exists() and {str(source), f"{source}.224"} & PRETRAINED.keys():
+        raise ValueError(f"{why}, and {source} is a classifier")
+
+
 def _find(
     source: str | Path,
     task: Task | None,
