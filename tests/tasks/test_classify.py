@@ -16,6 +16,7 @@ from volo.tasks.mixing import (
     draw_share,
     enlarge_mask,
     mix_inside,
+    mix_pixels,
     mix_targets,
     restore_tokens,
     smooth_one_hot,
@@ -151,20 +152,17 @@ def test_contradictions_are_refused(model):
         ClassifyTask(model)
 
 
-def test_one_compilation_whatever_the_box(model):
-    task = ClassifyTask(model, LossConfig(token_weight=0.5), AugmentConfig(mix_token=1.0)).train()
-    compilations = 0
-
-    def counting(graph, inputs):
-        nonlocal compilations
-        compilations += 1
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(task, backend=counting)
-    data = batch()
-    compiled(data)
-    after_first = compilations
-    for _ in range(50):
-        compiled(data)
-    assert compilations == after_first > 0
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixed_images_are_made_of_themselves_and_their_partners(mixup, cutmix):
+    images = torch.stack([torch.full((3, 8, 8), float(i)) for i in range(2)])
+    target, kinds = torch.eye(2), set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        mixed, soft = mix_pixels(images, target, mixup, cutmix, 0.7)
+        other = mixed[0, 0]  # the share of the partner at each place
+        torch.testing.assert_close(mixed[1], 1.0 - mixed[0])
+        torch.testing.assert_close(soft, torch.stack([1 - other.mean(), other.mean()])[torch.tensor([[0, 1], [1, 0]])])
+        is_box = bool(((other == 0) | (other == 1)).all())
+        assert is_box or bool((other == other[0, 0]).all())
+        kinds.add("none" if not other.any() else "cutmix" if is_box else "mixup")
+    assert kinds == {"none"} | ({"mixup"} if mixup else set()) | ({"cutmix"} if cutmix else set())

@@ -1,13 +1,12 @@
-"""Classification with one label a picture: mixing, loss, and the logits that metrics are made of."""
+"""Classification with one label an image: mixing, loss, and the logits that metrics are made of."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from volo.config import AugmentConfig, LossConfig
 from volo.models.volo import VOLO
-from volo.tasks.mixing import draw_box, draw_share, mix_targets, mix_token, smooth_one_hot, soft_cross_entropy
+from volo.tasks.mixing import mix_pixels, mix_targets, mix_token, smooth_one_hot, soft_cross_entropy
 from volo.tasks.token_label import TokenLabelTargets, token_label_loss
 
 
@@ -16,10 +15,10 @@ class ClassifyTask(nn.Module):
 
     batch: "image" float [B, in_chans, H, W], normalised; "target" int64 [B] or soft targets [B, K].
     Returned: "loss", a scalar (without "target" in the batch there is none); "output", the logits [B, K] of
-    `model.forward`, of the mixed pictures where the batch was mixed.
+    `model.forward`, of the mixed images where the batch was mixed.
 
-    In training mode pictures are mixed by mixup and CutMix (on pixels) or by MixToken (on fine tokens), as `augment`
-    says. With `loss.token_weight` the aux head learns the picture's own label at every token, and the class head is
+    In training mode images are mixed by mixup and CutMix (on pixels) or by MixToken (on fine tokens), as `augment`
+    says. With `loss.token_weight` the aux head learns the image's own label at every token, and the class head is
     trained by itself, as in token labeling (`TokenLabelTask`, whose loss it is); without it the cross-entropy is that of
     the joined logits.
     """
@@ -45,9 +44,10 @@ class ClassifyTask(nn.Module):
             return {"output": model(images)}
         smoothing = self.loss.label_smoothing if self.training else 0.0
         target = smooth_one_hot(batch["target"], model.num_classes, smoothing)
-        if self.training and (self.augment.mixup > 0 or self.augment.cutmix > 0):
-            images, target = self._mix_pixels(images, target)
-        mixed = mix_token(model, images, self.augment.mix_token if self.training else 0.0)
+        augment = self.augment
+        if self.training and (augment.mixup > 0 or augment.cutmix > 0):
+            images, target = mix_pixels(images, target, augment.mixup, augment.cutmix, augment.mix_prob)
+        mixed = mix_token(model, images, augment.mix_token if self.training else 0.0)
 
         if self.training and self.loss.token_weight > 0:
             targets = TokenLabelTargets.from_label(target, mixed.token_logits.shape[1])
@@ -57,14 +57,3 @@ class ClassifyTask(nn.Module):
         else:
             loss = soft_cross_entropy(mixed.output, mix_targets(target, mixed.lam))
         return {"loss": loss, "output": mixed.output}
-
-    def _mix_pixels(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixup or CutMix (either with equal chance where both are on) with probability `mix_prob`."""
-        mixup, cutmix, prob = self.augment.mixup, self.augment.cutmix, self.augment.mix_prob
-        if torch.rand(()) >= prob:
-            return images, target
-        if cutmix > 0 and (mixup <= 0 or torch.rand(()) < 0.5):
-            mask = draw_box(images.shape[2], images.shape[3], cutmix, images.device)
-            return torch.where(mask, images.flip(0), images), mix_targets(target, 1.0 - mask.float().mean())
-        lam = draw_share(mixup, images.device)
-        return lam.to(images.dtype) * images + (1.0 - lam).to(images.dtype) * images.flip(0), mix_targets(target, lam)

@@ -1,8 +1,8 @@
 """Mixing two pictures of a batch: mixup, CutMix, and MixToken, which mixes tokens instead of pixels.
 
-Every picture is mixed with the one at the mirrored place in the batch (`flip(0)`), one box or one share a batch, as
-in the original. A box is a mask tensor rather than four integers, so a compiled model compiles once, not once a box.
-All draws come from torch's global generator, which the engine seeds anew in every step.
+Every image is mixed with the one at the mirrored place in the batch (`flip(0)`), one box or one share a batch, as
+in the original. What is drawn is never branched on, and a box is a mask rather than four integers: a compiled task
+compiles once, into one graph. All draws come from torch's global generator, which the engine seeds anew in every step.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Beta
 
 from volo.models.volo import VOLO
 
 
 def draw_share(alpha: float, device: torch.device | None = None) -> Tensor:
     """lam ~ Beta(alpha, alpha), a 0-d float32 tensor on `device`."""
-    gammas = torch._standard_gamma(torch.full((2,), alpha))
-    return (gammas[0] / gammas.sum()).to(device)
+    both = torch.full((), alpha)
+    return Beta(both, both, validate_args=False).sample().to(device)
 
 
 def draw_box(height: int, width: int, alpha: float, device: torch.device | None = None) -> Tensor:
@@ -84,6 +85,21 @@ def mix_token(model: VOLO, images: Tensor, alpha: float) -> MixedLogits:
     if mask is None:
         return MixedLogits(output, class_logits, token_logits, 1.0)
     return MixedLogits(output, class_logits, restore_tokens(token_logits, mask), 1.0 - mask.float().mean())
+
+
+def mix_pixels(images: Tensor, target: Tensor, mixup: float, cutmix: float, prob: float) -> tuple[Tensor, Tensor]:
+    """Images [B, C, H, W] and soft targets [B, K] mixed by mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899), either
+    with equal chance where both parameters are above 0, and with probability `prob` at all."""
+    H, W = images.shape[2:]
+    if cutmix > 0:
+        own = 1.0 - draw_box(H, W, cutmix).float()  # share of each place's own pixel
+        if mixup > 0:
+            own = torch.where(torch.rand(()) < 0.5, own, draw_share(mixup))
+    else:
+        own = draw_share(mixup).expand(H, W)
+    own = torch.where(torch.rand(()) < prob, own, 1.0).to(images.device)
+    mixed = own.to(images.dtype) * images + (1.0 - own).to(images.dtype) * images.flip(0)
+    return mixed, mix_targets(target, own.mean())
 
 
 def mix_targets(target: Tensor, lam: Tensor | float) -> Tensor:
