@@ -129,15 +129,19 @@ def _tiny() -> Callable[..., Recipe]:
 
 @pytest.fixture
 def start_run() -> Callable[..., subprocess.Popen[str]]:
-    """start_run(recipe, out, "--resume", processes=2, RANK_TO_KILL=1) -> the process (torchrun's for several processes)."""
+    """start_run(recipe, out, "--resume", processes=2, RANK_TO_KILL=1) -> the process (torchrun's for several processes).
+
+    A list of recipes is trained one after the other, in out/0, out/1, ..."""
     children: list[subprocess.Popen[str]] = []
 
-    def start(recipe: Recipe, out: Path, *flags: str, processes: int = 1, **env: Any) -> subprocess.Popen[str]:
+    def start(
+        recipe: Recipe | list[Recipe], out: Path, *flags: str, processes: int = 1, **env: Any
+    ) -> subprocess.Popen[str]:
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         child = subprocess.Popen(
-            [*launcher, str(RUN_SCRIPT), json.dumps(recipe.to_dict()), str(out), *flags],
+            [*launcher, str(RUN_SCRIPT), json.dumps(recipe, default=Recipe.to_dict), str(out), *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,5 +1,7 @@
 """Train the recipe given as JSON, as a process of its own that tests can kill: run_recipe.py JSON OUT [--resume].
 
+A list of recipes is trained one after the other, in OUT/0, OUT/1, ...; with --resume each goes on from what lies there.
+
 OUT_OF_RANK_1=FOLDER gives that process another folder, as on a machine that does not see the first one's.
 """
 
@@ -13,6 +15,7 @@ import sys
 import time
 
 from volo.config import recipe_from_dict
+from volo.distributed import join_world
 from volo.training.pipeline import train
 from volo.training.report import NullReporter, StepReport
 
@@ -59,6 +62,25 @@ def trouble_with_the_index(seconds: float, is_disk_full: bool) -> None:
     annotate.write_index = write
 
 
+def leave_batch_norm_out() -> None:
+    """Segmentation models without it: its statistics are those of a micro batch, and on a CPU nothing synchronises them."""
+    from torch import nn
+
+    from volo.training.workloads.segmentation import Segmentation
+
+    create_model = Segmentation.create_model
+
+    def without(self):
+        model = create_model(self)
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(module, name, nn.Identity())
+        return model
+
+    Segmentation.create_model = without
+
+
 PAUSES = {"--slow": (3, 60.0), "--wait": (5, 2.0), "--wait-late": (15, 5.0)}
 
 if __name__ == "__main__":
@@ -66,8 +88,16 @@ if __name__ == "__main__":
         die_at_step(20)
     if "--late-index" in sys.argv or "--full-disk" in sys.argv:
         trouble_with_the_index(5.0, is_disk_full="--full-disk" in sys.argv)
+    if "--no-batch-norm" in sys.argv:
+        leave_batch_norm_out()
+    recipes = json.loads(sys.argv[1])
+    if isinstance(recipes, list):
+        with join_world("cpu"):
+            for number, recipe in enumerate(recipes):
+                train(recipe_from_dict(recipe), f"{sys.argv[2]}/{number}", resume="--resume" in sys.argv)
+        sys.exit()
     result = train(
-        recipe_from_dict(json.loads(sys.argv[1])),
+        recipe_from_dict(recipes),
         os.environ.get(f"OUT_OF_RANK_{os.environ.get('RANK', 0)}", sys.argv[2]),
         resume="--resume" in sys.argv,
         reporter=next((SlowReporter(*pause) for flag, pause in PAUSES.items() if flag in sys.argv), None),

@@ -168,7 +168,7 @@ class SegmentConfig:
     ohem: float = 0.0
     """Online hard example mining: only pixels whose true class has a probability below this count (usual: 0.7); 0: off."""
     ohem_min_kept: int = 100_000
-    """But at least so many pixels a micro batch, the hardest."""
+    """But at least so many pixels of each image, the hardest."""
     test: Literal["whole", "slide"] = "whole"
     """Score pictures in one piece, or by overlapping windows."""
     window: Size = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -178,6 +178,40 @@ def shard(module: nn.Module, world: World) -> None:
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
+class ShardedModel(nn.Module):
+    """A sharded task as a model that is evaluated, images -> output: only the forward of the task itself gathers weights.
+
+    Every process takes part in each forward pass of any, so those that are done (`in_step`) keep the others company with
+    a `blank` batch, whose output nobody looks at.
+    """
+
+    def __init__(self, task: nn.Module, blank: Tensor) -> None:
+        super().__init__()
+        self.task, self.blank = task, blank
+
+    def forward(self, images: Tensor) -> Tensor:
+        _anyone(True)
+        return self.task({"image": images})["output"]
+
+    def in_step(self, batches: Iterable[T]) -> Iterator[T]:
+        yield from batches
+        while _anyone(False):
+            with torch.inference_mode():
+                self.task({"image": self.blank})
+
+
+def in_step(model: nn.Module, batches: Iterable[T]) -> Iterable[T]:
+    """`batches` to evaluate `model` on, of which every process may have another number; all of them use up theirs."""
+    return model.in_step(batches) if isinstance(model, ShardedModel) else batches
+
+
+def _anyone(mine: bool) -> bool:
+    """Whether any process says so; all of them must call it."""
+    answer = torch.tensor(int(mine))
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return bool(answer)
+
+
 def replicate(task: nn.Module, config: TrainConfig, world: World) -> nn.Module:
     """The task as it is called in training: itself, or in DDP, which also hands the first process's BatchNorm statistics
     to all before each step."""
@@ -249,6 +283,11 @@ class Vote:
         self._pending = None
         work.wait()
         return int(ballot[0]), bool(ballot[1])
+
+
+def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this process holds: of a sharded tensor its own part."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def gather_full(tree: Any, world: World) -> Any:

@@ -24,7 +24,9 @@ from volo import __version__
 from volo.config import Recipe
 from volo.data import keyed
 from volo.data.files import FolderLock
+from volo.data.transforms import height_width
 from volo.distributed import (
+    ShardedModel,
     Vote,
     World,
     agree_on_start,
@@ -36,6 +38,7 @@ from volo.distributed import (
     main_first,
     main_only,
     mean_over_ranks,
+    own_parts,
     prepare_batch_norm,
     replicate,
     shard,
@@ -157,12 +160,12 @@ class Run:
         task.to(world.device)
         if world.device.type == "cpu":
             use_training_kernels(task)
-        if config.channels_last:
+        self.is_sharded = config.parallel == "fsdp" and world.size > 1
+        if config.channels_last and not self.is_sharded:  # shards are flat; the images alone make convolutions follow
             task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = None
         if recipe.optim.ema_decay:
             self.ema = WeightAverage(task, recipe.optim.ema_decay, recipe.optim.ema_warmup)
-        self.is_sharded = config.parallel == "fsdp" and world.size > 1
         if self.is_sharded:
             shard(task, world)
             if self.ema is not None:
@@ -283,14 +286,15 @@ class Run:
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.step)
-        values = _to_host(mean_over_ranks(values, self.world))
+        values = _to_host(values)
         start, self.mark = self.mark, Mark(self.world.device)
         self.pending.append(_PendingStep(self.step, self.last_lr, values, start, self.mark, self._seconds()))
 
     def _gradients(self, batches: Iterator[dict[str, Tensor]]) -> Tensor:
         """Forward and backward passes of a step; [loss, gradient norm]. The model is left as it was if one fails."""
         config, device = self.config, self.world.device
-        values = torch.zeros(2, device=device)
+        sums = torch.zeros(2, device=device)  # loss and weight of all micro batches
+        weight: Tensor | None = None
         statistics = [buffer.clone() for buffer in self.task.buffers()]
         try:
             for micro in range(config.accumulation):
@@ -304,19 +308,29 @@ class Run:
                     batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
                 with gradient_sync(self.wrapped, enabled=micro == config.accumulation - 1):
                     with torch.autocast(device.type, AMP_DTYPES[config.amp], enabled=config.amp != "off"):
-                        loss = self.wrapped(batch)["loss"] / config.accumulation
-                    self.scaler.scale(loss).backward()
-                values[0] += loss.detach()
+                        result = self.wrapped(batch)
+                    weight = result.get("weight")
+                    loss = result["loss"] if weight is None else result["loss"] * weight
+                    self.scaler.scale(loss / config.accumulation).backward()
+                sums += torch.stack([loss.detach(), torch.ones_like(loss) if weight is None else weight])
         except Exception:
             with torch.no_grad():
                 for buffer, before in zip(self.task.buffers(), statistics):
                     buffer.copy_(before)
             raise
+        loss, total = mean_over_ranks(sums / config.accumulation, self.world)
+        if weight is not None:
+            # Only now is it known how much counts in the whole batch.
+            total = total.clamp(min=torch.finfo(total.dtype).tiny)
+            loss = loss / total
+            for gradient in own_parts(p.grad for p in self.task.parameters() if p.grad is not None):
+                gradient /= total
+        norm = torch.zeros_like(loss)
         if self.recipe.optim.clip_grad:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.recipe.optim.clip_grad)
-            values[1] = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return values
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return torch.stack([loss, norm])
 
     def _write_steps(self, wait: bool = False) -> None:
         """Log the steps whose figures have arrived from the device: nothing waits for a GPU, unless `wait` is set."""
@@ -382,7 +396,10 @@ class Run:
         def on_outputs(model: nn.Module, inputs: Any, outputs: Tensor) -> None:
             num_not_finite.add_(~outputs.isfinite().all())
 
-        model = _Outputs(scored) if self.is_sharded else scored.get_submodule("model")
+        model = scored.get_submodule("model")
+        if self.is_sharded:
+            blank = torch.zeros(1, 3, *height_width(self.recipe.data.img_size), device=self.world.device)
+            model = ShardedModel(scored, blank)
         watching = model.register_forward_hook(on_outputs)
         try:
             # Several processes stay together: one may not leave the evaluation alone.
@@ -519,17 +536,6 @@ class Run:
             seconds=self._seconds(),
             images_per_second=self.timed_steps * self.config.batch_size / max(self.step_seconds, 1e-9),
         )
-
-
-class _Outputs(nn.Module):
-    """The model in a sharded task: only the forward of the task itself gathers the shards."""
-
-    def __init__(self, task: nn.Module) -> None:
-        super().__init__()
-        self.task = task
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.task({"image": images})["output"]
 
 
 @dataclass

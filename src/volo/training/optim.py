@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from volo.config import OptimConfig, Recipe, nearest
+from volo.distributed import own_parts
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
@@ -183,16 +183,10 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Move towards the weights that the source has after `step` steps."""
         if not self._pairs:  # only now, for both may have been sharded since they were made
-            self._pairs = list(zip(_local_tensors(self.module), _local_tensors(self._source)))
+            self._pairs = list(zip(*(own_parts([*m.parameters(), *m.buffers()]) for m in (self.module, self._source))))
         floats = [pair for pair in self._pairs if pair[0].is_floating_point()]
         average = get_ema_multi_avg_fn(self.decay_at(step))
         average([a for a, _ in floats], [b for _, b in floats], step)
         for a, b in self._pairs:
             if not a.is_floating_point():
                 a.copy_(b)
-
-
-def _local_tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, or this process's shards of them: an average is taken element by element."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

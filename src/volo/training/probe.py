@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from volo.config import Recipe, TrainConfig
-from volo.distributed import World, join_world, least_over_ranks
+from volo.distributed import World, join_world, least_over_ranks, own_parts
 from volo.training.clock import Mark
 from volo.training.loop import Run, open_workload
 from volo.training.memory import free_bytes, is_out_of_memory
@@ -182,7 +181,7 @@ def _pictures_that_fit(run: Run, most: int, weights: int) -> int:
 
 def _activation_bytes(run: Run, batches: Iterator[dict[str, Tensor]]) -> int:
     """Take a step, and count what its first micro batch keeps for the backward pass."""
-    own = {p.untyped_storage().data_ptr() for p in _local(run.task.parameters())}
+    own = {p.untyped_storage().data_ptr() for p in own_parts(run.task.parameters())}
     kept: dict[int, int] = {}
     micro_batches = 0
 
@@ -243,10 +242,5 @@ def _micro_batch_size(config: TrainConfig, world: World) -> int:
     return config.batch_size // config.accumulation // world.size
 
 
-def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this process holds: of a sharded tensor its own part."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-
-
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in _local(tensors))
+    return sum(t.numel() * t.element_size() for t in own_parts(tensors))

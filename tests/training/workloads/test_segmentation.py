@@ -162,6 +162,48 @@ def test_two_processes_share_training_and_scoring(scenes: Path, tmp_path: Path, 
     assert int(last["confusion"].sum()) == sum(int((open_mask(scenes, i) != 255).sum()) for i in range(5))
 
 
+def test_the_loss_is_the_mean_over_a_step_however_it_is_shared_out(scenes, make_scenes, tmp_path, start_run) -> None:
+    """Void, class weights and hard pixels differ from image to image; one held-out image of two processes, and sharded."""
+    data = make_scenes(tmp_path / "data", train=8, val=1)
+    whole = {
+        "data.path": str(data),
+        "segment.ohem": 0.5,
+        "segment.ohem_min_kept": 100,
+        "segment.class_weights": "median",
+        "augment.hflip": 0.0,
+        "model.options": {**street(data).model.options, "dropout": 0.0},
+        "model.drop_path_rate": 0.0,
+        "optim.name": "sgd",
+        "optim.lr": 0.05,
+        "schedule.steps": 4,
+        "schedule.warmup_steps": 0,
+        "train.eval_steps": 4,
+        "train.batch_size": 4,
+    }
+    parts = [whole, {**whole, "train.accumulation": 4}]
+    child = start_run([street(data, part) for part in parts], tmp_path / "one", "--no-batch-norm")
+    shared = [
+        {**whole, "train.parallel": kind, "train.accumulation": 2, "train.channels_last": True}
+        for kind in ("ddp", "fsdp")
+    ]
+    shared[1]["segment.test"] = "slide"
+    children = [
+        child,
+        start_run([street(data, part) for part in shared], tmp_path / "two", "--no-batch-norm", processes=2),
+    ]
+    for child in children:
+        _, errors = child.communicate(timeout=250)
+        assert child.returncode == 0, errors
+    reference = load_checkpoint(tmp_path / "one" / "0" / "last.pt")
+    for other in ("one/1", "two/0", "two/1"):
+        last = load_checkpoint(tmp_path / other / "last.pt")
+        assert last["step"] == 4 and last["metrics"]["count"] == 1
+        for name, value in reference["model"].items():
+            torch.testing.assert_close(
+                last["model"][name], value, rtol=1e-4, atol=3e-6, msg=lambda m, n=name, o=other: f"{o} {n}: {m}"
+            )
+
+
 def test_frozen_batch_norm_is_the_backbones(scenes: Path, tmp_path: Path) -> None:
     recipe = street(scenes, {"schedule.steps": 1, "schedule.warmup_steps": 0, "train.batch_norm": "frozen"})
     train(recipe, tmp_path / "run")
@@ -185,7 +227,6 @@ def open_mask(scenes: Path, number: int) -> np.ndarray:
             {"schedule.small_size": 32, "schedule.small_epochs": 1},
             r"schedule\.small_size, schedule\.small_epochs have no effect",
         ),
-        ({"train.parallel": "fsdp"}, "ddp"),
         ({"model.options": {"num_classes": 4}}, "follows from the data"),
         ({"model.name": "volo_nano"}, "unknown segmentation model 'volo_nano'; did you mean 'fpn_volo_nano'"),
         ({"segment.stride": 100, "segment.test": "slide"}, "the stride is from 1 to the window"),

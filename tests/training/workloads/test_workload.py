@@ -22,3 +22,9 @@ def test_the_variant_gives_the_drop_path_rate_unless_the_recipe_does() -> None:
 def test_options_with_a_place_of_their_own_are_refused(name: str, instead: str) -> None:
     with pytest.raises(ValueError, match=f"must not hold {name}: .*{instead}"):
         model_options(recipe_from_dict({"model": {"options": {name: 1}}}), "volo_d1")
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_have_three_channels(channels: int) -> None:
+    with pytest.raises(ValueError, match=f"in_chans is {channels}, but images are given to the model as RGB"):
+        model_options(recipe_from_dict({"model": {"options": {"in_chans": channels}}}), "volo_d1")

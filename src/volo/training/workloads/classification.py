@@ -15,7 +15,7 @@ from volo.data.loader import EvalLoader, TrainLoader
 from volo.data.sources import DataSplits, Progress, Share
 from volo.data.token_labels import LabelMapReader
 from volo.data.transforms import PixelPipeline
-from volo.distributed import World, gather_from_all, main_first
+from volo.distributed import World, gather_from_all, in_step, main_first
 from volo.inference.evaluate import evaluate
 from volo.models.checkpoint import model_config_dict
 from volo.models.factory import create_model
@@ -104,7 +104,7 @@ class Classification:
     def evaluate(self, model: nn.Module, on_batch: Callable[[int], None]) -> dict[str, Any]:
         return evaluate(
             model,
-            self.val_loader,
+            in_step(model, self.val_loader),
             self.pixels,
             num_classes=len(self.classes),
             device=self.world.device,

@@ -14,7 +14,7 @@ from volo.data.loader import MaskEvalLoader, MaskTrainLoader
 from volo.data.masks import open_segmentation
 from volo.data.sources import Progress
 from volo.data.transforms import PixelPipeline
-from volo.distributed import World
+from volo.distributed import World, in_step
 from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
 from volo.models.checkpoint import model_config_dict
 from volo.models.factory import create_segmenter
@@ -93,7 +93,7 @@ class Segmentation:
     def evaluate(self, model: nn.Module, on_batch: Callable[[int], None]) -> dict[str, Any]:
         return evaluate_segmentation(
             model,
-            self.val_loader,
+            in_step(model, self.val_loader),
             self.pixels,
             num_classes=len(self.classes),
             device=self.world.device,
@@ -130,8 +130,4 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(
             f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect in task 'segment', which flips by augment.hflip and knows "
             f"segment.{{{known}}}"
-        )
-    if recipe.train.parallel == "fsdp":
-        raise ValueError(
-            "task 'segment' trains with train.parallel 'ddp': pictures to score differ in size, and so does their number a process"
         )

@@ -60,7 +60,8 @@ class Workload(Protocol):
     def create_task(self, model: nn.Module) -> nn.Module:
         """What is minimised: `forward(batch) -> {"loss", "output", ...}`, and {"output"} for a batch without targets.
 
-        Its submodule "model" is what is optimised, averaged and saved.
+        Where "loss" is the mean over another number of terms in each batch, "weight" is in proportion to that number: the
+        step is then that of the mean over all terms of its micro batches and processes. Its submodule "model" is what is optimised, averaged and saved.
         """
 
     def batches(self, start_step: int, stop_step: int, most: int | None = None) -> Iterator[Batch]:
@@ -107,6 +108,11 @@ def model_options(recipe: Recipe, variant: str) -> dict[str, Any]:
         if name in options:
             instead = "it follows from the data" if name == "num_classes" else "use model.drop_path_rate"
             raise ValueError(f"model.options must not hold {name}: {instead}")
+    if options.get("in_chans", 3) != 3:
+        raise ValueError(
+            f"model.options.in_chans is {options['in_chans']!r}, but images are given to the model as RGB, grey ones too: leave it at 3. "
+            "Models of other channels are trained with your own loop, from volo.create_model"
+        )
     rate = recipe.model.drop_path_rate
     rate = DROP_PATH_RATES.get(variant, 0.0) if rate is None else rate
     return {"img_size": recipe.data.img_size, "drop_path_rate": rate, **options}
