@@ -37,6 +37,7 @@ class Classification:
     def __init__(self, recipe: Recipe, world: World, on_progress: Progress | None = None) -> None:
         config = recipe.train
         self.recipe, self.world = recipe, world
+        model_options(recipe, recipe.model.name)  # what is wrong with them is said before the images are tried
         # One process downloads, and the others find it; images are tried by all together.
         downloads = data_kind(recipe.data) in ("cifar10", "cifar100")
         with main_first(world) if downloads else contextlib.nullcontext():

@@ -33,6 +33,7 @@ class Segmentation:
         config, segment = recipe.train, recipe.segment
         self.recipe, self.world = recipe, world
         check_recipe(recipe)
+        model_options(recipe, recipe.model.name.partition("_")[2])  # before the images are tried
         self.how = HowToTest.from_config(segment, recipe.data.img_size)
         self.splits = splits = open_segmentation(recipe.data, segment, on_progress=on_progress, share=share_of(world))
         self.classes = splits.classes.names
