@@ -437,7 +437,9 @@ class Run:
         averaged = self.averaged_model and gather_full(self.averaged_model.state_dict(), self.world)
         optimizer = gather_full(self.optimizer.state_dict(), self.world)
         if not self.world.is_main:
-            self.saved_step = self.step  # as the first one will have it: whether to save again is every process's to know
+            self.saved_step = (
+                self.step
+            )  # as the first one will have it: whether to save again is every process's to know
             return
         # The last update may have spoilt the weights though the loss before it was fine.
         if not all(bool(t.isfinite().all()) for t in weights.values() if t.is_floating_point()):
