@@ -55,7 +55,7 @@ BASE = {
     "model": {
         "name": "volo_nano",
         "drop_path_rate": 0.0,
-        "options": {"depths": [2, 2], "embed_dims": [64, 96], "num_heads": [2, 3], "stem_dim": 32},
+        "options": {"patch_size": 4, "depths": [2, 2], "embed_dims": [64, 96], "num_heads": [2, 3], "stem_dim": 32},
     },
     "data": {"img_size": 32, "crop_pct": 1.0, "mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]},
     "augment": {"crop": "pad", "pad": 8, "hflip": 0.5},
