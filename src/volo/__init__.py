@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from volo.config import load_recipe
+    from volo.deploy.export import export
     from volo.inference.model_source import LoadedModel, load
     from volo.inference.predictor import predict
     from volo.inference.score import evaluate
@@ -28,6 +29,7 @@ __all__ = [
     "create_model",
     "create_segmenter",
     "evaluate",
+    "export",
     "from_pretrained",
     "fuse",
     "list_models",
@@ -51,6 +53,7 @@ _HOMES = {
     "create_model": "volo.models.factory",
     "create_segmenter": "volo.models.factory",
     "evaluate": "volo.inference.score",
+    "export": "volo.deploy.export",
     "from_pretrained": "volo.inference.sharing",
     "fuse": "volo.models.fuse",
     "list_models": "volo.models.factory",

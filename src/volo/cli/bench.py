@@ -182,6 +182,24 @@ class Gpu(OfModel):
     batch_size: int = 128
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deploy(OfModel):
+    """Exported files (ONNX Runtime, OpenVINO, torch.export) against our fused model and timm eager, on the CPU.
+
+    Examples:
+      volo bench deploy --batch-size 1 --threads 2 --out benchmarks/results/cpu_deploy_d1_batch1.json
+      volo bench deploy --files "onnx int8" "openvino int8" --data photos
+    """
+
+    rounds: int = 15
+    batch_size: int = 1
+    device: str = "cpu"
+    files: tuple[str, ...] = ("onnx fp32", "onnx fp16", "openvino fp32", "openvino bf16", "torch fp32")
+    """Each a format and a dtype of `volo export`."""
+    data: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Images, which int8 needs."""
+
+
 BENCHMARKS: dict[str, tuple[type[Any], str]] = {
     "op": (Op, "volo.bench.op:bench_op"),
     "model": (Model, "volo.bench.model:bench_model"),
@@ -190,6 +208,7 @@ BENCHMARKS: dict[str, tuple[type[Any], str]] = {
     "data": (Data, "volo.bench.data:bench_data"),
     "labels": (Labels, "volo.bench.labels:bench_labels"),
     "kernels": (Kernels, "volo.bench.kernels:bench_kernels"),
+    "deploy": (Deploy, "volo.bench.deploy:bench_deploy"),
     "gpu": (Gpu, "volo.bench.gpu:bench_gpu"),
 }
 
@@ -251,7 +270,9 @@ def command_of(name: str, options: Measurement) -> str:
         if option.name in ("json", "out", "overwrite") or given == option.default:
             continue
         words.append("--" + option.name.replace("_", "-"))
-        if given is not True:
+        if isinstance(given, tuple):
+            words += map(str, given)
+        elif given is not True:
             words.append(Path(given).name if option.name in ("model", "data", "weights") else str(given))
     return shlex.join(words)
 

@@ -1,4 +1,4 @@
-"""`volo train | evaluate | predict | segment | annotate | info | pack | bench`: the table of commands, and what errors become.
+"""`volo train | evaluate | predict | segment | annotate | export | info | pack | bench`: the table of commands, and what errors become.
 
 A command is a file here with `main(argv)`, loaded when it is asked for; everything beyond the standard library and the
 parser is imported where it is used, so that help and spelling mistakes are answered at once.
@@ -24,6 +24,7 @@ COMMANDS = {
     "predict": ("MODEL ...", "name what is in pictures"),
     "segment": ("MODEL ...", "name every pixel of pictures: masks, overlays, areas"),
     "annotate": ("MODEL", "draw label maps for token labeling, with any classifier of ours or timm's; check them"),
+    "export": ("MODEL", "a file for other runtimes: ONNX, OpenVINO, torch.export; checked before it is there"),
     "info": ("", "versions, devices, engines of the operator; --models lists models, weights and recipes"),
     "pack": ("DATA", "turn pictures into tar shards, for large sets and slow disks"),
     "bench": ("WHAT", "measure: the operator, a model, a training step, the training loop, the input pipeline"),

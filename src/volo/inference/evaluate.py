@@ -127,6 +127,8 @@ def evaluate(
 
     Raises ValueError, with the image's name, for logits that are not finite.
     """
+    if getattr(model, "takes_pixels", False):
+        raise ValueError("this file has its preprocessing inside, for `volo predict`; evaluate one exported without it")
     device = torch.device(device)
     metrics = ClassificationMetrics(num_classes, device)
     real = ClassificationMetrics(num_classes, device) if label_sets is not None else None

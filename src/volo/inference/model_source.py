@@ -4,6 +4,7 @@
 |---|---|
 | a folder | a run of `volo train` (its best.pt, else its last.pt), or a model saved for the hub |
 | a file | a checkpoint of `volo train`, or weights of the original, of timm, of Lightning: .pt, .pth.tar, .safetensors |
+| a file | what `volo export` wrote: .onnx, .xml (OpenVINO), .pt2 (torch.export); it runs on the CPU |
 | volo_d1.224, volo_d1 | published weights; without a size those at 224 |
 | hf-hub:user/name | a repository of the Hugging Face hub, with @revision if need be |
 | resnet50.a1_in1k | a classifier of timm, where one is asked for (annotators) |
@@ -26,6 +27,7 @@ from volo.config import DataConfig, Recipe, SegmentConfig, Size, load_recipe, ne
 from volo.data.imagenet import imagenet_classes
 from volo.data.masks import Colour, palette
 from volo.data.transforms import height_width
+from volo.inference.exported import FORMATS, open_exported
 from volo.models.checkpoint import check_format, find_checkpoint, is_checkpoint, model_of_checkpoint
 from volo.models.factory import create_model, model_of_shapes
 from volo.models.hub import CONFIG, HUB_PREFIX, PRETRAINED, WEIGHTS, fetch_from_hub
@@ -159,6 +161,8 @@ def _find(
         raise ValueError(f"{name} has weights of its own; a weight file beside it is for models of timm")
     if path.is_dir() and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
         return _from_config(path / CONFIG, path / WEIGHTS, name, device, timm)
+    if path.suffix.lower() in FORMATS and path.is_file():
+        return _from_exported(path)
     if path.exists():
         path = find_checkpoint(path)
         return _with_place_of_data(
@@ -183,6 +187,22 @@ def _find(
     raise FileNotFoundError(
         f"no model {name!r}{close} (give a run folder or checkpoint of `volo train`, a weight file, {HUB_PREFIX}user/name, "
         f"or published weights: {', '.join(PRETRAINED)})"
+    )
+
+
+def _from_exported(path: Path) -> LoadedModel[Any]:
+    """A file of `volo export`, which says everything itself."""
+    model = open_exported(path)
+    described = model.description
+    how: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described["preprocessing"].items()}
+    return LoadedModel(
+        model=model,
+        task=described["task"],
+        classes=tuple(described["classes"]),
+        preprocessing=DataConfig(**how),
+        origin=f"{path}, exported from {described['origin']}",
+        wnids=tuple(described["wnids"]),
+        extras={"colours": described["colours"]},
     )
 
 

@@ -105,9 +105,12 @@ def predict(
     pixels = PixelPipeline(classifier.preprocessing).to(device).eval()
     top = min(top, len(classifier.classes))
 
+    takes_pixels = getattr(classifier.model, "takes_pixels", False)  # an exported file with its preprocessing inside
+
     def prepare(path: str | Path) -> Tensor | str:
         try:
-            return transform(decode_image(path))
+            image = decode_image(path)
+            return image if takes_pixels else transform(image)
         except (BadImageError, OSError) as error:
             return str(error)
 
@@ -117,9 +120,12 @@ def predict(
         answers: Iterator[tuple[list[float], list[int], bool]] = iter(())
         if decoded:
             with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
-                logits = classifier.model(pixels(torch.stack(decoded).to(device))).float()
-                best = logits.softmax(dim=1).topk(top, dim=1)
-            answers = zip(best.values.tolist(), best.indices.tolist(), logits.isfinite().all(dim=1).tolist())
+                if takes_pixels:
+                    given = torch.cat([classifier.model(image.permute(1, 2, 0)[None]) for image in decoded])
+                else:
+                    given = classifier.model(pixels(torch.stack(decoded).to(device))).float()
+                best = (given if takes_pixels else given.softmax(dim=1)).topk(top, dim=1)
+            answers = zip(best.values.tolist(), best.indices.tolist(), given.isfinite().all(dim=1).tolist())
         for (path, _), image in zip(batch, prepared):
             if isinstance(image, str):
                 yield Prediction(str(path), (), image)

@@ -1,0 +1,115 @@
+"""`volo export`: a model as a file for another runtime."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from volo.cli.console import megabytes, note, results
+from volo.cli.options import read_size, run, set_threads
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A run folder (its best.pt), a checkpoint, published weights such as volo_d1.224, or a weight file of timm's or the
+    original's."""
+    format: Annotated[str, tyro.conf.arg(metavar="onnx|openvino|torch|html")] = "onnx"
+    """ONNX (.onnx), OpenVINO (.xml and .bin), a program of torch.export (.pt2), or a page that classifies in the browser (.html)."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """The file; by default the model's name in this folder. A report lies beside it: FILE.json."""
+    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """What it computes in. int8 needs --data."""
+    dynamic: Annotated[str, tyro.conf.arg(metavar="batch|size|batch,size|none")] = "batch"
+    """What one file leaves open: the batch, height and width."""
+    opset: int | None = None
+    """Of ONNX, 17 (widest support) to 23; 20 if left out."""
+    img_size: tuple[int, ...] | None = None
+    """Another size in pixels, or height and width."""
+    batch_size: int = 1
+    """Of a file whose batch is fixed."""
+    with_preprocessing: bool = False
+    """uint8 pixels of any size in, probabilities out: resize, crop, normalisation and softmax are in the file."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Images to compare on, and to calibrate int8 with; in class folders, accuracy is compared too."""
+    max_drop: float = 1.0
+    """So many per cent of the answers (or of the accuracy) int8 may lose."""
+    licence: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
+    """Of the weights; kept inside the file."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+    web_runtime: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Of a page: where ONNX Runtime Web lies, if not in an installed npm package."""
+    threads: int = 0
+    """CPU threads; 0: torch's choice."""
+    json: bool = False
+    """Print the report instead of a summary."""
+
+
+def export(options: ExportOptions) -> int:
+    """Write a model as a file for another runtime. It is loaded back there and compared with the model on images; a
+    file that gives other answers is not kept.
+
+    Class names, preprocessing, origin and licence travel inside; `volo predict` and `volo evaluate` take the file as a MODEL.
+
+    Examples:
+      volo export runs/photos                                             photos.onnx, photos.onnx.json
+      volo export volo_d1.224 --opset 17 --dynamic none                   for TensorRT
+      volo export runs/photos --with-preprocessing --data photos/val      pixels in, probabilities out
+      volo export runs/photos --format html                               photos.html: opens in any browser, no server
+      volo export runs/photos --format openvino --dtype int8 --data photos/val
+    """
+    from volo.deploy.export import export as run_export
+
+    set_threads(options.threads)
+    report = run_export(
+        options.model,
+        options.out,
+        format=options.format,  # type: ignore[arg-type]
+        dtype=options.dtype,
+        dynamic=() if options.dynamic == "none" else tuple(options.dynamic.split(",")),
+        opset=options.opset,
+        img_size=read_size("--img-size", options.img_size),
+        batch_size=options.batch_size,
+        with_preprocessing=options.with_preprocessing,
+        data=options.data,
+        max_drop=options.max_drop,
+        licence=options.licence,
+        overwrite=options.overwrite,
+        web_runtime=options.web_runtime,
+    )
+    if options.json:
+        print(json.dumps(report.values, indent=1, ensure_ascii=False))
+    else:
+        results().print(summary(report.path, report.values), highlight=False, markup=False, soft_wrap=True)
+    for runtime, table in report.values.get("not_supported", {}).items():
+        if table["missing"] and not options.json:
+            note(f"{runtime} does not list {', '.join(table['missing'])} among what it supports")
+    return 0
+
+
+def summary(path: Path, values: dict[str, Any]) -> str:
+    """A few lines for people: the file, how it compares, how fast it was."""
+    rows = values["compared"]
+    opset = f", opset {values['opset']}" if "opset" in values else ""
+    lines = [
+        f"{path}: {values['export']}, {values['description']['dtype']}{opset}, {megabytes(values['bytes'])}",
+        f"compared on {values['compared_on']}: largest error {max(row['max_error'] for row in rows):.2g}, "
+        f"same answer {100 * min(row['top1_agreement'] for row in rows):.1f} %",
+    ]
+    if "top1" in values:
+        lines.append(f"top-1 {values['top1']['model']:.2f} % before, {values['top1']['exported']:.2f} % after")
+    if "milliseconds" in values:
+        times = values["milliseconds"]
+        lines.append(
+            f"a batch of {times['batch']}: {times['exported']:.1f} ms; the model itself {times['model']:.1f} ms"
+        )
+    return "\n".join(lines)
+
+
+main = partial(run, export)

@@ -1,0 +1,1 @@
+"""Models as files for other runtimes, each checked in its own runtime before it is there."""

@@ -1,0 +1,152 @@
+"""An exported file against the model it was made from: largest error, top-1, speed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from volo.config import DataConfig
+from volo.data.decode import decode_image
+from volo.data.transforms import PixelPipeline, eval_transform, height_width
+from volo.inference.exported import ExportedModel
+from volo.inference.predictor import find_pictures
+
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": None}
+"""Largest error as a share of the largest logit; int8 is judged by its answers."""
+PROBABILITY_TOLERANCE = 1e-2
+"""Largest error of a probability, of files with their preprocessing inside: resizing may differ by one grey level."""
+MAX_IMAGES = 64
+ROUNDS = 5
+
+
+class MismatchError(ValueError):
+    """The exported file gives other answers than the model."""
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Up to `MAX_IMAGES` images of a folder (or file, or glob), spread over all of them. Raises like `find_pictures`."""
+    found = find_pictures([str(folder)])
+    step = -(-len(found) // MAX_IMAGES)
+    return found[::step]
+
+
+def read_images(paths: Sequence[Path], data: DataConfig) -> Tensor:
+    """float32 [N, 3, H, W], prepared as `data` says."""
+    transform, pixels = eval_transform(data), PixelPipeline(data).eval()
+    return pixels(torch.stack([transform(decode_image(path)) for path in paths]))
+
+
+def made_images(count: int, height: int, width: int) -> Tensor:
+    """float32 [count, 3, height, width]: coarse blobs and fine noise, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(count, 3, 5, 5, generator=generator)
+    fine = torch.randn(count, 3, height, width, generator=generator)
+    return F.interpolate(coarse, (height, width), mode="bicubic") + 0.3 * fine
+
+
+def made_pixels(height: int, width: int, seed: int) -> Tensor:
+    """uint8 [1, height, width, 3]."""
+    blobs = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return (F.interpolate(blobs, (height, width), mode="bicubic") * 60 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
+def compare(
+    model: nn.Module, exported: ExportedModel, dtype: str, images: Sequence[Tensor], least_agreement: float
+) -> list[dict[str, Any]]:
+    """One row for each batch of `images`: its shape, largest error absolute and relative, share of equal answers.
+
+    Raises MismatchError for an error above `TOLERANCE`, where more answers differ than `least_agreement` allows (an answer
+    that the error could turn is not counted), and for values that are not finite.
+    """
+    rows, tolerance = [], TOLERANCE[dtype]
+    for batch in images:
+        with torch.inference_mode():
+            expected = model(batch).float()
+        given = exported(batch)
+        where = " x ".join(map(str, batch.shape))
+        if given.shape != expected.shape or not given.isfinite().all():
+            what = "values that are not finite" if given.shape == expected.shape else f"shape {tuple(given.shape)}"
+            raise MismatchError(
+                f"the exported file gives {what} for images {where}; the model gives {tuple(expected.shape)}"
+            )
+        error, scale = float((given - expected).abs().max()), float(expected.abs().max())
+        top = expected.topk(min(2, expected.shape[1]), dim=1).values
+        margin = top[:, 0] - top[:, -1]
+        is_same = given.argmax(1) == expected.argmax(1)
+        allowed = 2 * (tolerance or 0.0) * scale
+        agreement = float((is_same | (margin < allowed)).float().mean())
+        rows.append(
+            {
+                "shape": list(batch.shape),
+                "max_error": error,
+                "relative_error": error / max(scale, 1e-12),
+                "top1_agreement": float(is_same.float().mean()),
+            }
+        )
+        if tolerance is not None and error > tolerance * scale:
+            raise MismatchError(
+                f"the exported file differs from the model by {error:.3g} on images {where}, {error / scale:.2g} of the largest "
+                f"logit; {dtype} allows {tolerance:g}. No file was written"
+            )
+        if agreement < least_agreement:
+            raise MismatchError(
+                f"the exported file gives the model's answer for {100 * agreement:.1f} % of the images {where}, and at least "
+                f"{100 * least_agreement:g} % are asked for. No file was written"
+            )
+    return rows
+
+
+def compare_pixels(
+    model: nn.Module, exported: ExportedModel, data: DataConfig, pictures: Iterator[Tensor], tolerance: float
+) -> dict[str, Any]:
+    """The same for a file that takes uint8 pixels [1, H, W, 3], against preprocessing, model and softmax."""
+    transform, pixels = eval_transform(data), PixelPipeline(data).eval()
+    worst, same, count, shapes = 0.0, 0, 0, []
+    for picture in pictures:
+        with torch.inference_mode():
+            expected = model(pixels(transform(picture[0].permute(2, 0, 1))[None])).float().softmax(1)
+        given = exported(picture)
+        worst = max(worst, float((given - expected).abs().max()))
+        same += int(given.argmax() == expected.argmax())
+        count += 1
+        shapes.append(list(picture.shape))
+        if not worst <= tolerance:
+            raise MismatchError(
+                f"the exported file gives probabilities that differ from the model's by {worst:.3g} for pixels "
+                f"{' x '.join(map(str, picture.shape))}; {tolerance:g} is allowed. No file was written"
+            )
+    return {"shapes": shapes[:5], "images": count, "max_error": worst, "top1_agreement": same / max(count, 1)}
+
+
+def milliseconds(candidates: dict[str, Callable[[Tensor], Tensor]], images: Tensor) -> dict[str, float]:
+    """Median time of one call of each, in turns. An indication: nobody keeps the machine quiet meanwhile."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    with torch.inference_mode():
+        for turn in range(ROUNDS + 1):
+            for name, run in candidates.items():
+                begin = time.perf_counter()
+                run(images)
+                if turn:  # the first call prepares
+                    times[name].append(1000 * (time.perf_counter() - begin))
+    return {name: round(statistics.median(t), 3) for name, t in times.items()}
+
+
+def example_images(
+    data: DataConfig, free: frozenset[str], multiple: int, batch: int, real: Tensor | None
+) -> list[Tensor]:
+    """Batches to compare on: real images if there are any, batch 1 and 8, and another size that is not square."""
+    height, width = height_width(data.img_size)
+    images = made_images(8, height, width) if real is None else real
+    if "batch" not in free:
+        return [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)][:8]
+    batches = [images[:1], *images.split(8)]
+    if "size" in free:
+        batches.append(made_images(2, height + 2 * multiple, max(width - multiple, 2 * multiple)))
+    return batches

@@ -1,0 +1,407 @@
+"""`volo.export`: write a model for another runtime, load it back there, compare, and only then let the file appear."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from volo import __version__
+from volo.config import DataConfig, Size, nearest
+from volo.data.decode import decode_image
+from volo.data.transforms import height_width
+from volo.deploy import check
+from volo.deploy.program import DTYPES, InDtype, Shape, WithPreprocessing, make_program, prepare
+from volo.inference.exported import FORMAT, FORMATS, KEY, ExportedModel, open_exported, require
+from volo.inference.model_source import LoadedModel, load
+
+Format = Literal["onnx", "openvino", "torch", "html"]
+Dtype = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A format: how its files end, what writes and runs them, and in which types."""
+
+    ending: str
+    packages: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+
+KINDS = {
+    "onnx": Kind(".onnx", ("onnx", "onnxscript", "onnxruntime"), ("fp32", "fp16", "int8")),
+    "openvino": Kind(".xml", ("onnx", "onnxscript", "openvino"), ("fp32", "fp16", "bf16", "int8")),
+    "torch": Kind(".pt2", (), ("fp32", "fp16", "bf16")),
+    "html": Kind(".html", ("onnx", "onnxscript", "onnxruntime"), ("fp32", "int8")),
+}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how it compares with the model."""
+
+    path: Path
+    """The file; the report lies beside it, under the same name and ".json"."""
+    values: dict[str, Any] = field(repr=False)
+
+
+def export(
+    model: str | Path | LoadedModel[Any] | nn.Module,
+    out: str | Path | None = None,
+    *,
+    format: Format = "onnx",
+    dtype: Dtype = "fp32",
+    dynamic: Sequence[str] = ("batch",),
+    opset: int | None = None,
+    img_size: Size | None = None,
+    batch_size: int = 1,
+    with_preprocessing: bool = False,
+    data: str | Path | None = None,
+    max_drop: float = 1.0,
+    licence: str = "",
+    overwrite: bool = False,
+    web_runtime: str | Path | None = None,
+) -> ExportReport:
+    """Write `model` as a file that another runtime runs, after it has given the model's answers there.
+
+    Args:
+        model: a run folder, checkpoint, published weights or weight file, as `volo predict` takes it; what `volo.load` gave; or
+            a module that maps images [B, 3, H, W] to logits, with `img_size`. Modules of timm's VOLO: `volo.fuse(model, portable=True)` first.
+        out: the file; by default the model's name with the ending of the format, in this folder.
+        format: "onnx" (.onnx), "openvino" (.xml with .bin), "torch" (.pt2, an ExportedProgram) or "html", a page that
+            classifies images in the browser.
+        dtype: what it computes in; inputs and outputs stay float32. "int8" needs `data`: weights in int8, for ONNX with
+            activations quantised as it runs, for OpenVINO calibrated on `data`.
+        dynamic: what one file leaves open: "batch", "size" (height and width, multiples of the model's), both, or nothing.
+        opset: of ONNX, 17 to 23; 20 if None.
+        img_size: another size than the model was made for.
+        batch_size: of a file whose batch is fixed.
+        with_preprocessing: uint8 pixels [B, H, W, 3] of any size in, probabilities out; classifiers only.
+        data: images to compare on, and to calibrate with: a folder, file or glob. Where they lie in class folders named like
+            the classes, accuracy is compared too.
+        max_drop: of int8: so many per cent of the answers, or with labels of the accuracy, may be lost.
+        licence: of the weights, kept inside the file.
+        overwrite: replace a file that is there.
+        web_runtime: of a page, the folder of ONNX Runtime Web; by default that of an installed npm package.
+
+    Returns:
+        The report, which lies beside the file as JSON.
+
+    Raises:
+        ValueError: options that do not fit, a model that cannot be exported so, and MismatchError where the file gives
+            other answers than the model. Then there is no file.
+        ModuleNotFoundError: the format's packages are missing; the message says what to install.
+        OSError: the folder cannot be written to, or is full. Then there is no file.
+    """
+    kind = _check(format, dtype, dynamic, opset, batch_size, data)
+    free = frozenset(dynamic)
+    if format == "html":
+        from volo.deploy.html import find_web_runtime
+
+        web_runtime, with_preprocessing = find_web_runtime(web_runtime), True
+    loaded = _load(model, img_size)
+    target = _target(model, out, kind, overwrite)
+    if with_preprocessing:
+        if loaded.task != "classify":
+            raise ValueError(
+                "preprocessing goes into the files of classifiers; a segmentation model sees windows of images"
+            )
+        free -= {"size"}
+    multiple = _multiple(loaded.model)
+    height, width = height_width(loaded.preprocessing.img_size)
+    real = check.find_images(data) if data is not None else None
+
+    module: nn.Module = prepare(loaded.model)
+    computes = DTYPES.get(dtype, torch.float32) if format != "openvino" else torch.float32
+    if computes != torch.float32:
+        module = InDtype(module, computes)
+    if with_preprocessing:
+        module = WithPreprocessing(module, loaded.preprocessing)
+    program = make_program(module, Shape(height, width, batch_size, free, multiple), pixels=with_preprocessing)
+    names = ("pixels" if with_preprocessing else "images", "probabilities" if with_preprocessing else "logits")
+    description = {
+        "format": FORMAT,
+        "volo": __version__,
+        "task": loaded.task,
+        "classes": list(loaded.classes),
+        "wnids": list(loaded.wnids),
+        "colours": loaded.colours if loaded.task == "segment" else [],
+        "preprocessing": {
+            name: getattr(loaded.preprocessing, name)
+            for name in ("img_size", "crop_pct", "interpolation", "mean", "std")
+        },
+        "origin": loaded.origin,
+        "licence": licence or ("Apache-2.0" if loaded.tag else "not stated"),
+        "dtype": dtype,
+        "takes": names[0],
+        "gives": names[1],
+        "batch": None if "batch" in free else batch_size,
+        "size": None if "size" in free or with_preprocessing else [height, width],
+    }
+
+    values: dict[str, Any] = {"file": target.name, "export": format, "description": description}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of its own beside the target: what a failure leaves is one thing to remove, and renaming stays in one disk.
+    with _scratch(target.parent) as folder:
+        written = folder / target.name
+        write: Callable[..., dict[str, Any]] = {
+            "onnx": _write_onnx,
+            "openvino": _write_openvino,
+            "torch": _write_program,
+        }[format]
+        images = None if real is None else check.read_images(real, loaded.preprocessing)
+        values |= write(
+            program,
+            written,
+            names,
+            description,
+            dtype=dtype,
+            opset=opset,
+            images=images,
+            least_agreement=1 - max_drop / 100,
+        )
+        # A page is checked by the model inside it.
+        exported = open_exported(written.with_suffix(".onnx") if format == "html" else written)
+        values |= _compare(loaded, exported, dtype, free, multiple, batch_size, real, images, max_drop)
+        if dtype == "int8" and data is not None and not with_preprocessing:
+            values |= _accuracy(loaded, exported, data, max_drop)
+        values["bytes"] = sum((folder / path.name).stat().st_size for path in _files(target) if path.suffix != ".json")
+        values["versions"] = {name: importlib.metadata.version(name) for name in ("torch", *kind.packages)}
+        report = folder / f"{target.name}.json"
+        report.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        _publish(folder, target)
+    return ExportReport(target, values)
+
+
+def _check(format: str, dtype: str, dynamic: Sequence[str], opset: int | None, batch_size: int, data: object) -> Kind:
+    """Everything that can be wrong before a model is loaded."""
+    if format not in KINDS:
+        raise ValueError(f"no format {format!r}{nearest(format, KINDS)} (formats: {', '.join(KINDS)})")
+    kind = KINDS[format]
+    if dtype not in kind.dtypes:
+        raise ValueError(f"{format} files are written in {', '.join(kind.dtypes)}; given: {dtype!r}")
+    for package in kind.packages:
+        require(package)
+    unknown = [name for name in dynamic if name not in ("batch", "size")]
+    if unknown:
+        raise ValueError(f"dynamic is batch, size, both or nothing; given: {unknown[0]!r}")
+    if opset is not None:
+        from volo.deploy.onnx_file import OPSETS
+
+        if format != "onnx" or opset not in OPSETS:
+            raise ValueError(f"opset is for ONNX files, from {OPSETS[0]} to {OPSETS[-1]}; given: {opset} for {format}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is at least 1; given: {batch_size}")
+    if dtype == "int8" and data is None:
+        raise ValueError("int8 is judged by its answers to real images: give some with --data FOLDER (data=...)")
+    if dtype == "int8" and format == "openvino":
+        require("nncf", "quantize")
+    return kind
+
+
+def _load(model: str | Path | LoadedModel[Any] | nn.Module, img_size: Size | None) -> LoadedModel[Any]:
+    if isinstance(model, LoadedModel):
+        if img_size is None:
+            return model
+        return dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, img_size=img_size))
+    if not isinstance(model, nn.Module):
+        if Path(model).suffix.lower() in FORMATS:
+            raise ValueError(f"{model} is an exported file; export the model that it was made from")
+        return load(model, img_size=img_size)
+    if img_size is None:
+        raise ValueError("a module does not say which images it takes: give img_size")
+    height, width = height_width(img_size)
+    mode = model.training
+    with torch.inference_mode():
+        logits = model.eval()(torch.zeros(1, 3, height, width))
+    model.train(mode)
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        raise ValueError(f"{type(model).__name__} does not map images [B, 3, H, W] to logits [B, classes]")
+    classes = tuple(map(str, range(logits.shape[1])))
+    return LoadedModel(model, "classify", classes, DataConfig(img_size=img_size), type(model).__name__)
+
+
+def _target(
+    model: str | Path | LoadedModel[Any] | nn.Module, out: str | Path | None, kind: Kind, overwrite: bool
+) -> Path:
+    """Where the file goes. Raises ValueError where one is there already, or the name has another ending."""
+    if out is None:
+        if isinstance(model, (nn.Module, LoadedModel)):
+            raise ValueError(f"say where the file goes: out='model{kind.ending}'")
+        name = Path(model).absolute().name
+        out = f"{name.removesuffix('.pt').removesuffix('.safetensors')}{kind.ending}"
+    target = Path(out)
+    if target.suffix.lower() != kind.ending:
+        raise ValueError(f"files of this format end in {kind.ending}; given: {target.name}")
+    taken = [path for path in _files(target) if path.exists()]
+    if taken and not overwrite:
+        raise ValueError(f"{taken[0]} exists; choose another name with --out, or replace it with --overwrite")
+    return target
+
+
+def _files(target: Path) -> list[Path]:
+    """All that an export writes, the file that names the others last."""
+    weights = [target.with_suffix(".bin")] if target.suffix == ".xml" else []
+    return [*weights, target.with_name(f"{target.name}.json"), target]
+
+
+def _multiple(model: nn.Module) -> int:
+    backbone = getattr(model, "backbone", model)
+    return getattr(getattr(backbone, "config", None), "size_multiple", 1)
+
+
+class _scratch:
+    """A folder that goes again, whatever happens. Raises OSError where none can be made."""
+
+    def __init__(self, parent: Path) -> None:
+        self.parent = parent
+
+    def __enter__(self) -> Path:
+        self.folder = Path(tempfile.mkdtemp(prefix=".volo-export-", dir=self.parent))
+        return self.folder
+
+    def __exit__(self, *exception: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    for path in _files(target):
+        made = folder / path.name
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        made.replace(path)
+
+
+# ---- formats ----
+
+
+def _write_onnx(
+    program: Any, path: Path, names: tuple[str, str], description: dict[str, Any], **how: Any
+) -> dict[str, Any]:
+    import onnx
+
+    from volo.deploy import onnx_file
+
+    model = onnx_file.to_onnx(program, how["opset"] or onnx_file.DEFAULT_OPSET, names)
+    if how["dtype"] == "int8":
+        model = onnx_file.quantize_dynamic(model)
+    del model.metadata_props[:]
+    for key, value in {KEY: json.dumps(description, ensure_ascii=False), "licence": description["licence"]}.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    model.producer_name, model.producer_version = "volo", __version__
+    onnx.save(model, path)
+    operators = onnx_file.operators_of(model)
+    return {
+        "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
+        "largest_rank": onnx_file.largest_rank(model),
+        "operators": operators,
+        "not_supported": onnx_file.support(operators),
+    }
+
+
+def _write_html(
+    program: Any, path: Path, names: tuple[str, str], description: dict[str, Any], *, runtime: Path, **how: Any
+) -> dict[str, Any]:
+    from volo.deploy.html import write_page
+
+    model = path.with_suffix(".onnx")
+    result = _write_onnx(program, model, names, description, **how)
+    write_page(path, model.read_bytes(), description, runtime)
+    return result
+
+
+def _write_openvino(
+    program: Any, path: Path, names: tuple[str, str], description: dict[str, Any], **how: Any
+) -> dict[str, Any]:
+    import openvino
+
+    from volo.deploy import onnx_file
+
+    proto = onnx_file.to_onnx(program, onnx_file.DEFAULT_OPSET, names)
+    model = openvino.Core().read_model(proto.SerializeToString())
+    result: dict[str, Any] = {}
+    if how["dtype"] == "int8":
+        from volo.deploy.quantize import quantize_openvino
+
+        model, kept, agreement = quantize_openvino(model, how["images"], how["least_agreement"])
+        result = {"left_in_floating_point": kept, "agreement_on_calibration": agreement}
+    model.set_rt_info(json.dumps(description, ensure_ascii=False), KEY)
+    openvino.save_model(model, path, compress_to_fp16=how["dtype"] == "fp16")
+    return result
+
+
+def _write_program(
+    program: Any, path: Path, names: tuple[str, str], description: dict[str, Any], **how: Any
+) -> dict[str, Any]:
+    torch.export.save(program, path, extra_files={f"{KEY}.json": json.dumps(description, ensure_ascii=False)})
+    return {"operators": sorted({str(node.target) for node in program.graph.nodes if node.op == "call_function"})}
+
+
+# ---- the check ----
+
+
+def _compare(
+    loaded: LoadedModel[Any],
+    exported: ExportedModel,
+    dtype: str,
+    free: frozenset[str],
+    multiple: int,
+    batch_size: int,
+    real: list[Path] | None,
+    images: torch.Tensor | None,
+    max_drop: float,
+) -> dict[str, Any]:
+    model = loaded.model.cpu().eval()
+    what = "made images" if real is None else f"{len(real)} images"
+    if exported.takes_pixels:
+        height, width = height_width(loaded.preprocessing.img_size)
+        sizes = [(height, width), (2 * height + 1, 3 * width), (height // 2 + 3, width)]
+        pictures = (
+            (check.made_pixels(*size, seed=i) for i, size in enumerate(sizes))
+            if real is None
+            else (decode_image(path).permute(1, 2, 0)[None] for path in real)
+        )
+        tolerance = check.PROBABILITY_TOLERANCE if dtype == "fp32" else 0.1
+        return {
+            "compared_on": what,
+            "compared": [check.compare_pixels(model, exported, loaded.preprocessing, pictures, tolerance)],
+        }
+    batches = check.example_images(loaded.preprocessing, free, multiple, batch_size, images)
+    least = 1 - max_drop / 100 if dtype == "int8" else 1.0 if dtype == "fp32" else 0.0
+    rows = check.compare(model, exported, dtype, batches, least)
+    first = batches[0]
+    return {
+        "compared_on": what,
+        "compared": rows,
+        "milliseconds": check.milliseconds({"model": model, "exported": exported}, first) | {"batch": len(first)},
+    }
+
+
+def _accuracy(loaded: LoadedModel[Any], exported: ExportedModel, data: str | Path, max_drop: float) -> dict[str, Any]:
+    """Top-1 of the model and of the file, where the images lie in folders named like the classes."""
+    from volo.inference.score import evaluate
+
+    if not any(child.is_dir() for child in Path(data).glob("*")):
+        return {}
+    try:
+        before, after = (
+            100 * evaluate(dataclasses.replace(loaded, model=model), data)["top1"] for model in (loaded.model, exported)
+        )
+    except ValueError:  # folders that are no classes of the model: images alone
+        return {}
+    if before - after > max_drop:
+        raise check.MismatchError(
+            f"int8 takes top-1 from {before:.2f} to {after:.2f} %, and {max_drop:g} may be lost. No file was written"
+        )
+    return {"top1": {"model": before, "exported": after}}

@@ -1,0 +1,155 @@
+"""Files of `volo export` as modules of PyTorch, each run by its own runtime: ONNX Runtime, OpenVINO, torch.export.
+
+What a file says of itself (classes, preprocessing, origin, licence) is one JSON object inside it, under the name "volo".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+KEY = "volo"
+FORMAT = 1
+NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
+"""What runs a format."""
+FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
+"""By the ending of the file."""
+
+
+class ExportedModel(nn.Module):
+    """`forward(images float32 [B, 3, H, W], normalised) -> logits`; of a file with its preprocessing inside,
+    `forward(pixels uint8 [B, H, W, 3]) -> probabilities`. On the CPU, without gradients.
+
+    Batches of any size: a file made for a fixed one is given so many images at a time.
+    """
+
+    def __init__(self, run: Callable[[np.ndarray], np.ndarray], description: dict[str, Any]) -> None:
+        super().__init__()
+        self._run = run
+        self.description = description
+        self.takes_pixels: bool = description["takes"] == "pixels"
+        self.batch: int | None = description["batch"]
+        self.size: tuple[int, int] | None = tuple(description["size"]) if description["size"] else None  # type: ignore[assignment]
+        self.eval()
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        """Raises ValueError for images of another size than the file was made for."""
+        if self.size is not None and not self.takes_pixels and tuple(images.shape[2:]) != self.size:
+            given, made_for = (" x ".join(map(str, size)) for size in (images.shape[2:], self.size))
+            raise ValueError(
+                f"this file was exported for images of {made_for} pixels; given: {given}. Leave --img-size out"
+            )
+        x = images.cpu().numpy() if self.takes_pixels else images.float().cpu().numpy()
+        if self.batch is None:
+            return torch.from_numpy(self._run(x)).float()
+        parts = []
+        for first in range(0, len(x), self.batch):
+            part = x[first : first + self.batch]
+            missing = self.batch - len(part)
+            if missing:
+                part = np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)])
+            parts.append(torch.from_numpy(self._run(part)[: self.batch - missing]))
+        return torch.cat(parts).float()
+
+
+def require(package: str, extra: str = "deploy") -> None:
+    """Raises ModuleNotFoundError that says what to install where `package` is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"this format needs {package}, which is not installed: pip install 'volo[{extra}]'")
+
+
+def open_exported(path: str | Path) -> ExportedModel:
+    """The model in an exported file.
+
+    Raises FileNotFoundError; ModuleNotFoundError where its runtime is missing; ValueError for what `volo export` did not
+    write, is damaged, or would run code when it is loaded.
+    """
+    path = Path(path)
+    kind = FORMATS[path.suffix.lower()]
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    require(NEEDS[kind])
+    run, text = {"onnx": _open_onnx, "openvino": _open_openvino, "torch": _open_program}[kind](path)
+    try:
+        description = json.loads(text)
+        return ExportedModel(run, description)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not say which classes and preprocessing it has; give a file that `volo export` wrote"
+        ) from error
+
+
+def _open_onnx(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that spin while they wait cost a busy machine many times what they save an idle one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ValueError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})[0], session.get_modelmeta().custom_metadata_map.get(KEY, "")
+
+
+def _open_openvino(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+    import openvino
+
+    core = openvino.Core()
+    try:
+        model = core.read_model(path)
+        text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else ""
+        dtype = json.loads(text)["dtype"] if text else "fp32"
+        # OpenVINO takes bfloat16 by itself where the processor has it: precision is what the file was exported with.
+        precision = "bf16" if dtype == "bf16" else "f32"
+        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        compiled = core.compile_model(model, "CPU", settings)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be opened by OpenVINO: {error}") from error
+    return lambda x: compiled(x)[0], text
+
+
+def _open_program(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+    _refuse_code(path)
+    described = {f"{KEY}.json": ""}
+    try:
+        module = torch.export.load(path, extra_files=described).module()
+    except Exception as error:
+        raise ValueError(f"{path} cannot be opened by torch.export: {error}") from error
+
+    def run(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return module(torch.from_numpy(x)).numpy()
+
+    return run, described[f"{KEY}.json"]
+
+
+def _refuse_code(path: Path) -> None:
+    """torch.export.load falls back to unpickling anything: every pickle in the archive must be one of plain tensors."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                content = archive.read(name)
+                if name.endswith("_config.json") and b'"use_pickle": true' in content.replace(b'":true', b'": true'):
+                    raise ValueError(
+                        f"{path} holds pickled weights ({name}), which could run code when they are loaded"
+                    )
+                if name.endswith(".pt"):
+                    torch.load(io.BytesIO(content), weights_only=True)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no exported program of plain tensors: {error}") from error
