@@ -65,7 +65,7 @@ def compare(
     Raises MismatchError for an error above `TOLERANCE`, where more answers differ than `least_agreement` allows (an answer
     that the error could turn is not counted), and for values that are not finite.
     """
-    rows, tolerance = [], TOLERANCE[dtype]
+    rows, kept, tolerance = [], [], TOLERANCE[dtype]
     for batch in images:
         with torch.inference_mode():
             expected = model(batch).float()
@@ -81,7 +81,7 @@ def compare(
         margin = top[:, 0] - top[:, -1]
         is_same = given.argmax(1) == expected.argmax(1)
         allowed = 2 * (tolerance or 0.0) * scale
-        agreement = float((is_same | (margin < allowed)).float().mean())
+        kept.append((is_same | (margin < allowed)).flatten())
         rows.append(
             {
                 "shape": list(batch.shape),
@@ -95,11 +95,12 @@ def compare(
                 f"the exported file differs from the model by {error:.3g} on images {where}, {error / scale:.2g} of the largest "
                 f"logit; {dtype} allows {tolerance:g}. No file was written"
             )
-        if agreement < least_agreement:
-            raise MismatchError(
-                f"the exported file gives the model's answer for {100 * agreement:.1f} % of the images {where}, and at least "
-                f"{100 * least_agreement:g} % are asked for. No file was written"
-            )
+    agreement = float(torch.cat(kept).float().mean())
+    if agreement < least_agreement:
+        raise MismatchError(
+            f"the exported file gives the model's answer to {100 * agreement:.1f} % of the images, and at least "
+            f"{100 * least_agreement:g} % are asked for. No file was written"
+        )
     return rows
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -33,13 +35,14 @@ def quantize_openvino(
     expected = _answers(model, pictures)
     best: tuple[openvino.Model, list[str], float] | None = None
     for kept in _candidates(model):
-        quantized = nncf.quantize(
-            model.clone(),
-            nncf.Dataset(pictures),
-            subset_size=len(pictures),
-            model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(names=kept) if kept else None,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bars
+            quantized = nncf.quantize(
+                model.clone(),
+                nncf.Dataset(pictures),
+                subset_size=len(pictures),
+                model_type=nncf.ModelType.TRANSFORMER,
+                ignored_scope=nncf.IgnoredScope(names=kept) if kept else None,
+            )
         agreement = float(np.mean(_answers(quantized, pictures) == expected))
         if best is None or agreement > best[2]:
             best = quantized, kept, agreement

@@ -65,7 +65,7 @@ class LoadedModel(Generic[Model]):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))  # exported files have none
 
     @property
     def segment(self) -> SegmentConfig:
