@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,13 +155,14 @@ def export(
     # A folder of its own beside the target: what a failure leaves is one thing to remove, and renaming stays in one disk.
     with _scratch(target.parent) as folder:
         written = folder / target.name
-        write: Callable[..., dict[str, Any]] = {
+        writers: dict[str, Callable[..., dict[str, Any]]] = {
             "onnx": _write_onnx,
             "openvino": _write_openvino,
             "torch": _write_program,
-        }[format]
+            "html": partial(_write_html, runtime=web_runtime),
+        }
         images = None if real is None else check.read_images(real, loaded.preprocessing)
-        values |= write(
+        values |= writers[format](
             program,
             written,
             names,
@@ -311,13 +313,19 @@ def _write_onnx(
 
 
 def _write_html(
-    program: Any, path: Path, names: tuple[str, str], description: dict[str, Any], *, runtime: Path, **how: Any
+    program: Any,
+    path: Path,
+    names: tuple[str, str],
+    description: dict[str, Any],
+    *,
+    runtime: str | Path | None,
+    **how: Any,
 ) -> dict[str, Any]:
     from volo.deploy.html import write_page
 
     model = path.with_suffix(".onnx")
     result = _write_onnx(program, model, names, description, **how)
-    write_page(path, model.read_bytes(), description, runtime)
+    write_page(path, model.read_bytes(), description, Path(runtime or ""))
     return result
 
 
