@@ -49,9 +49,9 @@ def die_at_step(step: int) -> None:
 
 def trouble_with_the_index(seconds: float, is_disk_full: bool) -> None:
     """The first process is late with the index of its label maps, or cannot write it."""
-    from volo.annotation import drawing as annotate
+    from volo.annotation import store
 
-    write_index = annotate.write_index
+    write_index = store.write_index
 
     def write(*arguments):
         time.sleep(seconds)
@@ -59,7 +59,7 @@ def trouble_with_the_index(seconds: float, is_disk_full: bool) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_index(*arguments)
 
-    annotate.write_index = write
+    store.write_index = write
 
 
 def leave_batch_norm_out() -> None:

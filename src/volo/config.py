@@ -179,13 +179,13 @@ class SegmentConfig:
 
 @dataclass(frozen=True)
 class TokenLabelConfig:
-    """Token labels (task "token_label"): every token of a picture has a soft label of its own, drawn by an annotator."""
+    """Token labels (task "token_label"): every token of an image has a soft label of its own, from an annotator."""
 
     source: Literal["maps", "live", "own"] = "maps"
-    """"maps": label maps drawn beforehand; "live": the annotator looks at every crop during the training, nothing is
+    """"maps": label maps generated beforehand; "live": the annotator looks at every crop during the training, nothing is
     stored; "own": no annotator, every token has the label of its picture."""
     maps: str = ""
-    """Label maps of `volo annotate`. With an [annotator]: drawn there first, if they are not there yet; empty: in the
+    """Label maps of `volo annotate`. With an [annotator]: generated there first, if they are not there yet; empty: in the
     run folder."""
     crop_order: Literal["corrected", "original"] = "corrected"
     """"original" exchanges rows and columns of a crop, as the tool of the paper did, and crops after flip and RandAugment."""
@@ -199,26 +199,31 @@ class TokenLabelConfig:
 
 @dataclass(frozen=True)
 class AnnotatorConfig:
-    """Who draws the label maps, and how (task "token_label"). `volo train` does this before the training itself."""
+    """Who generates the label maps, and how: options of `volo annotate`, and a section of recipes (task "token_label"), where
+    `volo train` does this before the training itself."""
 
     recipe: str = ""
-    """Train the annotator first, by this recipe (a file, or the name of one that ships) on the same pictures."""
+    """Train the annotator first, by this recipe (a file, or the name of one that ships) on the same images."""
     model: str = ""
-    """Or take this one: what `volo annotate` takes, a run folder, a checkpoint, volo_d1.224, or the name of a timm model."""
+    """A model of timm (resnet50.a1_in1k, dm_nfnet_f6, ...), a run folder or checkpoint of volo train, or published
+    weights such as volo_d1.224."""
     weights: str = ""
-    """For a model of timm: a weight file in place of its published weights."""
-    img_size: int = 0
-    """Side of the pictures it sees; 0: what it was trained with."""
+    """Weights of a timm model, in place of its published ones, which are downloaded."""
+    img_size: Size = 0
+    """What the annotator sees, in pixels, or height and width: larger images give finer maps; 0: its own size."""
     crop: float | Literal["squash"] = "squash"
-    """"squash": label maps of the whole picture, whatever its shape; a share such as 0.96: of a centre crop (not live)."""
+    """"squash": the whole image, whatever its shape, so that the map covers all of it; a share such as 0.96: a centre crop,
+    which the map then covers (not live)."""
     top: int = 5
     """Classes kept for each position."""
     encoding: Literal["exact", "compact"] = "exact"
-    """"compact" label maps are a third smaller, their logits to the nearest 0.1."""
+    """exact: logits as float16. compact: to the nearest 0.1, which moves no probability by more than 0.025."""
     flip: bool = False
-    """Average over the picture and its mirror image."""
+    """Average the logits with those of the mirrored image; takes twice the time."""
     batch_size: int = 64
+    """Images at once."""
     amp: Literal["off", "bf16", "fp16"] = "off"
+    """Autocast to bfloat16 or float16."""
 
 
 @dataclass(frozen=True)

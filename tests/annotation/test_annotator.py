@@ -12,7 +12,9 @@ from torch import nn
 
 import volo
 from volo.annotation import annotator as annotators
-from volo.annotation.annotator import Annotator, draw_label_maps, load_timm_classifier, weights_digest
+from volo.annotation.annotator import Annotator, draw_label_maps, load_annotator, weights_digest
+from volo.config import AnnotatorConfig
+from volo.inference.model_source import LoadedModel
 
 
 def build(name: str, **options: Any) -> nn.Module:
@@ -178,27 +180,34 @@ def test_averaged_with_its_mirror_image_a_map_turns_with_the_picture():
     assert not torch.allclose(plain.scores, drawn.scores)
 
 
+def load(name: str, **settings: Any) -> LoadedModel[Any]:
+    return load_annotator(AnnotatorConfig(model=name, **settings))
+
+
 def test_weights_of_a_file_tell_the_classes(tmp_path: Path):
     model = build("resnet10t")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "w.pth")
-    loaded = load_timm_classifier("resnet10t", tmp_path / "w.pth", img_size=64)
-    assert loaded.model.num_classes == 7 and loaded.img_size == (64, 64) and not loaded.model.training
+    loaded = load("resnet10t", weights=str(tmp_path / "w.pth"), img_size=64)
+    assert loaded.model.num_classes == 7 and loaded.preprocessing.img_size == 64 and not loaded.model.training
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(loaded.model(images), model(images))
     assert weights_digest(loaded.model) == weights_digest(model)
     loaded.model.fc.bias.data[0] += 1e-6
     assert weights_digest(loaded.model) != weights_digest(model)
     with pytest.raises(ValueError, match="no classifier head.fc as convnext_atto has"):
-        load_timm_classifier("convnext_atto", tmp_path / "w.pth")
+        load("convnext_atto", weights=str(tmp_path / "w.pth"))
     with pytest.raises(ValueError, match="does not fit resnet14t"):
-        load_timm_classifier("resnet14t", tmp_path / "w.pth")
+        load("resnet14t", weights=str(tmp_path / "w.pth"))
     with pytest.raises(ValueError, match=r"no annotator 'resnet10x'; did you mean 'resnet10t'"):
-        load_timm_classifier("resnet10x")
+        load("resnet10x")
+    for given, words in (({"img_size": -64}, "img_size is a number of pixels"), ({"crop": 0.0}, "crop is squash, or")):
+        with pytest.raises(ValueError, match=words):
+            load("resnet10t", **given)
 
 
 def test_a_transformer_is_built_for_another_size(tmp_path: Path):
     model = build("vit_tiny_patch16_224")
     torch.save(model.state_dict(), tmp_path / "w.pth")
-    loaded = load_timm_classifier("vit_tiny_patch16_224", tmp_path / "w.pth", img_size=(64, 96))
+    loaded = load("vit_tiny_patch16_224", weights=str(tmp_path / "w.pth"), img_size=(64, 96))
     with torch.inference_mode():
         assert Annotator(loaded.model)(torch.zeros(1, 3, 64, 96)).shape == (1, 4, 6, 7)

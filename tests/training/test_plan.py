@@ -20,7 +20,7 @@ from volo.data import loader
 from volo.tasks.classify import ClassifyTask
 from volo.training import annotator_cost
 from volo.training import probe as probing
-from volo.training.annotator_cost import outline_annotator
+from volo.training.annotator_cost import map_grid, num_parameters, outline_annotator
 from volo.training.loop import train
 from volo.training.memory import is_out_of_memory
 from volo.training.plan import plan_training
@@ -198,7 +198,8 @@ def test_an_annotator_is_known_by_its_name(model: str, img_size: int, grid: tupl
     recipe = load_recipe("imagenet_volo_d1_224", {"annotator.model": model, "annotator.img_size": img_size})
     outline = outline_annotator(recipe, 1000, is_there=True)
     assert outline is not None
-    assert (outline.grid, outline.num_classes, round(outline.num_parameters / 1e6)) == (grid, 1000, millions)
+    assert (map_grid(outline), outline.model.num_classes) == (grid, 1000)
+    assert round(num_parameters(outline) / 1e6) == millions
 
 
 def test_an_annotator_nobody_knows() -> None:
@@ -240,12 +241,12 @@ def test_drawing_the_maps_is_in_the_plan(tiny, its_run: Path, tmp_path: Path, mo
         if "annotator" in plan:
             parts += plan["annotator"]["seconds"]["all"]
         assert plan["seconds"]["all"] == pytest.approx(parts)
-        assert "to draw them" in shown(plan)
+        assert "to generate them" in shown(plan)
     assert not (tmp_path / "annotator").exists()
     monkeypatch.setattr(annotator_cost, "MOST_PARAMETERS", 1000)
     plan = plan_training(with_annotator(tiny(SHORT), model=str(its_run / "run")), tmp_path)
     assert (plan["label_maps"]["grid"], plan["label_maps"]["seconds"]) == ([2, 2], None)
-    assert "drawing them is not counted: an annotator of" in shown(plan)
+    assert "generating them is not counted: an annotator of" in shown(plan)
 
 
 def test_no_more_classes_are_kept_than_there_are(tiny, its_run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from volo.config import Size, nearest
+from volo.config import AnnotatorConfig, Size
 from volo.data.transforms import height_width
-from volo.models.loading import read_state_dict
+from volo.inference.model_source import LoadedModel, load
 
 MAX_LOGITS = 1 << 26
 """No more logits than this are held at once while the best are picked: 256 MiB."""
@@ -93,6 +92,13 @@ class Annotator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(*self.features(images))
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the map of an image of that size."""
+        device = next(self.parameters()).device
+        with torch.inference_mode(), device:  # forward passes may make tensors of their own
+            rows, columns = self.features(torch.zeros(1, 3, height, width))[0].shape[1:3]
+        return rows, columns
+
     @property
     def _has_token_head(self) -> bool:
         return isinstance(self.aux_head, nn.Linear)
@@ -106,7 +112,7 @@ class Annotator(nn.Module):
                     if h * w == num_tokens - num_prefix:
                         return num_prefix, h, w
         raise ValueError(
-            f"the {num_tokens} tokens of {type(self.classifier).__name__} are no grid over a picture of {height} x {width}; "
+            f"the {num_tokens} tokens of {type(self.classifier).__name__} are no grid over an image of {height} x {width}; "
             "take another annotator"
         )
 
@@ -120,7 +126,7 @@ class Drawing:
     classes: Tensor
     """Their classes: int64 [B, top, h, w]."""
     mean_logits: Tensor
-    """Logits of the whole picture, the mean over positions: float32 [B, num_classes]."""
+    """Logits of the whole image, the mean over positions: float32 [B, num_classes]."""
 
 
 @torch.inference_mode()
@@ -129,7 +135,7 @@ def draw_label_maps(annotator: Annotator, images: Tensor, *, top: int = 5, flip:
 
     Args:
         top: guesses kept for each position, at most `annotator.num_classes`.
-        flip: average the logits with those of the mirrored picture, mirrored back.
+        flip: average the logits with those of the mirrored image, mirrored back.
 
     Who reads a label map takes the classes that are left out for zeros. So the logits of a position are shifted until
     that is what they are together: its softmax over (the best, zeros) gives the best the probabilities that the annotator
@@ -161,68 +167,46 @@ def _level_of_the_rest(logits: Tensor, best: Tensor) -> Tensor:
     return rest.logsumexp(dim=-1, keepdim=True) - math.log(left_out)
 
 
-@dataclass(frozen=True)
-class TimmClassifier:
-    """A classifier of timm and how it wants its pictures."""
+def load_annotator(how: AnnotatorConfig, device: torch.device | str = "cpu") -> LoadedModel[Any]:
+    """The annotator that `how` names, as `volo.inference.model_source.load` does, models of timm included.
 
-    model: nn.Module
-    img_size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-
-
-def load_timm_classifier(
-    name: str, weights: str | Path | None = None, *, img_size: Size | None = None, num_classes: int | None = None
-) -> TimmClassifier:
-    """A classifier of timm in eval mode, on the CPU.
-
-    Args:
-        name: as in `timm.list_models()`, with or without a tag ("resnet50.a1_in1k").
-        weights: a file, read as `read_state_dict` does; its head tells the number of classes. None: timm's own
-            weights, which are downloaded once.
-        img_size: another size than the one its weights are tested at; models that are built for one size are built
-            for this one.
-        num_classes: with random weights only (`weights=""`), for tests and measurements.
-
-    Raises ValueError for a name timm does not know and for weights of another model.
+    Its preprocessing is with `how.img_size` and, for a centre crop, `how.crop`. Raises ValueError, FileNotFoundError for
+    unknown names and missing files; DownloadError.
     """
-    import timm
+    check_view(how.crop, how.img_size)
+    return load(
+        how.model,
+        task="classify",
+        img_size=how.img_size or None,
+        crop=None if how.crop == "squash" else how.crop,
+        device=device,
+        timm=True,
+        weights=how.weights or None,
+    )
 
-    known = timm.list_models(pretrained=False)
-    if not timm.is_model(name):
-        raise ValueError(
-            f"no annotator {name!r}{nearest(name.partition('.')[0], known)} (give a run folder or a checkpoint of volo train, a "
-            f"pretrained tag such as volo_d1.224, or one of the {len(known)} models of timm.list_models())"
-        )
-    config = timm.get_pretrained_cfg(name) or timm.get_pretrained_cfg(name.partition(".")[0])
-    native = height_width(tuple(config.input_size[1:]))  # type: ignore[arg-type]
-    tested = config.test_input_size or config.input_size
-    size = height_width(img_size) if img_size is not None else native if config.fixed_input_size else tuple(tested[1:])
-    options: dict[str, Any] = {"img_size": size} if config.fixed_input_size and size != native else {}
-    state_dict = read_state_dict(weights) if weights else None
-    if state_dict is not None:
-        heads = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier or ())
-        found = [state_dict[key] for head in heads if (key := f"{head}.weight") in state_dict]
-        if not found:
-            raise ValueError(f"{weights} has no classifier {' or '.join(heads)} as {name} has: it holds another model")
-        num_classes = len(found[0])
-    if num_classes is not None:
-        options["num_classes"] = num_classes
-    try:
-        model = timm.create_model(name, pretrained=weights is None, **options)
-    except TypeError as error:
-        raise ValueError(f"timm cannot build {name} for pictures of {size[0]} x {size[1]}: {error}") from error
-    if state_dict is not None:
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        own = {key: tensor.shape for key, tensor in model.state_dict().items()}
-        if convert is not None and own != {key: tensor.shape for key, tensor in state_dict.items()}:
-            state_dict = convert(state_dict, model)  # position embeddings of another size, names of the first release
-        try:
-            model.load_state_dict(state_dict)
-        except RuntimeError as error:
-            raise ValueError(f"{weights} does not fit {name}: {error}") from error
-    return TimmClassifier(model.eval(), size, config.mean, config.std, config.interpolation)
+
+def check_view(crop: float | Literal["squash"], img_size: Size) -> None:
+    """Raises ValueError for what no annotator can see."""
+    if crop != "squash" and not 0 < crop <= 4:
+        raise ValueError(f"crop is squash, or a share above 0 and at most 4 such as 0.96; given: {crop}")
+    if min(height_width(img_size)) < 0:
+        raise ValueError(f"the annotator's img_size is a number of pixels, or height and width; given: {img_size}")
+
+
+def describe(loaded: LoadedModel[Any], how: AnnotatorConfig) -> dict[str, Any]:
+    """What a store says of its annotator: model, weights, img_size, crop, ..."""
+    data, path = loaded.preprocessing, Path(how.model)
+    name = path.resolve().name if path.exists() else how.model
+    return {
+        "model": name,
+        "weights": name if path.exists() else Path(how.weights).name or "published",
+        "weights_digest": weights_digest(loaded.model),
+        "img_size": list(height_width(data.img_size)),
+        "crop": how.crop if how.crop == "squash" else float(how.crop),
+        "interpolation": "bilinear" if data.interpolation == "bilinear" else "bicubic",
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -1,26 +1,30 @@
-"""What label maps cost: bytes a picture, reading, writing, and drawing them against the annotator's bare forward pass."""
+"""What label maps cost: bytes an image, reading, writing, and generating them against the annotator's bare forward pass."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from volo.annotation.annotator import draw_label_maps
-from volo.annotation.drawing import AnnotateConfig, OpenedAnnotator, Part, annotate, open_annotator, open_sources
+from volo.annotation.annotator import Annotator, draw_label_maps, load_annotator
+from volo.annotation.generate import annotate
+from volo.annotation.store import Part, open_part
 from volo.bench.timing import setting
+from volo.config import AnnotatorConfig, DataConfig
 from volo.data.label_maps import Block, LabelMaps, ShardWriter, write_index
 from volo.data.map_codec import COMPACT_STEP, ENCODINGS, Encoding
 from volo.data.sources import ImageSource
-from volo.data.transforms import PixelPipeline, squash_transform
+from volo.data.transforms import PixelPipeline, height_width, squash_transform
 from volo.distributed import World
 from volo.inference.evaluate import AMP_DTYPES
+from volo.inference.model_source import LoadedModel
 
 STORED = 4096
 """Maps that reading, writing and sizes are measured with, at most."""
@@ -37,38 +41,41 @@ def bench_labels(
     pictures: int = 2048,
     part: Part = "train",
     rounds: int = 5,
-    amp: str = "off",
+    amp: Literal["off", "bf16", "fp16"] = "off",
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Draws the maps of `pictures` pictures of `part` (see `AnnotateConfig`), in turns with forward passes over as many.
+    """Generates the maps of `pictures` images of `part`, in turns with forward passes over as many.
 
-    Both run in one process. The bare forward is the classifier on ready, normalised batches on the device, with autocast
-    as in drawing. Drawing is all of `annotate` between the first and the last map: loading, scaling, the head at each
+    Both run in one process. The bare forward is the classifier on ready, normalised batches on the device, with the same
+    autocast. Generating is all of `annotate` between the first and the last map: loading, scaling, the head at each
     position, picking the best, encoding, writing.
 
-    Returns a dict with a row for either way of drawing (`times_bare`: the median over rounds of the ratio within a round,
-    and `rounds`), and for each encoding a row with bytes a picture, index included, the bytes of the largest record, maps written and read a second by one
-    process (read in random order by name, decoded), and how far compact ones are off: logits, and probabilities of the
-    best `top` at most and in the mean.
+    Returns a dict with a row for either (images a second: the median and all `rounds`), the `ratios` of the rounds, and
+    for each encoding a row with bytes an image, index included, the bytes of the largest record, maps written and read a
+    second by one process (read in random order by name, decoded), and how far compact ones are off: logits, and
+    probabilities of the best `top` at most and in the mean.
     """
     where = torch.device(device)
-    opened = open_annotator(annotator, weights=weights, img_size=img_size, device=where)
-    config = AnnotateConfig(data=data, part=part, top=top, amp=amp, batch_size=batch_size, encoding="exact")
+    how = AnnotatorConfig(
+        model=annotator, weights=str(weights or ""), img_size=img_size or 0, top=top, amp=amp, batch_size=batch_size
+    )
+    loaded, its_data = load_annotator(how, where), DataConfig(path=data)
     drawn_rates, bare_rates = [], []
     with tempfile.TemporaryDirectory() as folder:
-        sources = _first(opened, config, pictures)
+        sources = _first(dataclasses.replace(its_data, img_size=loaded.preprocessing.img_size), part, pictures)
         count = sum(map(len, sources))
         warm_up = [sources[0].select(range(min(4 * batch_size, len(sources[0]))))]  # type: ignore[attr-defined]
         for turn in range(rounds + 1):
             out = Path(folder) / f"store{turn}"
-            report = annotate(opened, config, out, world=World(0, 1, where), sources=sources if turn else warm_up)
-            bare = _bare_rate(opened, sources[0], count if turn else len(warm_up[0]), batch_size, amp, where)
+            chosen = sources if turn else warm_up
+            report = annotate(loaded, how, its_data, out, world=World(0, 1, where), part=part, sources=chosen)
+            bare = _bare_rate(loaded, sources[0], count if turn else len(warm_up[0]), batch_size, amp, where)
             if turn:
                 drawn_rates.append(report["pictures_per_second"])
                 bare_rates.append(bare)
         maps = LabelMaps.open(out)
         source = sources[0].select(range(min(STORED, len(sources[0]))))  # type: ignore[attr-defined]
-        scores, classes = _logits(opened, source, top, batch_size, where)
+        scores, classes = _logits(loaded, source, top, batch_size, where)
         rows: list[dict[str, Any]] = [
             {
                 "candidate": "volo annotate",
@@ -86,7 +93,7 @@ def bench_labels(
         "what": "label maps",
         "annotator": annotator,
         "data": Path(data).name,
-        "img_size": opened.described["img_size"],
+        "img_size": list(height_width(loaded.preprocessing.img_size)),
         "grid": list(maps.grid),
         "top": top,
         "num_classes": maps.num_classes,
@@ -103,26 +110,26 @@ def bench_labels(
     }
 
 
-def _first(opened: OpenedAnnotator, config: AnnotateConfig, count: int) -> list[ImageSource]:
-    """The first `count` pictures."""
+def _first(data: DataConfig, part: Part, count: int) -> list[ImageSource]:
+    """The first `count` images."""
     chosen: list[ImageSource] = []
-    for source in open_sources(opened.data, config)[1]:
+    for source in open_part(data, part)[1]:
         chosen.append(source.select(range(min(count, len(source)))))  # type: ignore[attr-defined]
         count -= len(chosen[-1])
     return [source for source in chosen if len(source)]
 
 
 def _bare_rate(
-    opened: OpenedAnnotator, source: ImageSource, count: int, batch_size: int, amp: str, device: torch.device
+    loaded: LoadedModel[Any], source: ImageSource, count: int, batch_size: int, amp: str, device: torch.device
 ) -> float:
-    transform, pixels = squash_transform(opened.data), PixelPipeline(opened.data).to(device).eval()
+    transform, pixels = squash_transform(loaded.preprocessing), PixelPipeline(loaded.preprocessing).to(device).eval()
     images = torch.stack([transform(source.load(i)) for i in range(min(batch_size, len(source)))]).to(device)
     ready, seconds, done = pixels(images), 0.0, 0
     while done < count:
         batch = ready[: count - done]
         start = time.perf_counter()
         with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
-            opened.model.classifier(batch)
+            loaded.model(batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds += time.perf_counter() - start
@@ -131,15 +138,15 @@ def _bare_rate(
 
 
 def _logits(
-    opened: OpenedAnnotator, source: ImageSource, top: int, batch_size: int, device: torch.device
+    loaded: LoadedModel[Any], source: ImageSource, top: int, batch_size: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [N, top, h, w] and their classes, as drawn."""
-    transform, pixels = squash_transform(opened.data), PixelPipeline(opened.data).to(device).eval()
+    """float32 [N, top, h, w] and their classes, as generated."""
+    transform, pixels = squash_transform(loaded.preprocessing), PixelPipeline(loaded.preprocessing).to(device).eval()
     scores, classes = [], []
     for start in range(0, len(source), batch_size):
         stop = min(start + batch_size, len(source))
         images = torch.stack([transform(source.load(i)) for i in range(start, stop)])
-        drawing = draw_label_maps(opened.model, pixels(images.to(device)), top=top)
+        drawing = draw_label_maps(Annotator(loaded.model), pixels(images.to(device)), top=top)
         scores.append(drawing.scores.cpu().numpy())
         classes.append(drawing.classes.cpu().numpy())
     return np.concatenate(scores), np.concatenate(classes)

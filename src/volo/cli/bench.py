@@ -129,7 +129,7 @@ class Data(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class Labels(OnDevice):
-    """Label maps: their size, reading, writing, and drawing them against the annotator's bare forward pass.
+    """Label maps: their size, reading, writing, and generating them against the annotator's bare forward pass.
 
     Examples:
       volo bench labels --model runs/cifar10 --data cifar10

@@ -64,12 +64,17 @@ def show_plan(console: Console, plan: dict[str, Any], title: str = "") -> None:
         maps = plan["label_maps"]
         grid = f" of {maps['grid'][0]} x {maps['grid'][1]}" if maps["grid"] else ""
         size = megabytes(maps["bytes"]) if maps["bytes"] else "size known when the annotator is"
-        rows.append(("label maps", f"{size}{grid}, {'in' if maps['is_there'] else 'to be drawn in'} {maps['path']}"))
+        rows.append(
+            ("label maps", f"{size}{grid}, {'in' if maps['is_there'] else 'to be generated in'} {maps['path']}")
+        )
         if not maps["is_there"] and maps["seconds"] is None:
-            rows.append(("", f"drawing them is not counted: {maps['not_counted']}"))
+            rows.append(("", f"generating them is not counted: {maps['not_counted']}"))
         elif not maps["is_there"]:
             rows.append(
-                ("", f"about {duration(maps['seconds'])} to draw them ({maps['pictures_per_second']:,.3g} pictures/s)")
+                (
+                    "",
+                    f"about {duration(maps['seconds'])} to generate them ({maps['pictures_per_second']:,.3g} pictures/s)",
+                )
             )
     table = Table(show_header=False, box=None)
     table.add_column(style="dim", no_wrap=True)

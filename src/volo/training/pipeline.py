@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from volo.annotation.drawing import AnnotateConfig, annotate
-from volo.config import Recipe, load_recipe, recipe_to_toml
-from volo.data.files import write_atomically
+from volo.annotation.annotator import describe, load_annotator
+from volo.annotation.generate import annotate
+from volo.annotation.store import clear
+from volo.config import Recipe, load_recipe
+from volo.data.files import FolderLock
 from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.transforms import height_width
-from volo.distributed import World, agree_on_start, join_world, main_first
+from volo.distributed import World, agree_on_start, join_world, main_first, main_only
+from volo.training import run_folder
 from volo.training.loop import train as run_loop
 from volo.training.report import NullReporter, Reporter, TrainResult
-from volo.training.run_folder import look_into
 from volo.training.settings import torch_settings
-from volo.training.workloads.token_labeling import check_annotator, open_annotator_of
+from volo.training.workloads.token_labeling import check_annotator
+
+SHARED_DATA = "path kind splits val_fraction split_seed on_bad_image check cache num_workers timeout".split()
+"""Keys of [data] in which an annotator's training follows the recipe that it is trained for: what the images are, and how
+they are read."""
 
 
 def train(
@@ -88,78 +93,68 @@ def prepare_label_maps(
     if labels.source == "maps":
         at_hand = dataclasses.replace(at_hand, token_label=dataclasses.replace(labels, maps=str(maps)))
 
-    # Nobody writes before all have looked.
-    agree_on_start(look_into(out, recipe, resume, overwrite), world)
-    its, is_other_annotator = None, False
-    if is_trained_here and (not is_there or (annotator / "recipe.toml").is_file()):
-        its = annotator_recipe(recipe, begun=annotator)
-        try:
-            look_into(annotator, its, resume=True, overwrite=False)
-        except ValueError:
-            if not overwrite:
-                raise
-            is_other_annotator = True
-    if is_there:
-        differing = ["another annotator"] if is_other_annotator else _differences(at_hand, maps)
-        if not differing:
+    with contextlib.ExitStack() as stack:
+        main_only(world, lambda: stack.enter_context(FolderLock(out, "training")) is None)
+        # Nobody writes before all have looked.
+        agree_on_start(run_folder.look_into(out, recipe, resume, overwrite), world)
+        its, is_other_annotator = None, False
+        if is_trained_here and (not is_there or (annotator / "recipe.toml").is_file()):
+            its = annotator_recipe(recipe, begun=annotator)
+            try:
+                run_folder.look_into(annotator, its, resume=True, overwrite=False)
+            except ValueError:
+                if not overwrite:
+                    raise
+                is_other_annotator = True
+        if is_there:
+            differing = ["another annotator"] if is_other_annotator else _differences(at_hand, maps)
+            if not differing:
+                return at_hand, None
+            what = f"the label maps in {maps} are not as [annotator] says"
+            if not (overwrite and is_ours):
+                way_out = (
+                    "generate them anew with --overwrite" if is_ours else "choose another folder for --token_label.maps"
+                )
+                raise ValueError(f"{what}: {'; '.join(differing)}. Let it say what they are, or {way_out}")
+            reporter.on_message(f"{what} ({'; '.join(differing)}): they are replaced")
+        if its is None and labels.source == "live":
             return at_hand, None
-        if not (overwrite and is_ours):
-            way_out = (
-                "generate them anew with --overwrite" if is_ours else "choose another folder for --token_label.maps"
-            )
-            raise ValueError(
-                f"the label maps in {maps} are not as [annotator] says: {'; '.join(differing)}. Let it say what they are, or {way_out}"
-            )
-        reporter.on_message(
-            f"the label maps in {maps} are not as [annotator] says ({'; '.join(differing)}): they are replaced"
-        )
-    if its is None and labels.source == "live":
+
+        def begin() -> None:
+            """What is replaced goes before anything takes its place, so that a run that is cut off here is continued by its
+            folder, and never with what an earlier one has left."""
+            if overwrite and is_ours and labels.source == "maps":
+                clear(maps)
+            if is_other_annotator and its is not None:
+                run_folder.prepare(annotator, its, is_fresh=True, is_first_step=True)
+            run_folder.prepare(out, recipe, is_fresh=overwrite, is_first_step=overwrite)
+
+        main_only(world, begin)
+        if its is not None:
+            reporter.on_message(f"first the annotator, by the recipe {config.recipe}, in {annotator}")
+            result = run_loop(its, annotator, resume=True, reporter=reporter)
+            if result.status == "interrupted":
+                return at_hand, result
+        if labels.source == "maps":
+            reporter.on_message(f"then the label maps, in {maps}")
+            report = _generate(at_hand, maps, world, reporter)
+            if world.is_main:
+                reporter.on_message(_described(report))
         return at_hand, None
-    if world.is_main:
-        # What is cut off here is continued like any run, by its folder.
-        out.mkdir(parents=True, exist_ok=True)
-        text = recipe_to_toml(recipe).encode()
-        write_atomically(out / "recipe.toml", lambda file: file.write(text))
-    if its is not None:
-        reporter.on_message(f"first the annotator, by the recipe {config.recipe}, in {annotator}")
-        result = run_loop(
-            its, annotator, resume=not is_other_annotator, overwrite=is_other_annotator, reporter=reporter
-        )
-        if result.status == "interrupted":
-            return at_hand, result
-    if labels.source == "maps":
-        reporter.on_message(f"then the label maps, in {maps}")
-        report = _generate(at_hand, maps, world, reporter, overwrite and is_ours)
-        if world.is_main:
-            reporter.on_message(_described(report))
-    return at_hand, None
 
 
-def _generate(recipe: Recipe, maps: Path, world: World, reporter: Reporter, overwrite: bool) -> dict[str, Any]:
-    config = recipe.annotator
+def _generate(recipe: Recipe, maps: Path, world: World, reporter: Reporter) -> dict[str, Any]:
     with torch_settings(recipe.train, world.device):
         with main_first(world):  # downloads once
-            opened = open_annotator_of(config, world.device)
-        its_data = dataclasses.replace(opened.data, path=recipe.data.path, kind=recipe.data.kind)
+            loaded = load_annotator(recipe.annotator, world.device)
+        how = dataclasses.replace(recipe.annotator, top=min(recipe.annotator.top, loaded.model.num_classes))
         return annotate(
-            dataclasses.replace(opened, data=its_data),
-            AnnotateConfig(
-                data=None,  # what the annotator's own data says
-                part="train",
-                val_fraction=recipe.data.val_fraction,
-                split_seed=recipe.data.split_seed,
-                top=min(config.top, opened.model.num_classes),
-                encoding=config.encoding,
-                flip=config.flip,
-                amp=config.amp,
-                batch_size=config.batch_size,
-                num_workers=recipe.data.num_workers,
-                on_bad_image=recipe.data.on_bad_image,
-            ),
+            loaded,
+            how,
+            recipe.data,
             maps,
             world=world,
-            resume=not overwrite,
-            overwrite=overwrite,
+            resume=True,
             on_progress=reporter.on_progress,
         )
 
@@ -177,8 +172,8 @@ def _differences(recipe: Recipe, path: Path) -> list[str]:
     if config.img_size:
         wanted["img_size"] = list(height_width(config.img_size))
     if Path(config.model).exists() or (config.weights and Path(config.weights).exists()):
-        opened = open_annotator_of(config, torch.device("cpu"))
-        wanted |= {key: opened.described[key] for key in ("img_size", "weights_digest")}
+        its = describe(load_annotator(config), config)
+        wanted |= {key: its[key] for key in ("img_size", "weights_digest")}
     elif maps.annotator["model"] != Path(config.model).name and not trains_annotator(recipe, Path(config.model).parent):
         wanted["model"] = config.model
     there = maps.annotator | {"top": maps.top, "encoding": maps.encoding}
@@ -193,7 +188,7 @@ def trains_annotator(recipe: Recipe, out: Path) -> bool:
 
 
 def annotator_recipe(recipe: Recipe, begun: Path | None = None) -> Recipe:
-    """The recipe of a recipe's annotator: `annotator.recipe`, on the same pictures and the same machine.
+    """The recipe of a recipe's annotator: `annotator.recipe`, on the same images and the same machine.
 
     begun: the annotator's run folder, whose recipe serves where that one is not found (from another working directory).
     """
@@ -203,17 +198,7 @@ def annotator_recipe(recipe: Recipe, begun: Path | None = None) -> Recipe:
         if begun is None or not (begun / "recipe.toml").is_file():
             raise
         its = load_recipe(begun / "recipe.toml")
-    mine = recipe.data
-    data = dataclasses.replace(
-        its.data,
-        path=mine.path,
-        kind=mine.kind,
-        val_fraction=mine.val_fraction,
-        split_seed=mine.split_seed,
-        on_bad_image=mine.on_bad_image,
-        cache=mine.cache,
-        num_workers=mine.num_workers,
-    )
+    data = dataclasses.replace(its.data, **{key: getattr(recipe.data, key) for key in SHARED_DATA})
     train = dataclasses.replace(its.train, device=recipe.train.device, threads=recipe.train.threads)
     return dataclasses.replace(its, data=data, train=train)
 

@@ -11,7 +11,8 @@ from typing import Any
 from volo.config import Recipe
 from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.transforms import height_width
-from volo.training.annotator_cost import AnnotatorOutline, outline_annotator, seconds_a_picture
+from volo.inference.model_source import LoadedModel
+from volo.training.annotator_cost import map_grid, num_parameters, outline_annotator, seconds_a_picture
 from volo.training.pipeline import annotator_recipe, trains_annotator
 from volo.training.probe import Probe, probe
 from volo.training.report import Reporter
@@ -42,7 +43,7 @@ def plan_training(
     scaled up to the micro batches of the recipe. Raises ValueError as `train` does.
 
     Returns steps, pictures, epochs, batch and learning rate, memory in bytes, seconds (training, evaluations, and all;
-    None: not measured), with label maps their size and the time for drawing them, with an annotator that is to be
+    None: not measured), with label maps their size and the time for generating them, with an annotator that is to be
     trained first its own plan.
     """
     out = Path(out)
@@ -146,15 +147,15 @@ def _figures(recipe: Recipe, probe: Probe, annotator: dict[str, Any] | None) -> 
     }
 
 
-def _annotator(recipe: Recipe, outline: AnnotatorOutline | None, probe: Probe, is_in_steps: bool) -> dict[str, Any]:
+def _annotator(recipe: Recipe, outline: LoadedModel[Any] | None, probe: Probe, is_in_steps: bool) -> dict[str, Any]:
     """What is known of an annotator, and how long it takes; `is_in_steps`: that is measured already."""
     seconds, why_not = None, "" if outline else f"{recipe.annotator.model} tells nothing without its weights"
     if outline is not None and not is_in_steps:
         with torch_settings(recipe.train, probe.device):
             seconds, why_not = seconds_a_picture(outline, recipe.annotator, probe.device)
     return {
-        "num_parameters": outline and outline.num_parameters,
-        "img_size": list(outline.img_size) if outline else [],
+        "num_parameters": outline and num_parameters(outline),
+        "img_size": list(height_width(outline.preprocessing.img_size)) if outline else [],
         "is_in_steps": is_in_steps,
         "seconds_a_picture": seconds,
         "not_counted": why_not,
@@ -174,21 +175,22 @@ def _label_maps(recipe: Recipe, out: Path) -> dict[str, Any] | None:
 
 
 def _drawing(
-    recipe: Recipe, outline: AnnotatorOutline | None, probe: Probe, annotator: dict[str, Any] | None
+    recipe: Recipe, outline: LoadedModel[Any] | None, probe: Probe, annotator: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Grid and size of label maps that are to be drawn, and how long that takes."""
+    """Grid and size of label maps that are to be generated, and how long that takes."""
     size, count = None, probe.workload.num_train
     seconds: float | None = annotator["seconds_a_picture"] if annotator else None
+    grid = map_grid(outline) if outline else ()
     if outline is not None:
-        top = min(recipe.annotator.top, outline.num_classes)
-        size = round(count * (math.prod(outline.grid) * top * LABEL_MAP_BYTES[recipe.annotator.encoding] + INDEX_BYTES))
+        top = min(recipe.annotator.top, outline.model.num_classes)
+        size = round(count * (math.prod(grid) * top * LABEL_MAP_BYTES[recipe.annotator.encoding] + INDEX_BYTES))
     if seconds is not None:
         # Pictures are read and decoded as for the training, beside the annotator or in turn with it.
         seconds /= probe.world_size
         reading = (probe.data_seconds or 0.0) / recipe.train.batch_size
         seconds = count * (max(seconds, reading) if probe.workload.num_workers else seconds + reading)
     return {
-        "grid": list(outline.grid) if outline else [],
+        "grid": list(grid),
         "bytes": size,
         "seconds": seconds,
         "pictures_per_second": count / seconds if seconds else None,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from volo.annotation.drawing import OpenedAnnotator, check_crop, open_annotator
-from volo.config import AnnotatorConfig, Recipe
+from volo.annotation.annotator import Annotator, check_view, load_annotator
+from volo.config import Recipe
 from volo.data.label_maps import LabelMaps
 from volo.data.sources import DataSplits, Progress
 from volo.data.token_labels import LabelMapReader, resample_label_maps, resample_position_logits
@@ -123,12 +123,12 @@ class LiveAnnotator:
                 "token_label.source is live, but there is no annotator: name one with --annotator.model or --annotator.recipe"
             )
         check_annotator(recipe)
-        opened = open_annotator_of(config, device)
-        self.model, self.size = opened.model, height_width(opened.data.img_size)
-        self.pixels = PixelPipeline(opened.data).to(device).eval()
+        loaded = load_annotator(config, device)
+        self.model, self.size = Annotator(loaded.model), height_width(loaded.preprocessing.img_size)
+        self.pixels = PixelPipeline(loaded.preprocessing).to(device).eval()
         self.flip, self.amp, self.device = config.flip, config.amp, device
-        is_imagenet = opened.wnids and set(classes) <= set(opened.wnids)
-        known = opened.wnids if is_imagenet else opened.classes or classes
+        is_imagenet = loaded.wnids and set(classes) <= set(loaded.wnids)
+        known = loaded.wnids if is_imagenet else loaded.classes or classes
         if len(known) != self.model.num_classes:
             raise ValueError(
                 f"the annotator {config.model} knows {self.model.num_classes} classes without names, the data has {len(known)}"
@@ -151,22 +151,12 @@ class LiveAnnotator:
 
 def check_annotator(recipe: Recipe) -> None:
     crop = recipe.annotator.crop
-    check_crop(crop)
+    check_view(crop, recipe.annotator.img_size)
     if crop != "squash" and recipe.token_label.source == "live":
         raise ValueError(
             f"annotator.crop is {crop}, but a live annotator sees all that the training sees of a picture; set it to squash, or "
             "take label maps (--token_label.source maps)"
         )
-
-
-def open_annotator_of(config: AnnotatorConfig, device: torch.device) -> OpenedAnnotator:
-    return open_annotator(
-        config.model,
-        weights=config.weights or None,
-        img_size=config.img_size or None,
-        crop=config.crop,
-        device=device,
-    )
 
 
 def _some(names: Sequence[str]) -> str:

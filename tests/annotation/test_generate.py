@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,30 +23,33 @@ import torch
 from PIL import Image
 
 import volo
-from volo.annotation.drawing import (
-    AnnotateConfig,
-    OpenedAnnotator,
-    annotate,
-    check_store,
-    import_original,
-    open_annotator,
-)
+from volo.annotation.annotator import load_annotator
+from volo.annotation.check import check_store
+from volo.annotation.generate import annotate
 from volo.cli.main import main
-from volo.config import DataConfig, Recipe
+from volo.config import AnnotatorConfig, DataConfig, Recipe
 from volo.data.files import FolderLock
 from volo.data.images import open_data
 from volo.data.label_maps import INDEX, LabelMaps, ShardWriter, read_shard, shard_path
-from volo.data.token_labels import PictureFrame, resample_label_maps, stack_frames
 from volo.data.transforms import PixelPipeline, squash_transform
 from volo.distributed import World
-from volo.inference.model_source import load
+from volo.inference.model_source import LoadedModel, load
 from volo.models.checkpoint import model_config_dict, save_checkpoint
 
 RUN_SCRIPT = Path(__file__).with_name("run_annotate.py")
 CLASSES = ["ant", "bee", "cat", "dog"]
 ONE = World(0, 1, torch.device("cpu"))
 # 3 shards of training pictures and 2 of held-out ones.
-CONFIG = AnnotateConfig(part="all", top=3, batch_size=4, shard_size=16, num_workers=0)
+ALL: dict[str, Any] = {"part": "all", "shard_size": 16, "world": ONE}
+
+
+def at(data: Path, **changes: Any) -> DataConfig:
+    return DataConfig(path=str(data), num_workers=0, **changes)
+
+
+@pytest.fixture(scope="module")
+def how(checkpoint: Path) -> AnnotatorConfig:
+    return AnnotatorConfig(model=str(checkpoint), top=3, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +75,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def annotator(checkpoint: Path) -> OpenedAnnotator:
-    return open_annotator(str(checkpoint))
+def annotator(how: AnnotatorConfig) -> LoadedModel:
+    return load_annotator(how)
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +105,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(annotator: OpenedAnnotator, arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(annotator: LoadedModel, how: AnnotatorConfig, arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "store"
-    annotate(annotator, dataclasses.replace(CONFIG, data=str(arrays)), out, world=ONE)
+    annotate(annotator, how, at(arrays), out, **ALL)
     return out
 
 
@@ -133,14 +138,16 @@ def test_maps_are_what_the_annotator_says(whole: Path, checkpoint: Path, arrays:
     assert 0 < right < 65
 
 
-def test_compact_maps_and_flips(annotator: OpenedAnnotator, whole: Path, arrays: Path, tmp_path: Path):
-    config = dataclasses.replace(CONFIG, data=str(arrays), encoding="compact", part="train")
-    annotate(annotator, config, tmp_path / "compact", world=ONE)
+def test_compact_maps_and_flips(
+    annotator: LoadedModel, how: AnnotatorConfig, whole: Path, arrays: Path, tmp_path: Path
+):
+    train: dict[str, Any] = ALL | {"part": "train"}
+    annotate(annotator, dataclasses.replace(how, encoding="compact"), at(arrays), tmp_path / "compact", **train)
     exact, compact = LabelMaps.open(whole), LabelMaps.open(tmp_path / "compact")
     scores, classes = compact.read_batch(compact.names)
     assert torch.equal(classes, exact.read_batch(compact.names)[1])
     assert (scores - exact.read_batch(compact.names)[0]).abs().max() < 0.0501 + 2e-3
-    annotate(annotator, dataclasses.replace(config, flip=True, encoding="exact"), tmp_path / "flip", world=ONE)
+    annotate(annotator, dataclasses.replace(how, flip=True), at(arrays), tmp_path / "flip", **train)
     assert not torch.equal(LabelMaps.open(tmp_path / "flip").read_batch(compact.names)[1], classes)
 
 
@@ -206,18 +213,18 @@ def test_two_processes_draw_the_same_bytes(checkpoint: Path, arrays: Path, whole
     assert contents(tmp_path / "store") == contents(whole)
 
 
-def test_a_finished_store_is_not_drawn_again(annotator: OpenedAnnotator, whole: Path, arrays: Path):
-    config, before = dataclasses.replace(CONFIG, data=str(arrays)), contents(whole)
-    report = annotate(annotator, config, whole, world=ONE, resume=True)
+def test_a_finished_store_is_not_drawn_again(annotator: LoadedModel, how: AnnotatorConfig, whole: Path, arrays: Path):
+    before = contents(whole)
+    report = annotate(annotator, how, at(arrays), whole, **ALL, resume=True)
     assert (report["pictures"], report["drawn"]) == (65, 0)
     assert contents(whole) == before
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing", "index"])
 def test_damaged_files_are_found_and_drawn_again(
-    annotator: OpenedAnnotator, whole: Path, arrays: Path, tmp_path: Path, damage: str
+    annotator: LoadedModel, how: AnnotatorConfig, whole: Path, arrays: Path, tmp_path: Path, damage: str
 ):
-    out, config = tmp_path / "store", dataclasses.replace(CONFIG, data=str(arrays))
+    out, data = tmp_path / "store", at(arrays)
     shutil.copytree(whole, out)
     assert check_store(out, str(arrays)) == []
     path = shard_path(out, 1)
@@ -237,38 +244,39 @@ def test_damaged_files_are_found_and_drawn_again(
         (out / INDEX).write_bytes((out / INDEX).read_bytes()[:-1])
         assert [(p.kind, p.name) for p in check_store(out, str(arrays))] == [("corrupt", INDEX)]
         with pytest.raises(ValueError, match=r"index in .* damaged.*--overwrite"):
-            annotate(annotator, config, out, world=ONE, resume=True)
-        annotate(annotator, config, out, world=ONE, overwrite=True)
-    report = annotate(annotator, config, out, world=ONE, resume=True)
+            annotate(annotator, how, data, out, **ALL, resume=True)
+        annotate(annotator, how, data, out, **ALL, overwrite=True)
+    report = annotate(annotator, how, data, out, **ALL, resume=True)
     assert report["drawn"] == (0 if damage == "index" else 16)
     assert contents(out) == contents(whole)
 
 
 def test_another_annotator_or_other_pictures_are_refused(
-    annotator: OpenedAnnotator, whole: Path, arrays: Path, tmp_path: Path
+    annotator: LoadedModel, how: AnnotatorConfig, whole: Path, arrays: Path, tmp_path: Path
 ):
-    out, config = tmp_path / "store", dataclasses.replace(CONFIG, data=str(arrays))
+    out, data = tmp_path / "store", at(arrays)
     shutil.copytree(whole, out)
     with pytest.raises(ValueError, match=r"holds label maps; --resume goes on with them, --overwrite"):
-        annotate(annotator, config, out, world=ONE)
+        annotate(annotator, how, data, out, **ALL)
     for change, words in (({"top": 2}, "top was 3, now 2"), ({"flip": True}, "flip was False, now True")):
         with pytest.raises(ValueError, match=words):
-            annotate(annotator, dataclasses.replace(config, **change), out, world=ONE, resume=True)
+            annotate(annotator, dataclasses.replace(how, **change), data, out, **ALL, resume=True)
     other = tmp_path / "other"
     other.mkdir()
     for name in ("train", "val"):
         with np.load(arrays / f"{name}.npz") as held:
             np.savez(other / f"{name}.npz", **{k: held[k][:-1] if k != "classes" else held[k] for k in held.files})
-    with pytest.raises(ValueError, match="the pictures are not those"):
-        annotate(annotator, dataclasses.replace(config, data=str(other)), out, world=ONE, resume=True)
-    changed = OpenedAnnotator(**(vars(annotator) | {"described": annotator.described | {"weights_digest": "0"}}))
+    with pytest.raises(ValueError, match="the images are not those"):
+        annotate(annotator, how, at(other), out, **ALL, resume=True)
+    other_weights = copy.deepcopy(annotator)
+    other_weights.model.aux_head.bias.data += 1e-6
     with pytest.raises(ValueError, match="weights_digest was"):
-        annotate(changed, config, out, world=ONE, resume=True)
+        annotate(other_weights, how, data, out, **ALL, resume=True)
     assert contents(out) == contents(whole)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").touch()
     with pytest.raises(ValueError, match=r"other things \(holiday.jpg\)"):
-        annotate(annotator, config, tmp_path / "photos", world=ONE, overwrite=True)
+        annotate(annotator, how, data, tmp_path / "photos", **ALL, overwrite=True)
     assert (tmp_path / "photos" / "holiday.jpg").exists()
 
 
@@ -281,9 +289,11 @@ def test_another_annotator_or_other_pictures_are_refused(
         ({"amp": "int8"}, "amp"),
     ],
 )
-def test_settings_that_make_no_sense(annotator: OpenedAnnotator, arrays: Path, tmp_path: Path, change, words):
+def test_settings_that_make_no_sense(
+    annotator: LoadedModel, how: AnnotatorConfig, arrays: Path, tmp_path: Path, change, words
+):
     with pytest.raises(ValueError, match=words):
-        annotate(annotator, dataclasses.replace(CONFIG, data=str(arrays), **change), tmp_path / "s", world=ONE)
+        annotate(annotator, dataclasses.replace(how, **change), at(arrays), tmp_path / "s", **ALL)
     assert not (tmp_path / "s").exists()
 
 
@@ -320,7 +330,7 @@ def test_a_thousand_bad_files_are_named(checkpoint: Path, tmp_path: Path, capsys
     ]
     assert main(command) == 2
     shown = capsys.readouterr().err
-    assert "800 of 850 pictures" in shown
+    assert "800 of 850" in shown
     assert all(f"{name}: " in shown for name in undecodable)
     assert main([*command, "--on-bad-image", "skip"]) == 0
     captured = capsys.readouterr()
@@ -333,13 +343,12 @@ def test_a_thousand_bad_files_are_named(checkpoint: Path, tmp_path: Path, capsys
 
 
 def test_check_names_a_thousand_differences(
-    annotator: OpenedAnnotator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    annotator: LoadedModel, how: AnnotatorConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """Pictures that were deleted, renamed, damaged, exchanged or added after their maps were drawn."""
     data, out = tmp_path / "data", tmp_path / "store"
     names = write_pictures(data, 1050)
-    config = AnnotateConfig(data=str(data), part="all", top=1, batch_size=64, shard_size=256, num_workers=0)
-    annotate(annotator, config, out, world=ONE)
+    annotate(annotator, dataclasses.replace(how, top=1, batch_size=64), at(data), out, **ALL | {"shard_size": 256})
     expected = set()
     for i, name in enumerate(names[:1000]):
         path = data / name
@@ -368,11 +377,10 @@ def test_check_names_a_thousand_differences(
     assert "250 missing, 500 extra, 250 mismatched, 250 unreadable" in shown
 
 
-def test_pictures_that_vanish_meanwhile(annotator: OpenedAnnotator, tmp_path: Path):
+def test_pictures_that_vanish_meanwhile(annotator: LoadedModel, how: AnnotatorConfig, tmp_path: Path):
     """All of them are named at the end; what is whole is kept, and the next start does the rest."""
     data, out = tmp_path / "data", tmp_path / "store"
     names = sorted(write_pictures(data, 64))
-    config = dataclasses.replace(CONFIG, data=str(data), top=2)
     lost = [names[20], names[22], names[40]]
     saved = {name: (data / name).read_bytes() for name in lost}
 
@@ -381,24 +389,23 @@ def test_pictures_that_vanish_meanwhile(annotator: OpenedAnnotator, tmp_path: Pa
             for name in lost:
                 (data / name).unlink(missing_ok=True)
 
-    with pytest.raises(ValueError, match="3 of 64 pictures cannot be used") as raised:
-        annotate(annotator, config, out, world=ONE, on_progress=on_progress)
+    with pytest.raises(ValueError, match="3 of 64 images cannot be used") as raised:
+        annotate(annotator, how, at(data), out, **ALL, on_progress=on_progress)
     assert all(f"{name}: no such file" in str(raised.value) for name in lost)
-    with pytest.raises(ValueError, match="of 64 pictures cannot be used") as raised:
-        annotate(annotator, config, out, world=ONE, resume=True)
+    with pytest.raises(ValueError, match="of 64 images cannot be used") as raised:
+        annotate(annotator, how, at(data), out, **ALL, resume=True)
     assert all(f"{name}: gone since the annotation began" in str(raised.value) for name in lost)
     for name, content in saved.items():
         (data / name).write_bytes(content)
-    report = annotate(annotator, config, out, world=ONE, resume=True)
+    report = annotate(annotator, how, at(data), out, **ALL, resume=True)
     assert report["pictures"] == 64 and report["drawn"] < 40
-    annotate(annotator, config, tmp_path / "again", world=ONE)
+    annotate(annotator, how, at(data), tmp_path / "again", **ALL)
     assert contents(out) == contents(tmp_path / "again")
 
 
-def test_pictures_that_vanish_may_be_left_out(annotator: OpenedAnnotator, tmp_path: Path):
+def test_pictures_that_vanish_may_be_left_out(annotator: LoadedModel, how: AnnotatorConfig, tmp_path: Path):
     data, out = tmp_path / "data", tmp_path / "store"
     names = sorted(write_pictures(data, 64))
-    config = dataclasses.replace(CONFIG, data=str(data), top=2, on_bad_image="skip")
     lost: list[str] = []
 
     def on_progress(what: str, done: int, total: int) -> None:
@@ -406,99 +413,14 @@ def test_pictures_that_vanish_may_be_left_out(annotator: OpenedAnnotator, tmp_pa
             lost.append(next(name for name in names[30:] if (data / name).exists()))
             (data / lost[-1]).unlink()
 
-    report = annotate(annotator, config, out, world=ONE, on_progress=on_progress)
+    report = annotate(annotator, how, at(data, on_bad_image="skip"), out, **ALL, on_progress=on_progress)
     assert lost and report["pictures"] == 64 - len(lost)
     assert report["skipped"] == dict.fromkeys(lost, "no such file or directory")
 
 
-# Maps of the original tool
-
-
-def write_original(folder: Path, names: list[str], num_classes: int = 4, dtype: torch.dtype = torch.float16) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for name in names:
-        scores, classes = torch.randn(num_classes, 3, 3, generator=generator).topk(2, dim=0)
-        path = (folder / name).with_suffix(".pt")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(torch.stack([scores, classes.float()]).to(dtype), path)
-
-
-def test_original_maps_are_imported(tmp_path: Path):
-    data, folder = tmp_path / "data", tmp_path / "original"
-    names = write_pictures(data, 40)
-    write_original(folder, [*names, "cat/unused.png"])
-    config = AnnotateConfig(data=str(data), part="all", batch_size=8, shard_size=16)
-    report = import_original(folder, config, tmp_path / "store")
-    assert (report["pictures"], report["unused"]) == (40, ["cat/unused.pt"])
-    maps = LabelMaps.open(tmp_path / "store")
-    for name in names:
-        original = torch.load((folder / name).with_suffix(".pt"), weights_only=True)
-        assert torch.equal(maps[name][0], original[0]) and torch.equal(maps[name][1], original[1].long())
-    assert check_store(tmp_path / "store", str(data)) == []
-    (folder / names[3]).with_suffix(".pt").unlink()
-    torch.save(torch.zeros(3), (folder / names[5]).with_suffix(".pt"))
-    with pytest.raises(ValueError, match="2 of 40") as raised:
-        import_original(folder, config, tmp_path / "again")
-    assert names[3] in str(raised.value) and "[2, top, h, w]" in str(raised.value)
-    skipping = dataclasses.replace(config, on_bad_image="skip")
-    assert set(import_original(folder, skipping, tmp_path / "again", resume=True)["skipped"]) == {names[3], names[5]}
-
-
-def test_original_maps_are_of_the_centre_square(tmp_path: Path):
-    """A map whose logits are the place it shows: read back for the whole picture, they are where they were."""
-    data, folder = tmp_path / "data", tmp_path / "original"
-    for name in ("cat", "dog"):
-        (data / name).mkdir(parents=True)
-        (folder / name).mkdir(parents=True)
-        for i in range(10):
-            Image.new("RGB", (400, 300)).save(data / name / f"{i}.png")
-            place = (50 + (torch.arange(6) + 0.5) * 50) / 400  # of the middle 300 columns
-            scores = torch.stack([place.expand(6, 6), torch.zeros(6, 6)])
-            classes = torch.stack([torch.zeros(6, 6), torch.ones(6, 6)])
-            torch.save(torch.stack([scores, classes]), folder / name / f"{i}.pt")
-    config = AnnotateConfig(data=str(data), part="all")
-    import_original(folder, config, tmp_path / "store")
-    maps = LabelMaps.open(tmp_path / "store")
-    assert maps.annotator["crop"] == 1.0 and maps.box(300, 400) == pytest.approx((0, 0.125, 1, 0.875))
-    scores, classes = maps.read_batch(["cat/0.png"])
-    frames, boxes = stack_frames([PictureFrame.whole(300, 400)]), torch.tensor([maps.box(300, 400)])
-    read = resample_label_maps(scores, classes, frames, (8, 8), 2, boxes).view(8, 8, 2)[4, :, 0]
-    torch.testing.assert_close(read[2:6], (torch.arange(8)[2:6] + 0.5) / 8, atol=2e-3, rtol=0)
-    with pytest.raises(ValueError, match=r"crop was 1\.0, now squash"):
-        import_original(folder, config, tmp_path / "store", crop="squash", resume=True)
-    command = ["annotate", "--import-original", str(folder), "--data", str(data), "--part", "all", "--quiet"]
-    for words, box in ((["--crop", "squash"], (0, 0, 1, 1)), (["--crop", "0.5"], (0.25, 0.3125, 0.75, 0.6875))):
-        assert main([*command, "--out", str(tmp_path / words[1]), *words]) == 0
-        assert LabelMaps.open(tmp_path / words[1]).box(300, 400) == pytest.approx(box)
-
-
-def test_one_process_a_store(annotator: OpenedAnnotator, arrays: Path, tmp_path: Path):
+def test_one_process_a_store(annotator: LoadedModel, how: AnnotatorConfig, arrays: Path, tmp_path: Path):
     with FolderLock(tmp_path / "store", "a test"), pytest.raises(ValueError, match="is at work in"):
-        annotate(annotator, dataclasses.replace(CONFIG, data=str(arrays)), tmp_path / "store", world=ONE)
-
-
-def test_original_maps_whose_first_ones_are_damaged(tmp_path: Path):
-    """They are named like any other, and may be left out."""
-    data, folder = tmp_path / "data", tmp_path / "original"
-    write_original(folder, write_pictures(data, 40))
-    names = open_data(DataConfig(path=str(data))).train.names
-    paths = [(folder / name).with_suffix(".pt") for name in names]
-    paths[0].write_bytes(paths[0].read_bytes()[:100])
-    paths[1].write_bytes(b"<html>404</html>")
-    torch.save(torch.full((2, 2, 3, 3), 1e30), paths[2])
-    torch.save(torch.stack([torch.full((2, 3, 3), 1e30), torch.ones(2, 3, 3)]), paths[3])  # no encoding holds it
-    config = AnnotateConfig(data=str(data), batch_size=8, shard_size=16)
-    with pytest.raises(ValueError, match=f"4 of {len(names)}") as raised:
-        import_original(folder, config, tmp_path / "store")
-    assert all(name in str(raised.value) for name in names[:4])
-    skipping = dataclasses.replace(config, on_bad_image="skip")
-    report = import_original(folder, skipping, tmp_path / "store", resume=True)
-    assert (report["pictures"], set(report["skipped"])) == (len(names) - 4, set(names[:4]))
-    for path in paths:
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match=f"none of the {len(names)} label maps") as raised:
-        import_original(folder, skipping, tmp_path / "again")
-    assert all(str(path) in str(raised.value) for path in paths)
+        annotate(annotator, how, at(arrays), tmp_path / "store", **ALL)
 
 
 def test_the_command_line(checkpoint: Path, arrays: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -510,7 +432,7 @@ def test_the_command_line(checkpoint: Path, arrays: Path, tmp_path: Path, capsys
     assert main(command) == 2
     assert "--resume goes on" in capsys.readouterr().err
     assert main(["annotate", "--check", str(out), "--data", str(arrays)]) == 0
-    assert "every picture has its map" in capsys.readouterr().out
+    assert "every image has its map" in capsys.readouterr().out
     for words, message in (
         (["annotate", str(checkpoint), "--data", str(arrays)], "--out says"),
         (["annotate", "--data", str(arrays), "--out", str(out)], "needs an annotator"),

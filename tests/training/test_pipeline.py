@@ -1,0 +1,68 @@
+"""A run whose annotator trains first: nothing of a run that it replaces comes back, and nobody else works in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from volo.config import Recipe, recipe_to_toml
+from volo.data.files import FolderLock
+from volo.models.checkpoint import load_checkpoint
+from volo.training.pipeline import annotator_recipe, train
+from volo.training.report import NullReporter
+
+SHORT = {"schedule.epochs": 0.5, "schedule.warmup_epochs": 0.0, "schedule.cooldown_epochs": 0.0}
+
+
+class StopsTheAnnotator(NullReporter):
+    """A signal after two steps of it; `was_locked`: whether another one could have worked in the run's folder."""
+
+    def on_start(self, run) -> None:
+        self.out = run.out
+
+    def on_step(self, report) -> None:
+        if self.out.name == "annotator" and report.step == 2:
+            try:
+                with FolderLock(self.out.parent, "a test"):
+                    self.was_locked = False
+            except ValueError:
+                self.was_locked = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path: Path) -> Recipe:
+    (tmp_path / "its.toml").write_text(recipe_to_toml(tiny(SHORT | {"loss.token_weight": 0.5})))
+    changes = SHORT | {"annotator.recipe": str(tmp_path / "its.toml"), "data.splits": "none"}
+    return dataclasses.replace(tiny(changes), task="token_label")
+
+
+def test_a_replaced_run_does_not_come_back(recipe: Recipe, tmp_path: Path) -> None:
+    """Replaced by one with another annotator, and stopped while that trains: what goes on is the new run."""
+    out, its = tmp_path / "run", tmp_path / "its.toml"
+    assert train(recipe, out).status == "completed"
+    old = load_checkpoint(out / "last.pt")["model"]
+    its.write_text(its.read_text().replace("\nseed = 0", "\nseed = 1"))
+    reporter = StopsTheAnnotator()
+    stopped = train(recipe, out, overwrite=True, reporter=reporter)
+    assert (stopped.status, stopped.out) == ("interrupted", out / "annotator")
+    assert not (out / "last.pt").exists()
+    assert train(recipe, out, resume=True).status == "completed"
+    new = load_checkpoint(out / "last.pt")["model"]
+    assert not torch.equal(new["aux_head.weight"], old["aux_head.weight"])
+
+
+def test_the_folder_is_locked_while_the_annotator_trains(recipe: Recipe, tmp_path: Path) -> None:
+    reporter = StopsTheAnnotator()
+    assert train(recipe, tmp_path / "run", reporter=reporter).status == "interrupted"
+    assert reporter.was_locked
+    assert not (tmp_path / "run" / FolderLock.NAME).exists()
+
+
+def test_the_annotator_sees_the_same_split(recipe: Recipe) -> None:
+    assert annotator_recipe(recipe).data.splits == "none"
