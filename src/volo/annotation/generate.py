@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from volo.annotation.annotator import Annotator, Drawing, describe, draw_label_maps
-from volo.annotation.store import Batch, OnProgress, Part, StoreWriter, open_part, provenance, silent
+from volo.annotation.store import Batch, OnProgress, Part, StoreWriter, open_part, open_writer, silent
 from volo.config import AnnotatorConfig, DataConfig
 from volo.data.decode import BadImage
 from volo.data.label_maps import Block
@@ -75,7 +75,6 @@ def annotate(
             "amp": how.amp,
             "batch_size": how.batch_size,
             "device": device.type,
-            **provenance(data, part),
         },
     }
     transform = squash_transform(its) if how.crop == "squash" else eval_transform(its)
@@ -86,18 +85,8 @@ def annotate(
             ready = pixels(images.to(device, non_blocking=True))
             return draw_label_maps(annotator, ready, top=how.top, flip=how.flip)
 
-    with StoreWriter(
-        out,
-        header,
-        sources,
-        splits,
-        world,
-        shard_size=shard_size,
-        skips=data.on_bad_image == "skip",
-        resume=resume,
-        overwrite=overwrite,
-        say=say,
-    ) as writer:
+    options: dict[str, Any] = {"shard_size": shard_size, "resume": resume, "overwrite": overwrite, "say": say}
+    with open_writer(out, header, sources, splits, data=data, part=part, world=world, **options) as writer:
         for number, source in enumerate(sources):
             if not (batches := writer.batches(number, source, how.batch_size)):
                 continue

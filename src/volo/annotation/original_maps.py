@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from volo.annotation.annotator import check_view
-from volo.annotation.store import OnProgress, Part, StoreWriter, open_part, provenance, silent
+from volo.annotation.store import OnProgress, Part, open_part, open_writer, silent
 from volo.config import DataConfig, Size
 from volo.data.decode import BadImage, BadImageError
 from volo.data.label_maps import Block
@@ -132,7 +132,6 @@ def import_original(
             "img_size": list(height_width(img_size or (32 * shape[1], 32 * shape[2]))),
             "crop": crop if crop == "squash" else float(crop),
             "flip": None,
-            **provenance(data, part),
         },
     }
 
@@ -147,19 +146,10 @@ def import_original(
             return BadImage(name, f"{path} holds {scores.shape}, where the first map that can be read has {shape}")
         return scores, classes
 
+    world = World(0, 1, torch.device("cpu"))
+    options: dict[str, Any] = {"shard_size": shard_size, "resume": resume, "overwrite": overwrite, "say": say}
     with (
-        StoreWriter(
-            out,
-            header,
-            sources,
-            splits,
-            World(0, 1, torch.device("cpu")),
-            shard_size=shard_size,
-            skips=data.on_bad_image == "skip",
-            resume=resume,
-            overwrite=overwrite,
-            say=say,
-        ) as writer,
+        open_writer(out, header, sources, splits, data=data, part=part, world=world, **options) as writer,
         ThreadPoolExecutor(4) as pool,
     ):
         start, done, total = time.perf_counter(), 0, sum(map(len, sources))

@@ -66,18 +66,6 @@ def open_part(data: DataConfig, part: Part, say: OnProgress = silent) -> tuple[D
     return splits, parts[part]
 
 
-def provenance(data: DataConfig, part: Part) -> dict[str, Any]:
-    """What an index says of the images and the software, whoever the annotator was."""
-    versions = {"volo": __version__, "torch": str(torch.__version__), "timm": importlib.metadata.version("timm")}
-    return {
-        "part": part,
-        "val_fraction": data.val_fraction,
-        "split_seed": data.split_seed,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "versions": versions,
-    }
-
-
 @dataclass(frozen=True)
 class Batch:
     """Images of one shard that are looked at together."""
@@ -246,57 +234,70 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-class StoreWriter:
-    """Fills a store, in `with`: its folder is prepared and locked, shards are written as their batches come. All processes
-    of `world` make one.
+@contextlib.contextmanager
+def open_writer(
+    out: str | Path,
+    header: dict[str, Any],
+    sources: Sequence[ImageSource],
+    splits: DataSplits,
+    *,
+    data: DataConfig,
+    part: Part,
+    world: World,
+    shard_size: int,
+    resume: bool,
+    overwrite: bool,
+    say: OnProgress,
+) -> Iterator[StoreWriter]:
+    """A writer of the store in `out`, whose folder is prepared and locked. All processes of `world` call this.
 
     Args:
-        header: what the index will say besides shards and images.
-        sources: the images, `splits` what else is known of the data.
-        skips: images that cannot be used are left out; else there is no store without them.
+        header: what the index will say of maps and annotator.
+        sources: the images: `part` of `data`. `splits`: what else is known of them.
 
     Raises ValueError for a folder that holds something else, for label maps that are there and neither `resume` nor
     `overwrite` is set, and for a store that was begun with other settings or images.
     """
+    if shard_size < 1:
+        raise ValueError(f"shard_size is at least 1; given: {shard_size}")
+    header["annotator"] |= {
+        "part": part,
+        "val_fraction": data.val_fraction,
+        "split_seed": data.split_seed,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "versions": {
+            "volo": __version__,
+            "torch": str(torch.__version__),
+            "timm": importlib.metadata.version("timm"),
+        },
+    }
+    out, wanted = Path(out), _Plan.of(header, sources, splits, shard_size)
+    with contextlib.ExitStack() as stack:
+        lock = FolderLock(out, "generating label maps")
+        main_only(world, lambda: stack.enter_context(lock) is None)
+        plan = main_only(world, lambda: _prepare_folder(out, wanted, resume, overwrite, say))
+        writer = StoreWriter(out, plan, splits, world, data.on_bad_image == "skip", say)
+        stack.callback(writer.close)
+        yield writer
+
+
+class StoreWriter:
+    """Writes the shards of a store as their batches come, and then its index.
+
+    plan: None where all is done already. skips: images that cannot be used are left out; else there is no store without
+    them.
+    """
 
     def __init__(
-        self,
-        out: str | Path,
-        header: dict[str, Any],
-        sources: Sequence[ImageSource],
-        splits: DataSplits,
-        world: World,
-        *,
-        shard_size: int,
-        skips: bool,
-        resume: bool,
-        overwrite: bool,
-        say: OnProgress,
+        self, out: Path, plan: _Plan | None, splits: DataSplits, world: World, skips: bool, say: OnProgress
     ) -> None:
-        if shard_size < 1:
-            raise ValueError(f"shard_size is at least 1; given: {shard_size}")
-        self.out, self.splits, self.world, self.skips, self.say = Path(out), splits, world, skips, say
-        wanted = _Plan.of(header, sources, splits, shard_size)
-        self._prepare = lambda: _prepare_folder(self.out, wanted, resume, overwrite, say)
-        self._stack = contextlib.ExitStack()
+        self.out, self.plan, self.splits, self.world, self.skips, self.say = out, plan, splits, world, skips, say
         self.failed: list[BadImage] = []
         self.written = 0
         """Maps of this process."""
         self._given_up: set[int] = set()
         self._shard: ShardWriter | None = None
         self._number = -1
-
-    def __enter__(self) -> StoreWriter:
-        with contextlib.ExitStack() as stack:
-            lock = FolderLock(self.out, "generating label maps")
-            main_only(self.world, lambda: stack.enter_context(lock) is None)
-            self.plan = main_only(self.world, self._prepare)
-            stack.callback(self._close)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
 
     def batches(self, number: int, source: ImageSource, batch_size: int) -> list[Batch]:
         """What is left to do for this process of the source with that number, of which some images may be gone by now."""
@@ -341,7 +342,7 @@ class StoreWriter:
     def append(self, batch: Batch, block: Block) -> None:
         """Batches come in the order of `batches`, so one shard is open at a time."""
         if self._shard is None or self._number != batch.shard:
-            self._close()
+            self.close()
             self._number, self._shard = batch.shard, ShardWriter(self.out, batch.shard)
         self._shard.append(block)
         self.written += len(block.names)
@@ -398,7 +399,7 @@ class StoreWriter:
             "pictures_per_second": written / seconds if written else 0.0,
         }
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._shard is not None:
             self._shard.close()
         self._shard = None
