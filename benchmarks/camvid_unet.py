@@ -1,11 +1,11 @@
-"""What a plain U-Net reaches on CamVid in the budget of a recipe of ours: same pictures, augmentation, loss, training loop,
+"""What a plain U-Net reaches on CamVid in the budget of a recipe of ours: same images, augmentation, loss, training loop,
 averaging of weights and scores; only the network and its learning rate differ.
 
 pip install segmentation_models_pytorch
 python benchmarks/camvid_unet.py camvid --minutes 60 --out runs/camvid_unet
 
-The number of steps follows from the speed that is measured first. The result, scored on the test pictures once with the
-last and once with the best weights on the validation pictures, is printed as JSON and kept in OUT/test.json.
+The number of steps follows from the speed that is measured first. The result, scored on the test images once with the
+last and once with the best weights on the validation images, is printed as JSON and kept in OUT/test.json.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def seconds_of(workload: UNetSegmentation, recipe: Recipe) -> tuple[float, float
 
 
 def test_score(out: Path, name: str, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """Figures on the test pictures with the weights of a checkpoint."""
+    """Figures on the test images with the weights of a checkpoint."""
     checkpoint = load_checkpoint(out / name)
     model = UNet(**checkpoint["model_config"])
     model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="mobilenet_v2", help="of segmentation_models_pytorch")
     parser.add_argument("--optimizer", default="adamw", help="one of timm's")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--evaluations", type=int, default=11, help="on the validation pictures, in all")
+    parser.add_argument("--evaluations", type=int, default=11, help="on the validation images, in all")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/camvid_unet"))
     args = parser.parse_args()

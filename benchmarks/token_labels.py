@@ -2,17 +2,17 @@
 
     python benchmarks/token_labels.py CIFAR10_NPZ_FOLDER --work DIR --minutes 40
 
-Four ways to train the same small VOLO on the same 20,000 pictures for the same number of steps, three seeds each:
+Four ways to train the same small VOLO on the same 20,000 images for the same number of steps, three seeds each:
 
-    plain       one label a picture, no mixing
-    own         MixToken and token labeling with the picture's own label: what token labels have to beat
-    corrected   MixToken and the label maps of an annotator, cropped as the pictures are
+    plain       one label an image, no mixing
+    own         MixToken and token labeling with the image's own label: what token labels have to beat
+    corrected   MixToken and the label maps of an annotator, cropped as the images are
     original    the same maps, crops transposed as in the tool of the paper
 
-The annotator, a larger VOLO, sees the same 20,000 pictures and no others. Pictures are shifted by up to 8 of their 32
+The annotator, a larger VOLO, sees the same 20,000 images and no others. Images are shifted by up to 8 of their 32
 pixels, one token of stage 2, so that the order of crops makes a difference. The number of epochs follows from the
 minutes and from a few measured steps, and is the same for all. What counts is the top-1 of the last epoch on the 10,000
-test pictures; nothing is chosen on them.
+test images; nothing is chosen on them.
 
 The runs go to --work, where an interrupted comparison is continued by the same command; the figures to
 benchmarks/results/token_labels/.
@@ -92,7 +92,7 @@ def main() -> None:
     maps = LabelMaps.open(options.work / "label_maps")
     annotator = json.loads((options.work / "annotator" / "summary.json").read_text())
     say(
-        f"annotator: {100 * annotator['final']['top1']:.2f} % of the test pictures; agreement in training {maps.agreement}"
+        f"annotator: {100 * annotator['final']['top1']:.2f} % of the test images; agreement in training {maps.agreement}"
     )
 
     scores: dict[str, list[float]] = {arm: [] for arm in ARMS}
@@ -116,7 +116,7 @@ def say(text: str) -> None:
 
 
 def smaller_data(cifar10: Path, folder: Path, num_train: int) -> Path:
-    """The first so many training pictures and all test pictures as npz of raw pixels."""
+    """The first so many training images and all test images as npz of raw pixels."""
     if not (folder / "test.npz").is_file():
         splits = open_data(DataConfig(path=str(cifar10)))
         folder.mkdir(parents=True, exist_ok=True)
@@ -238,9 +238,9 @@ def write_results(
     lines = [
         "# Token labels on CIFAR-10 at a small budget",
         "",
-        f"{options.num_train:,} training and 10,000 test pictures, {budget['epochs']} epochs of batch 256, {options.seeds} seeds; "
+        f"{options.num_train:,} training and 10,000 test images, {budget['epochs']} epochs of batch 256, {options.seeds} seeds; "
         f"top-1 of the last epoch. Made by `{result['command']}`; machine and versions are in cifar10.json.",
-        f"Annotator: {annotator['model']}, {100 * annotator['final']['top1']:.2f} % on the test pictures, trained on the same "
+        f"Annotator: {annotator['model']}, {100 * annotator['final']['top1']:.2f} % on the test images, trained on the same "
         "pictures.",
         "",
         "| | top-1, mean | standard deviation | each seed |",

@@ -1,4 +1,4 @@
-"""Write pictures that a run has not been trained on as PNG files, one folder a class: something to try `volo predict` on.
+"""Write images that a run has not been trained on as PNG files, one folder a class: something to try `volo predict` on.
 
 python examples/held_out_pictures.py runs/digits runs/digits/held_out --count 28
 """
@@ -17,8 +17,8 @@ from volo.data.images import open_data
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("folder", type=Path, help="where the pictures go")
-    parser.add_argument("--count", type=int, default=28, help="so many, evenly spread over the held-out pictures")
+    parser.add_argument("folder", type=Path, help="where the images go")
+    parser.add_argument("--count", type=int, default=28, help="so many, evenly spread over the held-out images")
     args = parser.parse_args()
 
     source = open_data(load_recipe(args.run / "recipe.toml").data).val
@@ -29,7 +29,7 @@ def main() -> None:
         path = args.folder / source.classes[int(source.targets[index])] / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_png(source.load(index), str(path))
-    print(f"{count} held-out pictures in {args.folder}")
+    print(f"{count} held-out images in {args.folder}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """A folder of real pictures and more golden cases beside the checkout."""
+    """A folder of real images and more golden cases beside the checkout."""
     return SHARED
 
 
@@ -59,7 +59,7 @@ def golden() -> Path:
 
 
 def draw_scene(seed: int, height: int = 48, width: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """A picture uint8 [H, W, 3] of sky above ground with a red box in between, and its mask uint8 [H, W]: 0, 1, 2; one
+    """An image uint8 [H, W, 3] of sky above ground with a red box in between, and its mask uint8 [H, W]: 0, 1, 2; one
     corner is void (255)."""
     rng = np.random.default_rng(seed)
     mask = np.zeros((height, width), np.uint8)
@@ -93,7 +93,7 @@ def make_scenes() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def scenes(make_scenes: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten training and five held-out pictures of 48 x 64 pixels with masks of three classes; not to be changed."""
+    """Ten training and five held-out images of 48 x 64 pixels with masks of three classes; not to be changed."""
     return make_scenes(tmp_path_factory.mktemp("scenes"), train=10, val=5, test=3)
 
 

@@ -114,7 +114,7 @@ def test_fine_tuning_starts_from_the_224_weights(name: str) -> None:
 def test_segmentation_recipes_say_nothing_without_effect(name: str) -> None:
     recipe = load_recipe(RECIPES[name])
     check_recipe(recipe)
-    assert recipe.train.batch_size // recipe.train.accumulation >= 2, "UPerNet's pooling needs two pictures"
+    assert recipe.train.batch_size // recipe.train.accumulation >= 2, "UPerNet's pooling needs two images"
 
 
 @pytest.mark.parametrize("data", ["ade20k", "cityscapes"])

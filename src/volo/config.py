@@ -53,7 +53,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pictures, in which size."""
+    """Which images, in which size."""
 
     path: str = ""
     """Folder (train/ and val/ of one folder a class, or one folder split by `split_seed`), tar shards (a folder with
@@ -69,11 +69,11 @@ class DataConfig:
     val_fraction: float = 0.1
     """Share of each class that is held out where the data has no split of its own."""
     split_seed: int = 0
-    """Seed of that split: the same seed holds out the same pictures."""
+    """Seed of that split: the same seed holds out the same images."""
     crop_pct: float = 0.96
-    """Test time: the picture is resized to img_size / crop_pct, then the centre is cropped; above 1 pads (the original's 1.15)."""
+    """Test time: the image is resized to img_size / crop_pct, then the centre is cropped; above 1 pads (the original's 1.15)."""
     interpolation: Literal["bicubic", "bilinear", "random"] = "random"
-    """Resampling in training ("random": bilinear or bicubic per picture, as in the paper); tests are bicubic unless "bilinear"."""
+    """Resampling in training ("random": bilinear or bicubic per image, as in the paper); tests are bicubic unless "bilinear"."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per channel, subtracted from pixels in 0..1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -83,7 +83,7 @@ class DataConfig:
     check: Literal["full", "off"] = "full"
     """"full": every image is decoded once before the training; "off": none is, and what is wrong shows while training."""
     cache: Literal["auto", "ram", "none"] = "auto"
-    """Keep decoded pictures in memory; "auto" does so when they are small and fit easily."""
+    """Keep decoded images in memory; "auto" does so when they are small and fit easily."""
     num_workers: int = -1
     """Processes that decode and augment; -1 chooses from the data and the cores; 0: in the training process."""
     timeout: float = 600.0
@@ -92,7 +92,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What happens to a training picture. Randomness depends on (seed, epoch, picture) alone."""
+    """What happens to a training image. Randomness depends on (seed, epoch, image) alone."""
 
     crop: Literal["resized", "pad", "none"] = "resized"
     """"resized": random area and aspect, then scaled (ImageNet); "pad": shifted by up to `pad` pixels (CIFAR); "none": resize only."""
@@ -113,7 +113,7 @@ class AugmentConfig:
     erase_mode: Literal["pixel", "const"] = "pixel"
     """Fill of the erased rectangle: normal noise per pixel (the paper's), or zero after normalisation (cutout)."""
     erase_scale: tuple[float, float] = (0.02, 0.3333333333333333)
-    """Area of the erased rectangle as a share of the picture."""
+    """Area of the erased rectangle as a share of the image."""
     mixup: float = 0.0
     """Beta parameter of mixup; 0: off."""
     cutmix: float = 0.0
@@ -131,7 +131,7 @@ class LossConfig:
     label_smoothing: float = 0.1
     """Mass that is spread over all classes."""
     token_weight: float = 0.0
-    """Weight of the loss of the aux head on every token, with the picture's own (mixed) label as the token's target;
+    """Weight of the loss of the aux head on every token, with the image's own (mixed) label as the token's target;
     0: the token logits are trained only through the maximum that joins the class logits."""
 
 
@@ -142,19 +142,19 @@ class SegmentConfig:
     layout: Literal["auto", "folders", "cityscapes"] = "auto"
     """"folders": images/ and annotations/ (ADE20K, CamVid, your own); "cityscapes": leftImg8bit/ and gtFine/."""
     train_split: str = "train"
-    """Pictures to learn from: a folder in images/, or the names in SPLIT.txt. "train" is also found as "training"."""
+    """Images to learn from: a folder in images/, or the names in SPLIT.txt. "train" is also found as "training"."""
     val_split: str = "val"
-    """Pictures to score on during the training; "val" is also found as "validation"."""
+    """Images to score on during the training; "val" is also found as "validation"."""
     num_classes: int = 0
-    """0: those of classes.csv, classes.txt or objectInfo150.txt beside the pictures, or Cityscapes' 19."""
+    """0: those of classes.csv, classes.txt or objectInfo150.txt beside the images, or Cityscapes' 19."""
     reduce_zero_label: bool = False
     """0 in a mask is background or void and is left out; class k is stored as k + 1 (ADE20K)."""
     ignore_label: int = 255
     """Value in masks that means void, besides 255: left out of loss and score (CamVid as given here: 11)."""
     short_side: int = 0
-    """Pictures are first scaled to this shorter side, in training and testing (ADE20K: 512); 0: as they are."""
+    """Images are first scaled to this shorter side, in training and testing (ADE20K: 512); 0: as they are."""
     scale: tuple[float, float] = (0.5, 2.0)
-    """Training pictures are scaled by a random factor in this range, before the crop."""
+    """Training images are scaled by a random factor in this range, before the crop."""
     cat_max_ratio: float = 0.75
     """A crop in which one class has a larger share is drawn anew, up to ten times; 1: off."""
     photometric: float = 1.0
@@ -170,7 +170,7 @@ class SegmentConfig:
     ohem_min_kept: int = 100_000
     """But at least so many pixels of each image, the hardest."""
     test: Literal["whole", "slide"] = "whole"
-    """Score pictures in one piece, or by overlapping windows."""
+    """Score images in one piece, or by overlapping windows."""
     window: Size = 0
     """Window of "slide": side in pixels, or height and width; 0: data.img_size."""
     stride: Size = 0
@@ -183,7 +183,7 @@ class TokenLabelConfig:
 
     source: Literal["maps", "live", "own"] = "maps"
     """"maps": label maps generated beforehand; "live": the annotator looks at every crop during the training, nothing is
-    stored; "own": no annotator, every token has the label of its picture."""
+    stored; "own": no annotator, every token has the label of its image."""
     maps: str = ""
     """Label maps of `volo annotate`. With an [annotator]: generated there first, if they are not there yet; empty: in the
     run folder."""
@@ -254,7 +254,7 @@ class ScheduleConfig:
     """How long, and how the learning rate goes: linear warm-up, cosine (line, power) down to the minimum, cool-down there."""
 
     epochs: float = 300
-    """Passes over the training pictures, warm-up included, cool-down not."""
+    """Passes over the training images, warm-up included, cool-down not."""
     warmup_epochs: float = 20
     cooldown_epochs: float = 10
     steps: int = 0
@@ -276,10 +276,10 @@ class ScheduleConfig:
     min_lr: float = 1e-5
     """Learning rate at the end of the decay."""
     small_size: Size = 0
-    """Progressive resizing: side (or height and width) that training pictures are shrunk to in the first `small_epochs`;
+    """Progressive resizing: side (or height and width) that training images are shrunk to in the first `small_epochs`;
     most of what is learned early does not need the detail, and costs less without. 0: data.img_size from the start."""
     small_epochs: int = 0
-    """How many of the epochs, from the first on, see pictures of `small_size`."""
+    """How many of the epochs, from the first on, see images of `small_size`."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ class TrainConfig:
     """The loop."""
 
     batch_size: int = 1024
-    """Pictures in an optimizer step, over all processes and accumulated micro batches."""
+    """Images in an optimizer step, over all processes and accumulated micro batches."""
     accumulation: int = 1
     """Micro batches a step is split into, for less memory."""
     device: str = "auto"
@@ -297,7 +297,7 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the task."""
     channels_last: bool = False
-    """Memory format of pictures and convolutions."""
+    """Memory format of images and convolutions."""
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, about a third more time."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -311,7 +311,7 @@ class TrainConfig:
     threads: int = 0
     """CPU threads; 0: torch's choice."""
     eval_every: float = 1.0
-    """Epochs between evaluations on the held-out pictures; the last epoch is always evaluated."""
+    """Epochs between evaluations on the held-out images; the last epoch is always evaluated."""
     eval_steps: int = 0
     """Optimizer steps between evaluations instead of `eval_every`; 0: epochs count."""
     eval_batch_size: int = 0
@@ -342,7 +342,7 @@ class Recipe:
     def lr_scale(self) -> float:
         """What learning rates of the schedule are multiplied by: the linear scaling rule, unless optim.lr is set."""
         if self.optim.base_batch_size < 1:
-            raise ValueError(f"optim.base_batch_size is {self.optim.base_batch_size}; it is a number of pictures")
+            raise ValueError(f"optim.base_batch_size is {self.optim.base_batch_size}; it is a number of images")
         return 1.0 if self.optim.lr else self.train.batch_size / self.optim.base_batch_size
 
     @property

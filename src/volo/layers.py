@@ -18,7 +18,7 @@ from volo.ops.self_attention import self_attention
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per picture: in training, zero the residual branch with probability `drop_prob` and rescale."""
+    """Stochastic depth per image: in training, zero the residual branch with probability `drop_prob` and rescale."""
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class OutlookAttention(nn.Module):
         stride: tokens between windows; the logits come from the input averaged over stride x stride tokens.
         padding: reach of the first window over the edge.
         qkv_bias: bias of the value projection (False in D1-D5).
-        attn_drop: dropout on the softmax. Above 0 training runs on the reference engine.
+        attn_drop: dropout on the softmax. Above 0 training runs on the reference backend.
         proj_drop: dropout after the output projection.
 
     Attributes:
@@ -112,7 +112,7 @@ class OutlookAttention(nn.Module):
         K2, s = self.kernel_size * self.kernel_size, self.stride
         pooled = x
         if s > 1:
-            # A permuted view of contiguous tokens is a channels-last picture: pooling it copies nothing.
+            # A permuted view of contiguous tokens is a channels-last image: pooling it copies nothing.
             pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), s, s, ceil_mode=True).permute(0, 2, 3, 1)
         value = self.v(x).unflatten(-1, (self.num_heads, -1))
         return value, self.attn(pooled).unflatten(-1, (self.num_heads, K2, K2))

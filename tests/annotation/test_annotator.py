@@ -34,7 +34,7 @@ def build(name: str, **options: Any) -> nn.Module:
     return model.eval()
 
 
-# name, options of timm, picture, grid
+# name, options of timm, image, grid
 POOLED = [
     ("resnet10t", {}, (64, 96), (2, 3)),
     ("regnetx_002", {}, (64, 64), (2, 2)),
@@ -146,7 +146,7 @@ def test_drawing_keeps_the_best(monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(drawn.scores.diff(dim=1), kept.diff(dim=1))
     assert torch.equal(drawn.classes[:, 0], logits.argmax(dim=3))
     torch.testing.assert_close(drawn.mean_logits, logits.mean(dim=(1, 2)))
-    # Many classes and positions are gone through in groups of pictures.
+    # Many classes and positions are gone through in groups of images.
     monkeypatch.setattr(annotators, "MAX_LOGITS", 1)
     again = draw_label_maps(annotator, images, top=4)
     torch.testing.assert_close(again.scores, drawn.scores)

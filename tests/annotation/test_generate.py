@@ -1,4 +1,4 @@
-"""Label maps of a data set: drawn right, resumed byte for byte, checked, imported; no picture is lost silently."""
+"""Label maps of a data set: drawn right, resumed byte for byte, checked, imported; no image is lost silently."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from volo.models.checkpoint import model_config_dict, save_checkpoint
 RUN_SCRIPT = Path(__file__).with_name("run_annotate.py")
 CLASSES = ["ant", "bee", "cat", "dog"]
 ONE = World(0, 1, torch.device("cpu"))
-# 3 shards of training pictures and 2 of held-out ones.
+# 3 shards of training images and 2 of held-out ones.
 ALL: dict[str, Any] = {"part": "all", "shard_size": 16, "world": ONE}
 
 
@@ -81,7 +81,7 @@ def annotator(how: AnnotatorConfig) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train.npz with 45 pictures and val.npz with 20."""
+    """train.npz with 45 images and val.npz with 20."""
     folder = tmp_path_factory.mktemp("arrays")
     generator = np.random.default_rng(0)
     for name, count in (("train", 45), ("val", 20)):
@@ -345,7 +345,7 @@ def test_a_thousand_bad_files_are_named(checkpoint: Path, tmp_path: Path, capsys
 def test_check_names_a_thousand_differences(
     annotator: LoadedModel, how: AnnotatorConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Pictures that were deleted, renamed, damaged, exchanged or added after their maps were drawn."""
+    """Images that were deleted, renamed, damaged, exchanged or added after their maps were drawn."""
     data, out = tmp_path / "data", tmp_path / "store"
     names = write_pictures(data, 1050)
     annotate(annotator, dataclasses.replace(how, top=1, batch_size=64), at(data), out, **ALL | {"shard_size": 256})

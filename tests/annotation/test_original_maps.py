@@ -191,7 +191,7 @@ def test_original_maps_are_imported(tmp_path: Path):
 
 
 def test_original_maps_are_of_the_centre_square(tmp_path: Path):
-    """A map whose logits are the place it shows: read back for the whole picture, they are where they were."""
+    """A map whose logits are the place it shows: read back for the whole image, they are where they were."""
     data, folder = tmp_path / "data", tmp_path / "original"
     for name in ("cat", "dog"):
         (data / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""`volo bench op` measures every engine that can serve, in both passes."""
+"""`volo bench op` measures every backend that can serve, in both passes."""
 
 from __future__ import annotations
 

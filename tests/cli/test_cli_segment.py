@@ -122,10 +122,10 @@ def test_segment_writes_masks_overlays_and_areas(
 ) -> None:
     pictures = tmp_path / "pictures"
     shutil.copytree(scenes / "images" / "test", pictures)
-    (pictures / "broken.jpg").write_bytes(b"no picture")
+    (pictures / "broken.jpg").write_bytes(b"no image")
     assert main(["segment", str(work / "run"), str(pictures), "--out", str(tmp_path / "out")]) == 1
     output = capsys.readouterr()
-    assert "1 of 4 pictures could not be read" in output.err and "00.png" in output.out
+    assert "1 of 4 images could not be read" in output.err and "00.png" in output.out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "areas.json", *(f"0{i}{end}" for i in range(3) for end in (".png", "_overlay.png"))
     }  # fmt: skip
@@ -139,7 +139,7 @@ def test_segment_writes_masks_overlays_and_areas(
         counted = {area["index"]: area["pixels"] for area in entry["areas"]}
         assert counted == {int(k): int(n) for k, n in zip(*np.unique(mask, return_counts=True))}
     assert main(["segment", str(work / "run"), str(pictures), "--out", str(pictures)]) == 2
-    assert "would replace the picture" in " ".join(capsys.readouterr().err.split())
+    assert "would replace the image" in " ".join(capsys.readouterr().err.split())
     assert (pictures / "00.png").read_bytes() == (scenes / "images/test/00.png").read_bytes()
     words = ["--no-overlays", "--json", "--on-bad-image", "skip", "--window", "32", "--out", str(tmp_path / "again")]
     assert main(["segment", str(work / "run"), str(pictures), *words]) == 0
@@ -148,7 +148,7 @@ def test_segment_writes_masks_overlays_and_areas(
     words = ["--json", "--on-bad-image", "skip", "--scales", "0.5", "1", "--flip", "--out", str(tmp_path / "several")]
     assert main(["segment", str(work / "run"), str(pictures), *words]) == 0
     how = json.loads(capsys.readouterr().out)["test"]
-    assert how == "whole pictures, windows above a megapixel, scales 0.5, 1, mirrored too"
+    assert how == "whole images, windows above a megapixel, scales 0.5, 1, mirrored too"
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_the_model_as_an_option(work: Path, scenes: Path, tmp_path: Path, capsys
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2]
     assert main(["segment", run, "--out", str(tmp_path / "out")]) == 2
-    assert "name the pictures" in capsys.readouterr().err
+    assert "name the images" in capsys.readouterr().err
     assert main(["predict", pictures[0], "--checkpoint", run]) == 2
     assert "volo segment" in capsys.readouterr().err
 

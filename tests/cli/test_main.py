@@ -58,7 +58,7 @@ def volo(*words: str | Path, **options) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny.toml, three pictures of digits (and one that is broken) in pictures/, and runs/tiny, trained."""
+    """A folder with tiny.toml, three images of digits (and one that is broken) in pictures/, and runs/tiny, trained."""
     from sklearn.datasets import load_digits
 
     folder = tmp_path_factory.mktemp("work")
@@ -139,11 +139,11 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
         ("evaluate runs/tiny --crop wide", "--crop is original, timm or a number"),
         ("evaluate runs/tiny --img-size 17", "The next legal size is 24 x 24"),
         ("evaluate tiny.toml", "tiny.toml"),
-        ("predict runs/tiny", "name the pictures"),
+        ("predict runs/tiny", "name the images"),
         ("train tiny.toml --epochs 3", "volo train has no --epochs: --schedule.epochs"),
         ("train tiny.toml --batch_size=3", "--train.batch_size"),
         ("train tiny.toml --pretrained", "--model.weights volo_d1.224"),
-        ("predict --weights runs/tiny pictures", "name the model first"),
+        ("predict --weights runs/tiny images", "name the model first"),
         ("evaluate --checkpoint runs/tiny", "name the model first"),
         ("predict runs/tiny gone.png", "no file or folder 'gone.png'"),
     ],
@@ -275,7 +275,7 @@ def test_weight_files_of_others_are_models_too(inside: Path, capsys: pytest.Capt
     assert main(["predict", "nano.safetensors", "pictures/0.png", "--format", "json"]) == 0
     assert len(json.loads(capsys.readouterr().out)[0]["predictions"]) == 3
     assert main(["evaluate", "nano.safetensors", "--json"]) == 2
-    assert "these weights come without pictures" in capsys.readouterr().err
+    assert "these weights come without images" in capsys.readouterr().err
 
 
 def test_predict_reads_paths_from_standard_input(inside: Path) -> None:
@@ -286,7 +286,7 @@ def test_predict_reads_paths_from_standard_input(inside: Path) -> None:
     assert [answer["picture"] for answer in answers] == paths.split()
     assert len(answers[0]["predictions"]) == 2
     assert "no such file" in answers[1]["error"]
-    assert "1 of 3 pictures could not be read" in done.stderr
+    assert "1 of 3 images could not be read" in done.stderr
 
 
 def test_predict_writes_files(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,10 +313,10 @@ def test_what_one_would_not_expect_is_said_on_stderr(inside: Path) -> None:
     done = volo("train", "tiny.toml", "--out", "runs/wide", *adapted.split(), "--json", cwd=inside)
     assert json.loads(done.stdout)["status"] == "completed"
     assert "adapted: pos_embed resampled from 2 x 2 to 3 x 3 tokens" in done.stderr
-    # No engine but the reference computes in half precision on a CPU.
+    # No backend but the reference computes in half precision on a CPU.
     done = volo("evaluate", "runs/tiny", "--device", "cpu", "--amp", "fp16", "--json", cwd=inside)
     assert json.loads(done.stdout)["count"] > 0
-    assert done.stderr.count("outlook attention runs on the reference engine") == 1
+    assert done.stderr.count("outlook attention runs on the reference backend") == 1
     others = os.environ | {"RANK": "1", "WORLD_SIZE": "2"}
     code = "from volo.cli.main import main; main(['info', '--json']); import logging; logging.getLogger('volo.x').info('said')"
     for environment, said in ((os.environ, "said\n"), (others, "")):

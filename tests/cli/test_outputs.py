@@ -54,8 +54,8 @@ def test_predict_replaces_its_own_files_alone(inside: Path, capsys: pytest.Captu
     picture = Path("photos/cat/0.png")
     before = picture.read_bytes()
     words = ["predict", "model.pt", "photos/cat", "--format", "csv"]
-    assert "would replace the picture" in complaint([*words, "--out", str(picture), "--overwrite"], capsys)
-    assert "would replace the picture" in complaint([*words, "--sheet", "./photos/../photos/cat/0.png"], capsys)
+    assert "would replace the image" in complaint([*words, "--out", str(picture), "--overwrite"], capsys)
+    assert "would replace the image" in complaint([*words, "--sheet", "./photos/../photos/cat/0.png"], capsys)
     assert picture.read_bytes() == before
     Path("notes.csv").write_text("my,notes\n")
     assert "no earlier result of this command" in complaint([*words, "--out", "notes.csv"], capsys)

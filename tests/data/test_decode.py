@@ -1,4 +1,4 @@
-"""Every kind of picture file, made here, through `decode_image`."""
+"""Every kind of image file, made here, through `decode_image`."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_truncated_files_are_named(kind: str, tmp_path: Path) -> None:
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"hello, I am text", "not a picture"),
+        (b"hello, I am text", "not an image"),
         (bytes(500), "zeros only"),
         (b"<!DOCTYPE html><html>404</html>", "HTML"),
         (b"\n <svg xmlns='http://www.w3.org/2000/svg'></svg>", "SVG"),
@@ -193,8 +193,8 @@ def test_truncated_files_are_named(kind: str, tmp_path: Path) -> None:
         (b"PK\x03\x04" + bytes(50), "ZIP"),
         (b"%PDF-1.7", "PDF"),
         (b"\0\0\0\x18ftypheic" + bytes(50), "HEIC"),
-        (b"\xff\xd8\xff\xe0", "damaged|not a picture"),
-        (b"\x89PNG\r\n\x1a\n", "damaged|not a picture"),
+        (b"\xff\xd8\xff\xe0", "damaged|not an image"),
+        (b"\x89PNG\r\n\x1a\n", "damaged|not an image"),
     ],
 )
 def test_what_is_no_picture_is_told(data: bytes, reason: str) -> None:

@@ -27,7 +27,7 @@ from volo.data.splits import held_out
 
 
 def save(path: Path, color: int = 0, size: tuple[int, int] = (12, 8)) -> Path:
-    """A picture of noise around `color`, different for every path."""
+    """An image of noise around `color`, different for every path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(len(str(path)) + color).integers(0, 50, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise + np.uint8(color)).save(path)
@@ -126,18 +126,18 @@ def test_pixel_cache_takes_pictures_of_any_size() -> None:
 
 def spoil(root: Path) -> None:
     (root / "train/cat/empty.jpg").write_bytes(b"")
-    (root / "train/dog/text.jpg").write_text("no picture")
+    (root / "train/dog/text.jpg").write_text("no image")
     data = (root / "val/dog/1.png").read_bytes()
     (root / "val/dog/1.png").write_bytes(data[: len(data) // 2])
 
 
 def test_bad_files_are_all_named_before_training(pictures: Path) -> None:
     spoil(pictures)
-    with pytest.raises(ValueError, match="3 of 18 pictures") as error:
+    with pytest.raises(ValueError, match="3 of 18 images") as error:
         open_data(config(pictures))
     for part in (
         "train/cat/empty.jpg: the file is empty",
-        "train/dog/text.jpg: not a picture",
+        "train/dog/text.jpg: not an image",
         "val/dog/1.png: damaged",
     ):
         assert part in str(error.value)
@@ -315,7 +315,7 @@ def test_split_is_stratified_and_blind_to_the_order_of_listing() -> None:
     targets = ["abc".index(name[0]) for name in names]
     train, val = held_out(names, targets, 0.1, 3)
     assert sorted(train + val) == list(range(61))
-    assert Counter(targets[i] for i in val) == {0: 5, 1: 1}  # a single picture stays with training
+    assert Counter(targets[i] for i in val) == {0: 5, 1: 1}  # a single image stays with training
     held = {names[i] for i in val}
     pairs = list(zip(names, targets))
     random.Random(0).shuffle(pairs)
@@ -350,7 +350,7 @@ def test_digits() -> None:
 
 def test_digits_are_asked_for_by_name(pictures: Path) -> None:
     """A forgotten path must not train on something else, nor a path be passed over."""
-    with pytest.raises(ValueError, match="name the pictures with --data PATH; --data.kind digits"):
+    with pytest.raises(ValueError, match="name the images with --data PATH; --data.kind digits"):
         open_data(config())
     with pytest.raises(ValueError, match="data.kind is 'digits'.*leave the path away"):
         open_data(config(pictures, kind="digits"))
@@ -412,7 +412,7 @@ def test_bad_pictures_in_npz_are_named_or_left_out(batches: Path) -> None:
     jpeg = arrays["jpeg"].copy()
     jpeg[arrays["offsets"][1] : arrays["offsets"][2]] = 0
     np.savez(batches / "data_batch_2.npz", **{**arrays, "jpeg": jpeg})
-    with pytest.raises(ValueError, match="1 of 12 pictures.*\n  train/6: not a picture"):
+    with pytest.raises(ValueError, match="1 of 12 images.*\n  train/6: not an image"):
         open_data(config(batches))
     splits = open_data(config(batches, on_bad_image="skip"))
     assert list(splits.train.names) == [f"train/{i}" for i in range(9) if i != 6]

@@ -143,7 +143,7 @@ def test_a_skipped_picture_says_why(tmp_path: Path):
 
 
 def test_names_are_unique(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"two pictures are called a\.jpg"):
+    with pytest.raises(ValueError, match=r"two images are called a\.jpg"):
         write_store(tmp_path / "s", ["a.jpg", "b.jpg", "a.jpg"], draw(3))
 
 

@@ -1,4 +1,4 @@
-"""The same pictures whatever the workers, processes and restarts; workers that behave when things go wrong."""
+"""The same images whatever the workers, processes and restarts; workers that behave when things go wrong."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> FolderSource:
         Image.fromarray(rng.integers(0, 256, (20 + i, 50 - i, 3), dtype=np.uint8)).save(path)
     splits = open_data(DataConfig(path=str(root), cache="none", val_fraction=0.05))
     assert isinstance(splits.train, FolderSource)
-    return splits.train  # 22 pictures
+    return splits.train  # 22 images
 
 
 def loader(source: ArraySource | FolderSource, augment: AugmentConfig = PLAIN, **options: object) -> TrainLoader:
@@ -74,7 +74,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-# The same pictures
+# The same images
 
 
 @pytest.mark.parametrize("augment", [PLAIN, HEAVY], ids=["vectorised", "one by one"])
@@ -182,7 +182,7 @@ def test_shift_is_a_crop_of_the_mirrored_picture(B: int, H: int, W: int, data: s
 
 
 def test_vectorised_shifts_and_flips_are_all_there_and_even() -> None:
-    # The picture tells where it was cut: its values are coordinates.
+    # The image tells where it was cut: its values are coordinates.
     rows, columns = torch.meshgrid(torch.arange(12), torch.arange(12), indexing="ij")
     images = torch.stack([rows, columns, rows]).to(torch.uint8).expand(900, 3, 12, 12)
     source = ArraySource(images, torch.zeros(900, dtype=torch.int64), [""] * 900, ("a", "b"))

@@ -1,4 +1,4 @@
-"""Batches of masks: the same pictures, cut the same way, from any step, with any number of workers or processes."""
+"""Batches of masks: the same images, cut the same way, from any step, with any number of workers or processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures and masks stay together under every transform; masks hold classes and nothing in between."""
+"""Images and masks stay together under every transform; masks hold classes and nothing in between."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GREY = DataConfig(mean=(0.2, 0.2, 0.2))
 
 
 def blocks(height: int, width: int, side: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A picture of flat squares whose red is 20 times the class, and its mask."""
+    """An image of flat squares whose red is 20 times the class, and its mask."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 12, (-(-height // side), -(-width // side)), generator=generator)
     mask = coarse.repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width].to(torch.uint8)[None]
@@ -53,7 +53,7 @@ def test_any_picture_becomes_a_crop_of_the_same_classes(
     assert (out.shape, labels.shape) == ((3, *crop), (1, *crop))
     assert (out.dtype, labels.dtype) == (torch.uint8, torch.uint8)
     assert set(labels.unique().tolist()) <= set(mask.unique().tolist()) | {IGNORE}
-    # Padding is white (the mean here) in the picture, void in the mask, and nowhere else: blue tells.
+    # Padding is white (the mean here) in the image, void in the mask, and nowhere else: blue tells.
     assert torch.equal(out[2] == 255, labels[0] == IGNORE)
 
 
@@ -65,7 +65,7 @@ def test_mask_lies_on_its_picture_to_half_a_pixel(scale: float, flip: float) -> 
     for seed in range(5):
         torch.manual_seed(seed)
         out, labels = train_transform(DataConfig(img_size=(40, 44)), segment, hflip=flip)(image, mask)
-        # Where the picture is flat (inside a square) its red says what the mask must say.
+        # Where the image is flat (inside a square) its red says what the mask must say.
         red = out[0].float()
         flat = (
             torch.nn.functional.max_pool2d(red[None], 3, 1, 1) == -torch.nn.functional.max_pool2d(-red[None], 3, 1, 1)

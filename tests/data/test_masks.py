@@ -1,4 +1,4 @@
-"""Folders of pictures with masks: every layout, and everything that can be wrong, named before a training starts."""
+"""Folders of images with masks: every layout, and everything that can be wrong, named before a training starts."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_lists_choose_and_order(own: Path) -> None:
     assert [Path(n).stem for n in open_there(own).train.names] == ["04", "01", "02"]
     (own / "train.txt").write_text("04\n17\n18.png x.png\n")
     (own / "annotations/val/01.png").unlink()
-    with pytest.raises(ValueError, match=r"3 of 8 pictures") as error:
+    with pytest.raises(ValueError, match=r"3 of 8 images") as error:
         open_there(own)
     assert "  17: train.txt names it, but images/train/ has no such image\n  18.png x.png: train" in str(error.value)
     splits = open_there(own, on_bad_image="skip")
@@ -189,7 +189,7 @@ def test_everything_that_is_wrong_is_named_at_once(own: Path) -> None:
     with pytest.raises(ValueError) as error:
         open_there(own)
     text = str(error.value)
-    assert text.startswith("6 of 15 pictures")
+    assert text.startswith("6 of 15 images")
     for line in (
         "images/train/00.png: there is no mask for it",
         "annotations/train/01.png: the mask has 63 x 48 pixels and its image 64 x 48",

@@ -1,4 +1,4 @@
-"""`volo pack`: the same pictures, names and training out of shards, the same bytes every time, whatever happens amid it."""
+"""`volo pack`: the same images, names and training out of shards, the same bytes every time, whatever happens amid it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".volo-index")}
 
 
-# The same pictures
+# The same images
 
 
 def test_a_training_on_the_shards_is_the_training_on_the_folder(photos: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_other_settings_other_data_and_other_peoples_files(photos: Path, tmp_pat
     with pytest.raises(ValueError, match="other data or settings .quality changed"):
         pack(config(photos), out, quality=90)
     picture(7).save(photos / "train/dog/new.png")
-    with pytest.raises(ValueError, match="pictures changed"):
+    with pytest.raises(ValueError, match="images changed"):
         pack(config(photos), out)
     assert pack(config(photos), out, overwrite=True).num_train == 19
     assert len(open_data(config(out)).train) == 19
@@ -302,7 +302,7 @@ def test_command_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert summary["bytes"] == sum(path.stat().st_size for path in out.glob("*.tar"))
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert "18 training and 4 held-out pictures of 2 classes" in shown
+    assert "18 training and 4 held-out images of 2 classes" in shown
     assert f"{len(summary['shards'])} of them were there before" in shown
     assert main([*words, "--quality", "50"]) == 2
     assert "--overwrite" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_arguments_are_timms_at_every_level(name: str, increasing: bool) -> None
 @pytest.mark.parametrize("name", GEOMETRIC)
 def test_no_movement_is_the_identity(name: str) -> None:
     assert torch.equal(forced(name, 0.0, picture()), picture())
-    # Nearly none: one affine resampling of the whole picture moves nothing either.
+    # Nearly none: one affine resampling of the whole image moves nothing either.
     assert torch.equal(forced(name, 1e-7, picture()), picture())
 
 

@@ -1,4 +1,4 @@
-"""Processes share an epoch out: together every picture they should see, none twice, from a folder as from shards."""
+"""Processes share an epoch out: together every image they should see, none twice, from a folder as from shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AS_IT_IS = AugmentConfig(crop="none", hflip=0.0)
 
 
 def picture(number: int) -> np.ndarray:
-    """4 x 4 pixels that say which picture it is."""
+    """4 x 4 pixels that say which image it is."""
     return np.full((4, 4, 3), number, np.uint8)
 
 
@@ -51,7 +51,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FolderSource 
 
 
 def seen(batch: dict[str, torch.Tensor], source: FolderSource | TarSource) -> list[int]:
-    """The numbers of a batch's pictures, as their pixels say."""
+    """The numbers of a batch's images, as their pixels say."""
     numbers = batch["image"][:, 0, 0, 0].tolist()
     names = [source.names[i] for i in batch["index"].tolist()]
     assert [int(name.removesuffix(".png")[-3:]) % 256 for name in names] == numbers
@@ -97,7 +97,7 @@ def test_an_epoch_is_a_permutation_cut_in_shares(
     drawn = [number for step in by_step for number in step]
     assert len(set(drawn)) == len(drawn) == steps * batch_size
     assert set(drawn) <= set(range(COUNT))
-    # One process alone has the same pictures in the same steps, and the rest of the permutation is less than a batch.
+    # One process alone has the same images in the same steps, and the rest of the permutation is less than a batch.
     alone = TrainLoader(source, DATA, AS_IT_IS, batch_size=batch_size, seed=seed, num_workers=0)
     assert [seen(batch, source) for batch in alone.batches(epoch * steps, (epoch + 1) * steps)] == by_step
     assert COUNT - len(drawn) < batch_size

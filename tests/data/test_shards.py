@@ -63,7 +63,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two shards of 6 training pictures, one of 4 held-out ones."""
+    """Two shards of 6 training images, one of 4 held-out ones."""
     write_tar(tmp_path / "train-000000.tar", labelled(range(6)))
     write_tar(tmp_path / "train-000001.tar", labelled(range(6, 12)))
     write_tar(tmp_path / "val-000000.tar", labelled(range(100, 104)))
@@ -256,7 +256,7 @@ def test_the_name_in_json_is_what_label_maps_go_by(tmp_path: Path) -> None:
         ({0: {"class": "dog"}, 1: {"label": 0}}, "only a class name: put a\nclasses.txt|only a class name"),
         ({0: {"label": 0}, 1: {"label": 0}}, "one class only"),
         ({0: {"label": 0}, 1: {"label": 99_999_999}}, "classes.txt"),
-        ({0: {}, 1: {}}, "no labelled pictures.*has no label"),
+        ({0: {}, 1: {}}, "no labelled images.*has no label"),
     ],
 )
 def test_classes_that_contradict(tmp_path: Path, values: dict[int, object], message: str) -> None:
@@ -285,7 +285,7 @@ def test_every_bad_picture_is_named_or_left_out(folder: Path) -> None:
     write_tar(folder / "train-000002.tar", bad)
     reasons = {
         "a.png": "has no label: neither a.cls nor a label in a.json",
-        "b.png": "its label (.cls) is 'cat', which is no class number",
+        "b.png": "its label (.cls) is 'cat', which is not a valid class index",
         "c.png": "its class is 2, but there are 2 classes, 0 to 1",
         "d.png": "damaged",
         "e.png": "the file is empty",
@@ -293,13 +293,13 @@ def test_every_bad_picture_is_named_or_left_out(folder: Path) -> None:
         "g.png": "its class is 0, which is 'cat', but its JSON says 'dog'",
         "h.png": "its JSON cannot be read",
         "i.png": "its class 'dgo' is not in classes.txt; did you mean 'dog'?",
-        "j.cls": "its picture is not in the shard",
+        "j.cls": "its image is not in the shard",
         "0003.png": "in train-000000.tar too; the names of a data set must differ",
         "k.png": "twice in the shard",
         "k.jpg": "its key is that of k.png too",
     }
     for _ in range(2):  # from the index it is the same
-        with pytest.raises(ValueError, match="13 of 30 pictures") as error:
+        with pytest.raises(ValueError, match="13 of 30 images") as error:
             open_data(config(folder))
         for name, reason in reasons.items():
             assert f"train-000002.tar: {name}: {reason}" in str(error.value)
@@ -318,7 +318,7 @@ def cut_in_a_member(data: bytes) -> bytes:
 
 def cut_between_members(data: bytes) -> bytes:
     whole = len(picture(6))
-    return data[: 2 * 512 + -(-whole // 512) * 512 + 512]  # the first picture and its label
+    return data[: 2 * 512 + -(-whole // 512) * 512 + 512]  # the first image and its label
 
 
 def spoil_a_header(data: bytes) -> bytes:

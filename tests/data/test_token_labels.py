@@ -1,4 +1,4 @@
-"""Label maps stay with their pictures: geometry against moving pictures, resampling against torchvision's ROI-align."""
+"""Label maps stay with their images: geometry against moving images, resampling against torchvision's ROI-align."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GRID = 14
 
 
 def slopes(height: int, width: int) -> torch.Tensor:
-    """A picture that says of each pixel where it is: red is the column, green the row, as shares of the picture."""
+    """An image that says of each pixel where it is: red is the column, green the row, as shares of the image."""
     y = (torch.arange(height) + 0.5) / height
     x = (torch.arange(width) + 0.5) / width
     picture = torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.ones(height, width)])
@@ -42,7 +42,7 @@ def slopes(height: int, width: int) -> torch.Tensor:
 
 
 def map_of_slopes(side: int = 18) -> tuple[torch.Tensor, torch.Tensor]:
-    """The label map that is that picture: the logits of classes 0, 1 and 2 are red, green and blue."""
+    """The label map that is that image: the logits of classes 0, 1 and 2 are red, green and blue."""
     at = (torch.arange(side) + 0.5) / side
     scores = torch.stack([at.expand(side, side), at[:, None].expand(side, side), torch.ones(side, side)])
     return scores, torch.arange(3)[:, None, None].expand(3, side, side)
@@ -55,7 +55,7 @@ def tokens_of(images: torch.Tensor) -> torch.Tensor:
 
 
 def misalignment(images: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """Mean distance in tokens between what tokens show and what the map says they show, where they show the picture."""
+    """Mean distance in tokens between what tokens show and what the map says they show, where they show the image."""
     scores, classes = (part.expand(len(images), -1, -1, -1) for part in map_of_slopes())
     said = resample_label_maps(scores, classes, frames, (GRID, GRID), 3)
     shown = tokens_of(images)
@@ -138,16 +138,16 @@ def test_the_original_order_flips_before_it_crops(monkeypatch: pytest.MonkeyPatc
 
 
 def test_shifted_arrays_keep_the_original_order_too() -> None:
-    """The vectorised path against one picture at a time: where a map is read, not only what is seen."""
+    """The vectorised path against one image at a time: where a map is read, not only what is seen."""
     images = torch.stack([slopes(28, 28) for _ in range(40)])
     data, augment = DataConfig(img_size=28), AugmentConfig(crop="pad", pad=5, hflip=0.5)
     batch = ShiftAndFlip(images, data, augment, 3, "original")(0, np.arange(40))
     centre = torch.tensor([0.5, 0.5, 1.0])
-    seen = batch["image"][:, :2, 13:15, 13:15].float().mean(dim=(2, 3)) / 255  # (x, y) at the centre of the picture
+    seen = batch["image"][:, :2, 13:15, 13:15].float().mean(dim=(2, 3)) / 255  # (x, y) at the centre of the image
     read = batch["frame"][:, 0] @ centre
     flipped = batch["frame"][:, 0, 0, 0] < 0
     assert 5 < flipped.sum() < 35
-    # What is read lies as far down as what is seen lies right, in the picture that is cropped: the flipped one.
+    # What is read lies as far down as what is seen lies right, in the image that is cropped: the flipped one.
     seen[flipped, 0], read[flipped, 0] = 1 - seen[flipped, 0], 1 - read[flipped, 0]
     torch.testing.assert_close(read, seen.flip(1), atol=0.01, rtol=0)
 
@@ -206,7 +206,7 @@ def test_resampling_is_roi_align_of_the_map_spread_over_all_classes(top, left, h
 def test_golden_token_label_targets(golden: Path, crop_order: str, name: str) -> None:
     facts = json.loads((golden / "cases.json").read_text())["token_label_targets"]
     golden = safetensors.load_file(golden / "token_label_targets.safetensors")
-    side = 10**8  # crops are given as shares; in a picture so large none is rounded
+    side = 10**8  # crops are given as shares; in an image so large none is rounded
     frames = []
     for crop in golden["crop_top_left_height_width"].double() * side:
         top, left, height, width = map(round, crop.tolist())

@@ -21,7 +21,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def coordinates(height: int, width: int) -> torch.Tensor:
-    """A picture whose first channel is the row, the second the column, so that geometry can be read off."""
+    """An image whose first channel is the row, the second the column, so that geometry can be read off."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([rows, columns, rows + columns]).to(torch.uint8)
 
@@ -111,7 +111,7 @@ def test_resized_crop_keeps_area_and_aspect_in_range(h: int, w: int, seed: int) 
     slack = 1 + 2 / min(params["height"], params["width"])  # sides are whole pixels
     assert 0.75 / slack <= ratio <= 4 / 3 * slack
     area = params["height"] * params["width"] / (h * w)
-    # Very long pictures cannot hold the area at that aspect: then the largest centre crop is taken.
+    # Very long images cannot hold the area at that aspect: then the largest centre crop is taken.
     if 0.5 < h / w < 2:
         assert 0.3 / slack**2 <= area <= 0.6 * slack**2
 

@@ -40,7 +40,7 @@ TINY = {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2), "stem_dim
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Pictures of several sizes in folders of the classes."""
+    """Images of several sizes in folders of the classes."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     paths = []
@@ -56,7 +56,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def loaded(pictures: list[Path]) -> LoadedModel:
-    """A model that gives different answers to different pictures, as trained ones do."""
+    """A model that gives different answers to different images, as trained ones do."""
     torch.manual_seed(0)
     model = create_model("volo_nano", num_classes=len(CLASSES), img_size=16, **TINY).eval()
     data = DataConfig(img_size=16, crop_pct=0.8)

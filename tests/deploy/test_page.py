@@ -73,7 +73,7 @@ def test_the_browser_answers_as_predict_does(tmp_path: Path):
     report = volo.export(loaded, page, format="html", web_runtime=runtime)
     assert report.values["bytes"] < 30e6
 
-    # The picture is dropped by a script that is added to the page, which is opened from the disk.
+    # The image is dropped by a script that is added to the page, which is opened from the disk.
     drop = f"""<script type="module">
     const bytes = Uint8Array.from(atob("{base64.b64encode(picture.read_bytes()).decode()}"), c => c.charCodeAt(0));
     const data = new DataTransfer();

@@ -77,7 +77,7 @@ def test_curves_of_a_file_that_was_cut_off(tmp_path: Path) -> None:
 def test_confusion(tmp_path: Path, num_classes: int) -> None:
     rng = np.random.default_rng(0)
     confusion = rng.poisson(0.3, (num_classes, num_classes)) + 9 * np.eye(num_classes, dtype=int)
-    confusion[0] = 0  # a class without pictures
+    confusion[0] = 0  # a class without images
     classes = [f"$a_{i}$ class with quite a long name, {i} {'é' * (i % 9)}" for i in range(num_classes)]
     confusion_matrix(confusion.tolist(), classes, tmp_path / "confusion.png")
     assert colours_of(tmp_path / "confusion.png") > 10
@@ -108,7 +108,7 @@ def test_sheet(tmp_path: Path, count: int) -> None:
 
 
 def test_an_empty_sheet_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         prediction_sheet([], tmp_path / "sheet.png")
 
 
@@ -142,5 +142,5 @@ def test_overlays(tmp_path: Path, count: int, with_truth: bool) -> None:
         items.append(OverlayItem(image, labels, truth, f"a/$very$/long/name_{i}.png"))
     overlay_sheet(items, [f"class {i}" for i in range(40)], COLOURS, tmp_path / "overlays.png")
     assert colours_of(tmp_path / "overlays.png") > 1000
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         overlay_sheet([], ["a"], COLOURS, tmp_path / "x.png")

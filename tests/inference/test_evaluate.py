@@ -163,7 +163,7 @@ def test_the_folder_one_is_in_is_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def npz(path: Path, count: int) -> Path:
-    """`count` pictures of the classes 0, 1, 2, 0, ..."""
+    """`count` images of the classes 0, 1, 2, 0, ..."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, images=np.zeros((count, 8, 8, 3), np.uint8), labels=np.arange(count) % 3, classes=np.array(NAMES))
     return path
@@ -230,7 +230,7 @@ def test_what_is_not_real_labels_is_refused(tmp_path: Path, text: str, name: str
 
 
 def test_real_labels_as_published() -> None:
-    """The whole file, as timm carries it: 50,000 pictures, of which 3,163 have no label (arXiv 2006.07159)."""
+    """The whole file, as timm carries it: 50,000 images, of which 3,163 have no label (arXiv 2006.07159)."""
     from importlib.util import find_spec
 
     spec = find_spec("timm")

@@ -79,7 +79,7 @@ def test_sets_of_one_label_equal_plain_targets() -> None:
 
 def test_bad_input_is_named() -> None:
     metrics = ClassificationMetrics(3)
-    with pytest.raises(ValueError, match="no labelled pictures"):
+    with pytest.raises(ValueError, match="no labelled images"):
         metrics.compute()
     with pytest.raises(ValueError, match="classes are 0 to 2; given: 1 to 3"):
         metrics.update(torch.zeros(2, 3), torch.tensor([1, 3]))

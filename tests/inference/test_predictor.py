@@ -1,4 +1,4 @@
-"""Prediction: which pictures, in which order, with which answers; unreadable ones among them."""
+"""Prediction: which images, in which order, with which answers; unreadable ones among them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_equals_the_model_one_picture_at_a_time(classifier: LoadedModel, picture
 @pytest.mark.parametrize("bad", [0, 3, 6])
 def test_bad_pictures_keep_their_place(classifier: LoadedModel, pictures: list[Path], bad: int) -> None:
     whole = list(predict(classifier, pictures, batch_size=2))
-    pictures[bad].write_bytes(b"not a picture")
+    pictures[bad].write_bytes(b"not an image")
     got = list(predict(classifier, pictures, batch_size=2))
     assert [i for i, prediction in enumerate(got) if prediction.error] == [bad]
     assert str(pictures[bad]) in str(got[bad].error)
@@ -141,7 +141,7 @@ def test_no_more_classes_than_there_are(classifier: LoadedModel, pictures: list[
 
 def test_pictures_are_found(tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pictures[0].parent
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.txt").write_text("not an image")
     (folder / "deep" / "er").mkdir(parents=True)
     deep = folder / "deep" / "er" / "x.PNG"
     deep.write_bytes(pictures[0].read_bytes())
@@ -159,10 +159,10 @@ def test_pictures_are_found(tmp_path: Path, pictures: list[Path], monkeypatch: p
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ([], ValueError, "name the pictures"),
+        ([], ValueError, "name the images"),
         (["gone.png"], FileNotFoundError, r"no file or folder 'gone\.png'"),
-        (["*.jpg"], ValueError, r"no pictures in '\*\.jpg'"),
-        (["."], ValueError, r"no pictures in '\.'"),
+        (["*.jpg"], ValueError, r"no images in '\*\.jpg'"),
+        (["."], ValueError, r"no images in '\.'"),
         (["-"], ValueError, "standard input holds no paths"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Segmenting pictures of any size: what is written, how large pictures are seen, and how much memory that takes."""
+"""Segmenting images of any size: what is written, how large images are seen, and how much memory that takes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_whole_picture_and_windows_agree_in_most_pixels(picture: Path) -> None:
     with torch.no_grad():
         logits = classifier.model(PixelPipeline(classifier.preprocessing).eval()(whole.image[None]))
     assert (whole.classes == logits[0].argmax(0).numpy()).all()
-    # Windows of random weights see other surroundings than the whole picture does, but the same pixels.
+    # Windows of random weights see other surroundings than the whole image does, but the same pixels.
     windows = next(segment(classifier, [picture], how=HowToTest.by_windows(96)))
     assert (windows.classes == whole.classes).mean() > 0.5
 
@@ -98,7 +98,7 @@ def test_scales_flip_and_pictures_scaled_for_the_model(picture: Path) -> None:
     small = tiny_classifier(short_side=50)
     got = next(segment(small, [picture]))
     assert got.classes.shape == (101, 150)
-    # Answers have the resolution of the picture, not that of the 50 rows the model saw.
+    # Answers have the resolution of the image, not that of the 50 rows the model saw.
     rows_alike = (got.classes[0:-1:2] == got.classes[1::2]).all(axis=1).mean()
     assert rows_alike < 1.0
 
@@ -124,7 +124,7 @@ def test_scales_and_flips_of_large_pictures_are_those_of_windows(
     many = result(scales=(0.5, 1.5), flip=True)
     assert seen == {(32, 32), (96, 96)}, "no more than a window at once"
     assert done == [(i + 1, 6) for i in range(6)]
-    # A window that covers the picture is the picture.
+    # A window that covers the image is the image.
     assert (result(how=HowToTest((200, 200), scales=(0.5, 1.5))) == result(how=HowToTest(scales=(0.5, 1.5)))).all()
     assert (many == result(how=HowToTest.by_windows(64, scales=(0.5, 1.5), flip=True))).all()
     assert (many != result()).any()
@@ -165,7 +165,7 @@ def test_answers_that_are_not_finite_are_an_error(picture: Path, bad: float, opt
     classifier = tiny_classifier()
     with torch.no_grad():
         classifier.model.decode_head.conv_seg.bias[1] = bad
-    with pytest.raises(ValueError, match=r"picture\.png: the model's answer is not finite"):
+    with pytest.raises(ValueError, match=r"image\.png: the model's answer is not finite"):
         next(segment(classifier, [picture], **options))
 
 
@@ -266,7 +266,7 @@ def test_results_of_pictures_with_the_same_name_stay_apart() -> None:
 def test_results_replace_neither_pictures_nor_one_another(tmp_path: Path) -> None:
     street, overlay, jpeg = tmp_path / "street.png", tmp_path / "street_overlay.png", tmp_path / "street.jpg"
     assert output_files([jpeg], tmp_path) == [{"mask": "street.png", "overlay": "street_overlay.png"}]
-    with pytest.raises(ValueError, match=r"street\.png, a result of .*street\.png, would replace the picture"):
+    with pytest.raises(ValueError, match=r"street\.png, a result of .*street\.png, would replace the image"):
         output_files([street], tmp_path / "out" / "..")
     with pytest.raises(
         ValueError, match=r"overlay\.png, a result of .*street\.jpg, would replace .*street_overlay\.png"

@@ -65,7 +65,7 @@ def test_memory_does_not_grow_with_the_pictures() -> None:
 
 
 def eroded_band(labels: np.ndarray, reach: int) -> np.ndarray:
-    """Each class's mask minus its erosion by a square, with zeros around the picture: the definition of Boundary IoU."""
+    """Each class's mask minus its erosion by a square, with zeros around the image: the definition of Boundary IoU."""
     band = np.zeros(labels.shape, bool)
     for label in np.unique(labels):
         mask = labels == label

@@ -1,4 +1,4 @@
-"""Windows cover pictures without seams, strips come in order, and a small picture is seen whole."""
+"""Windows cover images without seams, strips come in order, and a small image is seen whole."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_scales_and_mirror_images_are_averaged() -> None:
 def test_how_to_test_in_words_and_in_numbers() -> None:
     how = HowToTest.by_windows(512, 341, scales=(0.5, 1.0), flip=True)
     assert str(how) == "windows of 512 x 512 every 341 x 341, scales 0.5, 1, mirrored too"
-    assert str(HowToTest()) == "whole pictures"
+    assert str(HowToTest()) == "whole images"
     assert HowToTest.by_windows((90, 120)).steps == (60, 80)
     with pytest.raises(ValueError, match="from 1 to the window"):
         HowToTest.by_windows(100, 200)

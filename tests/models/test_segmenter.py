@@ -150,7 +150,7 @@ def test_forward_is_the_same_with_and_without_the_auxiliary_head() -> None:
 
 def test_one_picture_and_batch_norm() -> None:
     with pytest.raises(
-        ValueError, match=r"at least two pictures a micro batch.*'sync' with several GPUs, or the fpn head"
+        ValueError, match=r"at least two images a micro batch.*'sync' with several GPUs, or the fpn head"
     ):
         tiny()(torch.randn(1, 3, 64, 64))
     tiny("fpn_volo_d1")(torch.randn(1, 3, 64, 64))

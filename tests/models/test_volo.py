@@ -140,7 +140,7 @@ def test_same_logits_as_timm(name: str) -> None:
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
-# Picture sizes
+# Image sizes
 
 
 @settings(max_examples=15, deadline=None)

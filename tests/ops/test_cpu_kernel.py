@@ -124,7 +124,7 @@ def test_error_budget(isa, dtype):
     st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
 def test_error_budget_anywhere(geometry, dtype):
-    # The largest error of a few numbers is a matter of luck, of both sides': enough pictures that it is not.
+    # The largest error of a few numbers is a matter of luck, of both sides': enough images that it is not.
     B, H, W, heads, head_dim = geometry[:5]
     inputs = make(max(B, -(-4096 // (H * W * heads * head_dim))), *geometry[1:], dtype=dtype)
     call = (*geometry[5:], geometry[4] ** -0.5)

@@ -1,4 +1,4 @@
-"""The public operator and its reference: mathematics, geometry, errors, choice of the engine."""
+"""The public operator and its reference: mathematics, geometry, errors, choice of the backend."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ VALUE, LOGITS, GEOMETRY = make(1, 6, 6, 2, 8, 3, 2, 1, dtype=torch.float32)
         (VALUE.int(), LOGITS.int(), {}, "float64, float32, bfloat16, float16; given: int32"),
         (VALUE, LOGITS.to("meta"), {}, "one device; given: cpu and meta"),
         (VALUE, LOGITS, {"backend": "cuda"}, "unknown backend 'cuda'; known: auto, "),
-        (VALUE, LOGITS, {"backend": "triton"}, "backend 'triton' cannot serve this call: it computes on CUDA"),
+        (VALUE, LOGITS, {"backend": "triton"}, "backend 'triton' does not support this call: it computes on CUDA"),
     ],
 )
 def test_errors_say_what_was_given_and_what_is_allowed(value, logits, changes, message, monkeypatch):
@@ -192,7 +192,7 @@ def test_auto_takes_the_first_engine_that_can_and_says_once_when_none_did(monkey
         for _ in range(2):
             assert choose_backend(VALUE, LOGITS, *GEOMETRY.values()) is module.REFERENCE
     assert [record.getMessage() for record in caplog.records] == [
-        "outlook attention runs on the reference engine (never: it is a test)"
+        "outlook attention runs on the reference backend (never: it is a test)"
     ]
     module.register_backend(Backend("always", lambda *_: None, lambda value, *_: value))
     assert [b.name for b in list_backends()] == ["always", "never", "reference"]

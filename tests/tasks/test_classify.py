@@ -1,4 +1,4 @@
-"""The classification task: what mixing does to pictures, tokens and targets, and what the loss is made of."""
+"""The classification task: what mixing does to images, tokens and targets, and what the loss is made of."""
 
 from __future__ import annotations
 

@@ -336,7 +336,7 @@ def test_dropout_and_mixing_draw_other_numbers_than_the_images(tiny, tmp_path, m
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"train.batch_size": 100_000}, "training pictures"),
+        ({"train.batch_size": 100_000}, "training images"),
         ({"train.device": "cuda:99"}, "GPU"),
         ({"train.device": "toaster"}, "toaster"),
         ({"train.parallel": "fsdp", "train.amp": "fp16"}, "fsdp"),
@@ -377,7 +377,7 @@ def test_what_the_data_has_to_say_is_passed_on(tiny, tmp_path) -> None:
         for i in range(8):
             Image.new("RGB", (20, 20), (16 * i, 0, 255)).save(tmp_path / "data" / name / f"{i}.png")
     (tmp_path / "data" / "a" / "cut.png").write_bytes(b"")
-    (tmp_path / "data" / "b" / "notes.doc").write_bytes(b"not a picture")
+    (tmp_path / "data" / "b" / "notes.doc").write_bytes(b"not an image")
     heard = Heard()
     recipe = tiny(
         {

@@ -1,4 +1,4 @@
-"""Plans: tried with few pictures, scaled up, printed whatever the memory, with all that takes time in them."""
+"""Plans: tried with few images, scaled up, printed whatever the memory, with all that takes time in them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shown(plan: dict[str, Any]) -> str:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Pictures in every batch that a task has seen."""
+    """Images in every batch that a task has seen."""
     sizes: list[int] = []
     forward = ClassifyTask.forward
 
@@ -61,13 +61,13 @@ def test_few_pictures_are_tried_and_what_they_cost_is_scaled(tiny, tmp_path: Pat
     assert 0.8 < a["activations"] / b["activations"] < 1.25
     same = ("steps", "pictures", "steps_per_epoch", "peak_lr", "evaluations", "num_parameters")
     assert all(small[name] == whole[name] for name in same)
-    assert "scaled up from 16 pictures to 64" in shown(small)
+    assert "scaled up from 16 images to 64" in shown(small)
     assert "activations and time are scaled" not in shown(whole)
     assert "scaled up from one micro batch" in shown(whole)
 
 
 def test_a_step_is_as_many_micro_batches_as_the_recipe_has(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward count for each picture, the update once."""
+    """Forward and backward count for each image, the update once."""
     recipe, forward = tiny({"train.accumulation": 2, "optim.name": "sgd"}), ClassifyTask.forward
 
     def slow(task: ClassifyTask, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -83,7 +83,7 @@ def test_a_step_is_as_many_micro_batches_as_the_recipe_has(tiny, monkeypatch: py
     monkeypatch.setattr(ClassifyTask, "forward", slow)
     monkeypatch.setattr(torch.optim.SGD, "step", slow_update)
     tried = probe(recipe, steps=2, most_pictures=16)
-    # 128 pictures at 5 ms, an update of 200 ms, and what the model itself takes; a scaled update would take 1.6 s alone.
+    # 128 images at 5 ms, an update of 200 ms, and what the model itself takes; a scaled update would take 1.6 s alone.
     assert 0.84 < min(tried.step_seconds) < 2.2
     assert tried.total_steps == probe(recipe, steps=1).total_steps
 
@@ -172,12 +172,12 @@ def test_a_slow_input_pipeline_is_not_hidden_by_batches_made_ahead(tiny, tmp_pat
 
     monkeypatch.setattr(loader.OneByOne, "__call__", slow)
     plan = plan_training(recipe, tmp_path, most_pictures=4)
-    # 128 pictures at 80 ms from two processes.
+    # 128 images at 80 ms from two processes.
     assert 4.5 < plan["data_seconds"] < 9
     assert plan["limit"] == "data"
     assert plan["seconds"]["step"] == plan["data_seconds"] > max(plan["step_seconds"])
     assert plan["seconds"]["training"] == plan["steps"] * plan["data_seconds"]
-    assert "the pictures are the limit" in shown(plan)
+    assert "the images are the limit" in shown(plan)
 
 
 # Annotators

@@ -136,7 +136,7 @@ class StopAtTwo(NullReporter):
 
 @pytest.fixture
 def photos(tiny, tmp_path):
-    """A recipe for a folder of a few pictures, a checkpoint of its second step, and that folder."""
+    """A recipe for a folder of a few images, a checkpoint of its second step, and that folder."""
     for part, count in (("train", 8), ("val", 2)):
         for label, name in enumerate("ab"):
             folder = tmp_path / "photos" / part / name

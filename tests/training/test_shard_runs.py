@@ -1,4 +1,4 @@
-"""Training and evaluation on tar shards: the run on the pictures they were packed from."""
+"""Training and evaluation on tar shards: the run on the images they were packed from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from volo.training.report import NullReporter, StepReport
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """folder/ with 60 training pictures, and shards/ packed from it."""
+    """folder/ with 60 training images, and shards/ packed from it."""
     root = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     for part, count in (("train", 60), ("val", 12)):

@@ -1,4 +1,4 @@
-"""The input pipeline, part by part, on one core: what a picture costs before a GPU sees it, and where the limit is."""
+"""The input pipeline, part by part, on one core: what an image costs before a GPU sees it, and where the limit is."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def bench_data(
     images_per_second: float = 1000.0,
     rounds: int = 7,
 ) -> dict[str, Any]:
-    """Time of one core for reading, decoding, augmenting and stacking pictures of ImageNet's size, from folder and shards.
+    """Time of one core for reading, decoding, augmenting and stacking images of ImageNet's size, from folder and shards.
 
-    The pictures are made here (structure at all scales, noise, JPEG quality 92, about ImageNet's bytes a pixel), and come
+    The images are made here (structure at all scales, noise, JPEG quality 92, about ImageNet's bytes a pixel), and come
     from the page cache: a disk or a network is not measured. Time is that of the processor, so that waiting for a busy
     machine does not count, although its caches and clock do.
 
     Args:
-        pictures: so many different ones in a turn.
-        shrunk_side: shorter side of the packed pictures whose decoding is compared.
+        images: so many different ones in a turn.
+        shrunk_side: shorter side of the packed images whose decoding is compared.
         images_per_second: what a GPU takes; the result says how many cores that needs.
 
-    Returns a dict with a row for every part: milliseconds for a picture (median, quartiles), pictures per second and core,
+    Returns a dict with a row for every part: milliseconds for an image (median, quartiles), images per second and core,
     share of the whole from shards; `cores_needed`, of the whole with label maps, for `images_per_second`.
     """
     size = height_width(img_size)

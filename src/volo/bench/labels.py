@@ -44,7 +44,7 @@ def bench_labels(
     amp: Literal["off", "bf16", "fp16"] = "off",
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Generates the maps of `pictures` images of `part`, in turns with forward passes over as many.
+    """Generates the maps of `images` images of `part`, in turns with forward passes over as many.
 
     Both run in one process. The bare forward is the classifier on ready, normalised batches on the device, with the same
     autocast. Generating is all of `annotate` between the first and the last map: loading, scaling, the head at each

@@ -33,7 +33,7 @@ def bench_loop(
     """Images per second of `volo train`, data included, over those of a bare loop over one ready batch.
 
     Both loops do the same forward, backward and optimizer step in one process, in turns; of each turn the median step
-    counts, without the first two. Pictures are random, in memory, cropped, flipped and erased as for CIFAR.
+    counts, without the first two. Images are random, in memory, cropped, flipped and erased as for CIFAR.
 
     Returns a dict with `ratio` (the median over turns), `ratios` and a row for each loop.
     """

@@ -33,7 +33,7 @@ def bench_model(
     Returns a dict with a row for every candidate: images per second (median, quartiles), the speed-up over timm eager
     (float32 if that is measured), over timm in the same dtype, and over timm compiled in the same dtype, the fraction of
     the measured matrix rate that the model's products make, the fraction of the copy bandwidth that reading weights and
-    pictures once makes (of use at batch 1 and on GPUs; otherwise the products are the limit), and the memory that a call
+    images once makes (of use at batch 1 and on GPUs; otherwise the products are the limit), and the memory that a call
     takes at its peak.
     """
     where = torch.device(device)
@@ -111,7 +111,7 @@ def bench_train(
 
 
 def _flops(name: str, img_size: int) -> int:
-    """Floating point operations of the matrix products and convolutions of one picture's forward pass."""
+    """Floating point operations of the matrix products and convolutions of one image's forward pass."""
     with torch.device("meta"):
         model = create_model(name, img_size=img_size).eval()
         images = torch.empty(1, 3, img_size, img_size)

@@ -1,4 +1,4 @@
-"""Outlook attention alone: every engine that can serve against the reference (unfold, softmax, product, fold)."""
+"""Outlook attention alone: every backend that can be used against the reference (unfold, softmax, product, fold)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bench_op(
     rounds: int = 41,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """The operator of stage 1 of a model, forward and forward + backward, engines in turns in one process, and if asked
+    """The operator of stage 1 of a model, forward and forward + backward, backends in turns in one process, and if asked
     for the reference compiled.
 
     Returns a dict with a row for every candidate, pass and dtype: milliseconds (median, quartiles), the speed-up over
@@ -38,7 +38,7 @@ def bench_op(
     make, and the peak of the memory that PyTorch takes, results included. `scratch_percent`: what the CPU kernel takes
     beyond inputs and outputs, relative to the unfolded values that the reference stores.
 
-    The values of a few pictures stay in the cache of a CPU, as they do between the layers of a model; that is why the
+    The values of a few images stay in the cache of a CPU, as they do between the layers of a model; that is why the
     rows are measured by a copy of them (`values_copy_gigabytes_per_second`), which is faster than one that memory has
     to serve (`memory_copy_gigabytes_per_second`).
     """

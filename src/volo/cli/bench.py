@@ -49,14 +49,14 @@ class OfModel(OnDevice):
     model: str = "volo_d1"
     """Name of a model."""
     batch_size: int = 8
-    """Pictures at once."""
+    """Images at once."""
     img_size: int = 224
-    """Side of the pictures."""
+    """Side of the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Op(OfModel):
-    """Outlook attention alone: each engine against the reference (unfold, softmax, product, fold).
+    """Outlook attention alone: each backend against the reference (unfold, softmax, product, fold).
 
     Examples:
       volo bench op
@@ -114,7 +114,7 @@ class Loop(OfModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Measurement):
-    """What one core does of reading, decoding, augmenting and stacking pictures of ImageNet's size.
+    """What one core does of reading, decoding, augmenting and stacking images of ImageNet's size.
 
     Examples:
       volo bench data --images-per-second 2500
@@ -122,7 +122,7 @@ class Data(Measurement):
 
     rounds: int = 7
     img_size: int = 224
-    """Side of the pictures that a model gets."""
+    """Side of the images that a model gets."""
     images_per_second: float = 1000.0
     """What a GPU takes; the cores that this needs are reported."""
 
@@ -139,17 +139,17 @@ class Labels(OnDevice):
     model: str
     """An annotator, as `volo annotate` takes it."""
     data: Annotated[str, tyro.conf.arg(metavar="PATH")]
-    """The pictures."""
+    """The images."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Weights of a timm model, in place of its published ones."""
     pictures: int = 2048
-    """So many pictures."""
+    """So many images."""
     part: Literal["train", "val", "all"] = "train"
     """Of which part of the data."""
     batch_size: int = 64
-    """Pictures at once."""
+    """Images at once."""
     img_size: int | None = None
-    """Side of the pictures; the annotator's own if left out."""
+    """Side of the images; the annotator's own if left out."""
     amp: Literal["off", "bf16"] = "off"
     """Autocast of both sides."""
 
@@ -165,7 +165,7 @@ class Kernels(OnDevice):
 
     rounds: int = 15
     batch_size: int = 128
-    """Pictures at once."""
+    """Images at once."""
     compiled: bool = False
     """The reference by torch.compile, too; takes minutes."""
 

@@ -27,11 +27,11 @@ class EvaluateOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A run folder (its best.pt), a checkpoint, published weights such as volo_d1.224, or a weight file of timm's or the original's."""
     data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """Class folders, a folder with val/, shards or npz files; the pictures held out from the training if left out."""
+    """Class folders, a folder with val/, shards or npz files; the images held out from the training if left out."""
     real: Annotated[Path | None, tyro.conf.arg(metavar="real.json")] = None
-    """ReaL labels of ImageNet's validation pictures; scored beside the folders' own."""
+    """ReaL labels of ImageNet's validation images; scored beside the folders' own."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """Pictures that cannot be decoded: stop and name them all, or leave them out."""
+    """Images that cannot be decoded: stop and name them all, or leave them out."""
     json: bool = False
     """Print one JSON object instead of tables; the rest goes to standard error."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
@@ -39,21 +39,21 @@ class EvaluateOptions:
     overwrite: bool = False
     """Replace files of these names in --out that are no earlier evaluation."""
     split: str = ""
-    """Of a segmentation model: which pictures of the data, for example test; those held out from the training if left out."""
+    """Of a segmentation model: which images of the data, for example test; those held out from the training if left out."""
     seen: Annotated[WindowOptions, tyro.conf.arg(name="")] = field(default_factory=WindowOptions)
     how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
 
 def evaluate(options: EvaluateOptions) -> int:
-    """Score a model on labelled pictures: top-1, top-5, mean class accuracy, calibration, every class, confusion.
+    """Score a model on labelled images: top-1, top-5, mean class accuracy, calibration, every class, confusion.
 
-    Segmentation models on pictures with masks: mean IoU, IoU and accuracy of every class, boundary IoU, confusion.
+    Segmentation models on images with masks: mean IoU, IoU and accuracy of every class, boundary IoU, confusion.
 
     ImageNet for published weights: a folder of WordNet-id folders (all 1000 or some), or of the folders 0 to 999 of
     ImageNet-V2.
 
     Examples:
-      volo evaluate runs/photos                                          on the pictures held out from the training
+      volo evaluate runs/photos                                          on the images held out from the training
       volo evaluate runs/photos --data other_photos --out report         report/confusion.png, report/evaluation.json
       volo evaluate runs/cifar10 --flip                                  averaged with the mirror images
       volo evaluate volo_d1.224 --data imagenet/val --real real.json --amp bf16
@@ -112,7 +112,7 @@ def evaluate(options: EvaluateOptions) -> int:
 
 
 def _claim(folder: Path, overwrite: bool) -> None:
-    """The pictures of a folder without an evaluation are those of another command."""
+    """The images of a folder without an evaluation are those of another command."""
     is_report = begins_with('{"command": "volo evaluate"')
     report = folder / "evaluation.json"
     claim(report, is_report, overwrite=overwrite)
@@ -139,7 +139,7 @@ def show_evaluation(
 ) -> None:
     """Figures of an evaluation as tables; above `most` classes only the worst ones are listed."""
     columns = {"": result} | ({"ReaL labels": result["real"]} if "real" in result else {})
-    console.print(Text(f"{result['count']:,} pictures, {what}", style="bold"), soft_wrap=True)
+    console.print(Text(f"{result['count']:,} images, {what}", style="bold"), soft_wrap=True)
     figures = Table(show_header=len(columns) > 1, header_style="dim", box=None)
     figures.add_column()
     for name in columns:
@@ -153,7 +153,7 @@ def show_evaluation(
     for key, label in (("ece", "calibration error (ECE)"), ("loss", "loss")):
         figures.add_row(label, *(f"{column[key]:.4f}" for column in columns.values()))
     if len(columns) > 1:
-        figures.add_row("pictures with labels", *(f"{column['count']:,}" for column in columns.values()))
+        figures.add_row("images with labels", *(f"{column['count']:,}" for column in columns.values()))
     console.print(figures, highlight=False)
 
     counts = [sum(row) for row in result["confusion"]]
@@ -186,7 +186,7 @@ def show_evaluation(
 
 def show_segmentation(console: Console, result: dict[str, Any], classes: Sequence[str], what: str) -> None:
     """Figures of an evaluation of pixels as tables."""
-    console.print(Text(f"{result['count']:,} pictures, {what}", style="bold"), soft_wrap=True)
+    console.print(Text(f"{result['count']:,} images, {what}", style="bold"), soft_wrap=True)
     figures = Table(show_header=False, box=None)
     figures.add_column()
     figures.add_column(justify="right")

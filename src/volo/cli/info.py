@@ -30,7 +30,7 @@ class InfoOptions:
 
 
 def info(options: InfoOptions) -> int:
-    """Versions, devices, which engine computes outlook attention here and why not another; models and weights.
+    """Versions, devices, which backend computes outlook attention here and why not another; models and weights.
 
     Examples:
       volo info
@@ -157,9 +157,9 @@ def show_info(console: Console, facts: dict[str, Any]) -> None:
         devices.add_row(name, what)
     show(devices)
     for device, engines in facts["outlook_attention"].items():
-        made = table(f"engines of outlook attention on {device}, the first that serves is taken")
+        made = table(f"backends of outlook attention on {device}, the first that supports the call is taken")
         for name, why_not in engines.items():
-            made.add_row(name, Text(f"no: {why_not}", style="yellow") if why_not else Text("serves", style="green"))
+            made.add_row(name, Text(f"no: {why_not}", style="yellow") if why_not else Text("yes", style="green"))
         show(made)
     if "models" in facts:
         made = table("models", "", "parameters", "pixels", "depths", "widths")

@@ -19,14 +19,14 @@ from volo import __version__
 from volo.config import expand_path, nearest
 
 COMMANDS = {
-    "train": ("RECIPE", "train on a folder of pictures, CIFAR, the digits that come along, or pictures with masks"),
+    "train": ("RECIPE", "train on a folder of images, CIFAR, the digits that come along, or images with masks"),
     "evaluate": ("MODEL", "how good a model is: top-1, top-5, every class, calibration, confusion; mIoU, boundaries"),
-    "predict": ("MODEL ...", "name what is in pictures"),
-    "segment": ("MODEL ...", "name every pixel of pictures: masks, overlays, areas"),
-    "annotate": ("MODEL", "draw label maps for token labeling, with any classifier of ours or timm's; check them"),
+    "predict": ("MODEL ...", "name what is in images"),
+    "segment": ("MODEL ...", "name every pixel of images: masks, overlays, areas"),
+    "annotate": ("MODEL", "generate label maps for token labeling, with any classifier of ours or timm's; check them"),
     "export": ("MODEL", "a file for other runtimes: ONNX, OpenVINO, torch.export; checked before it is there"),
-    "info": ("", "versions, devices, engines of the operator; --models lists models, weights and recipes"),
-    "pack": ("DATA", "turn pictures into tar shards, for large sets and slow disks"),
+    "info": ("", "versions, devices, backends of the operator; --models lists models, weights and recipes"),
+    "pack": ("DATA", "turn images into tar shards, for large sets and slow disks"),
     "bench": ("WHAT", "measure: the operator, a model, a training step, the training loop, the input pipeline"),
 }
 
@@ -44,7 +44,7 @@ Begin with:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (sys.argv if None) and return its exit code: 0; 1: some pictures could not be read, or nobody reads
+    """Run a command line (sys.argv if None) and return its exit code: 0; 1: some images could not be read, or nobody reads
     our output; 2: an error that the message explains; 130: Ctrl-C; 143: SIGTERM.
     """
     from volo.cli.console import complain, is_main_process
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(
             f"{str(error).splitlines()[0]}\nUse a smaller --batch-size (training: --train.batch_size, or the same with "
-            "--train.accumulation 4), --amp bf16 (--train.amp bf16), a smaller picture, or --train.grad_checkpointing true"
+            "--train.accumulation 4), --amp bf16 (--train.amp bf16), a smaller image, or --train.grad_checkpointing true"
         )
         return 2
 

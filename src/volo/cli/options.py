@@ -63,23 +63,23 @@ class DeviceOptions:
 
 @dataclass(frozen=True)
 class ModelOptions(DeviceOptions):
-    """Which model, and how it sees pictures."""
+    """Which model, and how it sees images."""
 
     crop: Annotated[str | None, tyro.conf.arg(metavar="original|timm|FLOAT")] = None
-    """Share of the resized picture that is seen (above 1: padded). Published weights know two presets, that of the
+    """Share of the resized image that is seen (above 1: padded). Published weights know two presets, that of the
     original code and timm's (which is the default); other models use what they were trained with."""
     img_size: tuple[int, ...] | None = None
     """Another size in pixels, or height and width; the position embedding is resampled."""
     batch_size: int = 0
-    """Pictures at once, or windows of a segmentation model; 0: 32, and 1 for segmentation."""
+    """Images at once, or windows of a segmentation model; 0: 32, and 1 for segmentation."""
 
 
 @dataclass(frozen=True)
 class WindowOptions:
-    """What a segmentation model sees of a picture; `flip` is for classifiers too."""
+    """What a segmentation model sees of an image; `flip` is for classifiers too."""
 
     window: tuple[int, ...] | None = None
-    """Overlapping windows of so many pixels (side, or height and width); 0: the whole picture at once."""
+    """Overlapping windows of so many pixels (side, or height and width); 0: the whole image at once."""
     stride: tuple[int, ...] | None = None
     """From window to window; two thirds of the window if left out."""
     scales: tuple[float, ...] = ()

@@ -1,4 +1,4 @@
-"""`volo pack`: pictures as tar shards."""
+"""`volo pack`: images as tar shards."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class PackOptions:
     shard_size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "256MB"
     """A shard is no larger than this."""
     shorter_side: Annotated[int, tyro.conf.arg(metavar="PIXELS")] = 0
-    """Scale pictures down whose shorter side is longer than this, and save them as JPEG; 0: leave them as they are."""
+    """Scale images down whose shorter side is longer than this, and save them as JPEG; 0: leave them as they are."""
     quality: Annotated[int, tyro.conf.arg(metavar="1..100")] = 0
-    """Save every picture as JPEG of this quality; 0: only those that are scaled down, with 95."""
+    """Save every image as JPEG of this quality; 0: only those that are scaled down, with 95."""
     kind: Annotated[str, tyro.conf.arg(metavar="KIND")] = "auto"
     """How DATA is read, as data.kind of a recipe."""
     val_fraction: float = 0.1
     """Share of each class that goes to val where the data has no split of its own."""
     split_seed: int = 0
-    """Seed of that split; with the same seed a recipe holds out the same pictures."""
+    """Seed of that split; with the same seed a recipe holds out the same images."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """Pictures that cannot be decoded: stop and name them all, or leave them out."""
+    """Images that cannot be decoded: stop and name them all, or leave them out."""
     overwrite: bool = False
     """Replace the shards in FOLDER."""
     json: bool = False
@@ -48,9 +48,9 @@ class PackOptions:
 
 
 def pack(options: PackOptions) -> int:
-    """Turn pictures into tar shards (train-000000.tar, ..., val-000000.tar, ..., classes.txt), which WebDataset reads too.
+    """Turn images into tar shards (train-000000.tar, ..., val-000000.tar, ..., classes.txt), which WebDataset reads too.
 
-    Pictures keep order, bytes and names, so that a training on the shards is the training on the data. The same command
+    Images keep order, bytes and names, so that a training on the shards is the training on the data. The same command
     continues after an interruption.
 
     Examples:
@@ -76,7 +76,7 @@ def pack(options: PackOptions) -> int:
                 shorter_side=options.shorter_side,
                 quality=options.quality,
                 overwrite=options.overwrite,
-                on_checked=lambda done, total: bar.show("checking pictures", done, total),
+                on_checked=lambda done, total: bar.show("checking images", done, total),
                 on_packed=lambda done, total: bar.show("packing", done, total),
             )
     except KeyboardInterrupt:
@@ -106,7 +106,7 @@ def show_packed(console: Console, packed: Packed) -> None:
     """What `volo pack` has made, and what to do with it."""
     before = f", {packed.num_done_before} of them were there before" if packed.num_done_before else ""
     console.print(
-        f"{packed.num_train:,} training and {packed.num_val:,} held-out pictures of {len(packed.classes)} classes in "
+        f"{packed.num_train:,} training and {packed.num_val:,} held-out images of {len(packed.classes)} classes in "
         f"{len(packed.shards)} shards{before}: {packed.num_bytes / 1e6:,.1f} MB in {duration(packed.seconds)}",
         soft_wrap=True,
         highlight=False,

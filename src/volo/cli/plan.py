@@ -24,7 +24,7 @@ def show_plan(console: Console, plan: dict[str, Any], title: str = "") -> None:
     parts = ", ".join(f"{name} {megabytes(size)}" for name, size in memory.items() if size and name != "all")
     split = f" in micro batches of {plan['micro_batch_size']}" if plan["micro_batch_size"] < plan["batch_size"] else ""
     rows = [
-        ("model", f"{plan['model']}, {millions(plan['num_parameters'])} parameters, pictures of {height} x {width}"),
+        ("model", f"{plan['model']}, {millions(plan['num_parameters'])} parameters, images of {height} x {width}"),
         (
             "pictures",
             f"{plan['num_train']:,} for training, {plan['num_val']:,} held out, {plan['num_classes']} classes",
@@ -32,7 +32,7 @@ def show_plan(console: Console, plan: dict[str, Any], title: str = "") -> None:
         (
             "steps",
             f"{plan['steps']:,} of {plan['batch_size']}{split}: {plan['epochs']:g} epochs of {plan['steps_per_epoch']:,} steps, "
-            f"{plan['pictures']:,} pictures; {plan['evaluations']} evaluations",
+            f"{plan['pictures']:,} images; {plan['evaluations']} evaluations",
         ),
         ("learning rate", f"{plan['peak_lr']:.3g} at its peak"),
         ("memory", f"about {megabytes(memory['all'])} on {plan['device']} ({parts})"),
@@ -53,9 +53,9 @@ def show_plan(console: Console, plan: dict[str, Any], title: str = "") -> None:
             ("", _limit(plan)),
         ]
     else:
-        rows.append(("time", "not measured: memory is too small even for a step with two pictures"))
+        rows.append(("time", "not measured: memory is too small even for a step with two images"))
     if 0 < tried < micro_batch:
-        rows.append(("", f"activations and time are scaled up from {tried} pictures to {micro_batch} in a micro batch"))
+        rows.append(("", f"activations and time are scaled up from {tried} images to {micro_batch} in a micro batch"))
     elif 0 < tried < plan["batch_size"] // plan["world_size"]:
         rows.append(("", "time is scaled up from one micro batch a step"))
     if "live_annotator" in plan:
@@ -87,21 +87,21 @@ def show_plan(console: Console, plan: dict[str, Any], title: str = "") -> None:
 
 
 def _limit(plan: dict[str, Any]) -> str:
-    """Whether a plan's steps wait for their pictures."""
+    """Whether a plan's steps wait for their images."""
     data, workers = plan["data_seconds"], plan["num_workers"]
     if not workers:
-        return f"pictures are made between the steps, {data:.3g} s of each"
-    beside = f"{data:.3g} s for the pictures of a step, by {workers} processes beside it"
-    return f"the pictures are the limit: {beside}" if plan["limit"] == "data" else f"the steps are the limit: {beside}"
+        return f"images are made between the steps, {data:.3g} s of each"
+    beside = f"{data:.3g} s for the images of a step, by {workers} processes beside it"
+    return f"the images are the limit: {beside}" if plan["limit"] == "data" else f"the steps are the limit: {beside}"
 
 
 def _live_annotator(annotator: dict[str, Any]) -> str:
     what = "of unknown size"
     if annotator["img_size"]:
         height, width = annotator["img_size"]
-        what = f"{millions(annotator['num_parameters'])} parameters, pictures of {height} x {width}"
+        what = f"{millions(annotator['num_parameters'])} parameters, images of {height} x {width}"
     if annotator["is_in_steps"]:
         return f"{what}; it looks on in the steps that were tried"
     if annotator["seconds_a_picture"] is None:
         return f"{what}; its time is not counted: {annotator['not_counted']}"
-    return f"{what}; {annotator['seconds_a_picture']:.3g} s a picture on top of the steps that were tried"
+    return f"{what}; {annotator['seconds_a_picture']:.3g} s an image on top of the steps that were tried"

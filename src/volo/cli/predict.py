@@ -1,4 +1,4 @@
-"""`volo predict`: name what is in pictures."""
+"""`volo predict`: name what is in images."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 class PredictOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A run folder (its best.pt), a checkpoint, published weights such as volo_d1.224, or a weight file of timm's or the
-    original's. With --checkpoint, a picture."""
+    original's. With --checkpoint, an image."""
     pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
     """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """The model by an option: everything that is no option is a picture then."""
+    """The model by an option: everything that is no option is an image then."""
     top: int = 3
-    """So many classes for each picture."""
+    """So many classes for each image."""
     format: Literal["table", "json", "csv"] = "table"
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write there instead of standard output; the file appears when it is complete."""
     sheet: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
-    """Draw the first 48 pictures with their classes; if all lie in folders named like classes, right and wrong show."""
+    """Draw the first 48 images with their classes; if all lie in folders named like classes, right and wrong show."""
     overwrite: bool = False
     """Replace what is at --out and --sheet already and is no earlier result."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """Pictures that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
+    """Images that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
     how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
 
@@ -47,7 +47,7 @@ MAX_SHEET = 48
 
 
 def predict(options: PredictOptions) -> int:
-    """Name what is in pictures. The class names come with the model.
+    """Name what is in images. The class names come with the model.
 
     Examples:
       volo predict runs/photos holiday.jpg
@@ -67,7 +67,7 @@ def predict(options: PredictOptions) -> int:
     ):
         if path is not None:
             if path.resolve() in {picture.resolve() for picture in pictures}:
-                raise ValueError(f"{option} would replace the picture {path}")
+                raise ValueError(f"{option} would replace the image {path}")
             claim(path, is_ours, overwrite=options.overwrite, option=option)
     device = open_device(options.how.device, options.how.threads)
     classifier = load_model(model, options.how, device, "classify")
@@ -123,7 +123,7 @@ def predict(options: PredictOptions) -> int:
             _draw_sheet(for_sheet, classifier.classes, options.sheet)
     if failed:
         is_error = options.on_bad_image == "error"
-        note(f"{failed} of {len(pictures)} pictures could not be read", "red" if is_error else "yellow")
+        note(f"{failed} of {len(pictures)} images could not be read", "red" if is_error else "yellow")
         return int(is_error)
     return 0
 
@@ -147,7 +147,7 @@ def _draw_sheet(predictions: Sequence[Prediction], classes: Sequence[str], out: 
 
 
 def prediction_line(prediction: Prediction, name_width: int, class_width: int) -> Text:
-    """One picture of a table of predictions; the widths align it with the others."""
+    """One image of a table of predictions; the widths align it with the others."""
     name = prediction.name if len(prediction.name) <= name_width else "…" + prediction.name[1 - name_width :]
     line = Text(f"{name:<{name_width}}  ")
     if prediction.error:

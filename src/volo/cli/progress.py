@@ -54,8 +54,8 @@ class TrainReporter(NullReporter):
             Text.assemble(
                 (name, "bold"),
                 f" ({millions(run.num_parameters)} parameters) on {data.path or data.kind}: {run.num_train:,} training and "
-                f"{run.num_val:,} held-out pictures of {len(run.classes)} classes\n"
-                f"{run.total_steps:,} steps of {run.recipe.train.batch_size} pictures, {run.steps_per_epoch:,} an epoch; "
+                f"{run.num_val:,} held-out images of {len(run.classes)} classes\n"
+                f"{run.total_steps:,} steps of {run.recipe.train.batch_size} images, {run.steps_per_epoch:,} an epoch; "
                 f"{where}; everything goes to {run.out}",
             )
         )

@@ -19,22 +19,22 @@ from volo.cli.options import OF_MODELS, DeviceOptions, WindowOptions, how_to_tes
 @dataclass(frozen=True)
 class SegmentOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A run folder (its best.pt) or a checkpoint of a recipe of task "segment". With --checkpoint, a picture."""
+    """A run folder (its best.pt) or a checkpoint of a recipe of task "segment". With --checkpoint, an image."""
     pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
     """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """The model by an option: everything that is no option is a picture then."""
+    """The model by an option: everything that is no option is an image then."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("segmented")
     """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there. Nothing else is ever replaced."""
     overlays: bool = True
-    """Write overlays: the picture under the colours of its classes, with a legend."""
+    """Write overlays: the image under the colours of its classes, with a legend."""
     cityscapes: bool = False
-    """Masks hold Cityscapes' label ids and are named as its benchmark wants them; pictures are seen as volo evaluate sees
+    """Masks hold Cityscapes' label ids and are named as its benchmark wants them; images are seen as volo evaluate sees
     them, so that what is submitted is what was scored. No overlays: the benchmark would take them for masks."""
     json: bool = False
     """Print the areas as JSON instead of a table; the rest goes to standard error."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """Pictures that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
+    """Images that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
     batch_size: int = 1
     """Windows at once."""
     seen: Annotated[WindowOptions, tyro.conf.arg(name="")] = field(default_factory=WindowOptions)
@@ -42,9 +42,9 @@ class SegmentOptions:
 
 
 def segment(options: SegmentOptions) -> int:
-    """Name every pixel of pictures: masks, coloured overlays with a legend, areas as JSON.
+    """Name every pixel of images: masks, coloured overlays with a legend, areas as JSON.
 
-    Pictures of more than a megapixel are seen by overlapping windows, blended smoothly, in bounded memory; --scales and
+    Images of more than a megapixel are seen by overlapping windows, blended smoothly, in bounded memory; --scales and
     --flip then look at each window several times.
 
     Examples:
@@ -77,7 +77,7 @@ def segment(options: SegmentOptions) -> int:
     names, colours = classifier.classes, classifier.colours
     if options.cityscapes and names != tuple(name for name, _, _ in CITYSCAPES):
         raise ValueError(f"--cityscapes needs a model of Cityscapes' 19 classes; {model} knows {len(names)} others")
-    # A submission is made as it was scored; other pictures are of any size.
+    # A submission is made as it was scored; other images are of any size.
     trained = (
         HowToTest.from_config(classifier.segment, classifier.preprocessing.img_size) if options.cityscapes else None
     )
@@ -87,12 +87,12 @@ def segment(options: SegmentOptions) -> int:
         note(f"left out: {len(left_out):,} results of volo segment, such as {left_out[0]}")
         pictures = [path for path in pictures if path not in set(left_out)]
         if not pictures:
-            raise ValueError("no pictures are left: all that were named are results of volo segment")
+            raise ValueError("no images are left: all that were named are results of volo segment")
     targets = output_files(pictures, options.out, cityscapes=options.cityscapes, overlays=options.overlays)
     console = results(options.json)
     width = min(60, max(len(str(path)) for path in pictures))
     entries: list[dict[str, Any]] = []
-    failed, said = 0, str(how or f"whole pictures, windows above a megapixel{views.views}")
+    failed, said = 0, str(how or f"whole images, windows above a megapixel{views.views}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(FolderLock(options.out, "segmenting"))
         earlier = earlier_areas(options.out, pictures, targets, classifier)
@@ -107,7 +107,7 @@ def segment(options: SegmentOptions) -> int:
 
         def on_window(done: int, total: int) -> None:
             if total > 1:
-                bar.show(f"picture {len(entries) + 1} of {len(pictures)}, windows", done, total)
+                bar.show(f"image {len(entries) + 1} of {len(pictures)}, windows", done, total)
 
         answers = run_segmentation(
             classifier,
@@ -145,13 +145,13 @@ def segment(options: SegmentOptions) -> int:
         )
     if failed:
         is_error = options.on_bad_image == "error"
-        note(f"{failed} of {len(pictures)} pictures could not be read", "red" if is_error else "yellow")
+        note(f"{failed} of {len(pictures)} images could not be read", "red" if is_error else "yellow")
         return int(is_error)
     return 0
 
 
 def area_line(name: str, areas: Sequence[tuple[str, float]], name_width: int, most: int = 5) -> Text:
-    """One picture of a table of areas: the classes with the largest shares, in the order given."""
+    """One image of a table of areas: the classes with the largest shares, in the order given."""
     name = name if len(name) <= name_width else "…" + name[1 - name_width :]
     line = Text(f"{name:<{name_width}}  ")
     for rank, (label, share) in enumerate(areas[:most]):

@@ -32,17 +32,17 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class TrainOptions:
     data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """Where the pictures are: short for --data.path."""
+    """Where the images are: short for --data.path."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Run folder; runs/NAME of the recipe if left out."""
     on_bad_image: Literal["error", "skip"] | None = None
-    """Pictures that cannot be decoded: stop and name them all, or leave them out. Short for --data.on_bad_image."""
+    """Images that cannot be decoded: stop and name them all, or leave them out. Short for --data.on_bad_image."""
     resume: bool = False
     """Continue the run in --out where it stopped (or begin it, if there is none)."""
     overwrite: bool = False
     """Replace the run in --out."""
     plan: bool = False
-    """Only say what the run would take: steps, pictures, memory, time (tried out with a few pictures), label maps."""
+    """Only say what the run would take: steps, images, memory, time (tried out with a few images), label maps."""
     json: bool = False
     """Print the summary (with --plan, the plan) as one JSON object; everything else goes to standard error."""
     quiet: bool = False
@@ -157,7 +157,7 @@ def _draw_iou(out: Path, best: dict[str, Any], path: Path) -> None:
 
 
 def _draw_overlays(out: Path, path: Path) -> None:
-    """Some held-out pictures as the best weights see them."""
+    """Some held-out images as the best weights see them."""
     from volo.data.masks import BadImageError, find_pairs, load_pair, open_classes
     from volo.explain.plots import OverlayItem, overlay_sheet
     from volo.inference.model_source import load

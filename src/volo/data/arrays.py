@@ -1,4 +1,4 @@
-"""Pictures that fit into memory as arrays: npz files, CIFAR, the digits."""
+"""Images that fit into memory as arrays: npz files, CIFAR, the digits."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _read_npz(file: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{file} holds the arrays {held}; needed are labels and images, or labels, jpeg and offsets")
     labels = arrays["labels"]
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or (len(labels) and labels.min() < 0):
-        raise ValueError(f"{file}: labels are {labels.dtype} {labels.shape}; needed are integers from 0, one a picture")
+        raise ValueError(f"{file}: labels are {labels.dtype} {labels.shape}; needed are integers from 0, one an image")
     arrays["labels"] = labels.astype(np.int64)
     if "images" in arrays:
         images = arrays["images"]
@@ -176,7 +176,7 @@ def _read_npz(file: Path) -> dict[str, np.ndarray]:
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3) or len(images) != len(labels):
             raise ValueError(
                 f"{file}: images are {images.dtype} {arrays['images'].shape} for {len(labels)} labels; "
-                "needed are uint8 [N, H, W, 3] or [N, H, W] with one label a picture"
+                "needed are uint8 [N, H, W, 3] or [N, H, W] with one label an image"
             )
         arrays["images"] = images
     else:
@@ -210,7 +210,7 @@ def _decode_npz(
             elif picture.shape != images.shape[1:]:
                 sizes = [f"{shape[2]} x {shape[1]}" for shape in (picture.shape, images.shape[1:])]
                 raise BadImageError(
-                    name, f"{sizes[0]} pixels where the first picture has {sizes[1]}; folders take any size"
+                    name, f"{sizes[0]} pixels where the first image has {sizes[1]}; folders take any size"
                 )
             images[len(kept)] = picture
             kept.append(i)
@@ -224,7 +224,7 @@ def _decode_npz(
 def _join(parts: list[_NpzPictures], classes: tuple[str, ...], path: Path) -> ArraySource:
     sizes = sorted({tuple(part.images.shape[2:]) for part in parts if part.names})
     if len(sizes) != 1:
-        raise ValueError(f"{path}: pictures need one size, but the files hold {sizes or 'none'} (height, width)")
+        raise ValueError(f"{path}: images need one size, but the files hold {sizes or 'none'} (height, width)")
     filled = [part for part in parts if part.names]
     images = filled[0].images if len(filled) == 1 else torch.cat([part.images for part in filled])
     return ArraySource(

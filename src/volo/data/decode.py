@@ -1,4 +1,4 @@
-"""Picture files of every kind to RGB: one function, and one error that names the file and what is wrong with it."""
+"""Image files of every kind to RGB: one function, and one error that names the file and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 178_956_970
-"""Pictures above this (Pillow's own limit) are refused: half a gigabyte decoded, more likely an attack than a photo."""
+"""Images above this (Pillow's own limit) are refused: half a gigabyte decoded, more likely an attack than a photo."""
 
 PAUSES = (0.1, 0.4, 1.5)
 """Seconds between tries to read a file again."""
@@ -34,7 +34,7 @@ _PASSING = {
     if hasattr(errno, name)
 }  # fmt: skip
 
-# What Pillow raises on damaged files. MemoryError is not among them: that is not the picture's fault.
+# What Pillow raises on damaged files. MemoryError is not among them: that is not the image's fault.
 _DECODE_ERRORS = (
     UnidentifiedImageError,
     Image.DecompressionBombError,
@@ -51,7 +51,7 @@ _DECODE_ERRORS = (
     zlib.error,
 )
 
-# Files that often lie among pictures under a picture's name, by how they begin: a better reason than "unknown format".
+# Files that often lie among images under an image's name, by how they begin: a better reason than "unknown format".
 _LOOK_ALIKES = (
     (b"version https://git-lfs", "a Git LFS pointer; fetch the real file with `git lfs pull`"),
     (b"<!doctype html", "an HTML page, perhaps an error page saved by a downloader"),
@@ -86,7 +86,7 @@ class BadImage:
 
 
 class BadImageError(ValueError):
-    """A picture cannot be decoded; `name` and `reason` say which and why."""
+    """An image cannot be decoded; `name` and `reason` say which and why."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -193,7 +193,7 @@ def reading(read: Callable[[], bytes], name: str) -> bytes:
 
 @contextmanager
 def naming(name: str, data: bytes) -> Iterator[None]:
-    """Everything Pillow raises on a bad picture becomes a BadImageError; `data` is the file, or its beginning."""
+    """Everything Pillow raises on a bad image becomes a BadImageError; `data` is the file, or its beginning."""
     if not data:
         raise BadImageError(name, "the file is empty (0 bytes)")
     try:
@@ -261,12 +261,12 @@ def _what_is(data: bytes) -> str:
     start = data[:64].lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     for magic, what in _LOOK_ALIKES:
         if start.startswith(magic):
-            return f"not a picture but {what}"
+            return f"not an image but {what}"
     if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
-        return "a HEIC picture, which Pillow cannot read; convert it to JPEG or PNG"
+        return "a HEIC image, which Pillow cannot read; convert it to JPEG or PNG"
     if not data.strip(b"\0"):
-        return "not a picture: it holds zeros only, perhaps a broken download"
-    return f"not a picture in a format that Pillow knows (it begins with {data[:8]!r})"
+        return "not an image: it holds zeros only, perhaps a broken download"
+    return f"not an image in a format that Pillow knows (it begins with {data[:8]!r})"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -278,7 +278,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _rgb(image: Image.Image, name: str) -> np.ndarray:
-    """Loaded picture of any mode as uint8 [H, W, 3]."""
+    """Loaded image of any mode as uint8 [H, W, 3]."""
     if image.mode.startswith("I") or image.mode == "F":
         is_16_bit = image.mode != "I" or image.format in ("PNG", "PPM")
         return np.repeat(_eight_bits(np.asarray(image), image.mode, is_16_bit, name)[:, :, None], 3, axis=2)

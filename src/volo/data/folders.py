@@ -1,4 +1,4 @@
-"""Image folders: one folder of picture files for every class."""
+"""Image folders: one folder of image files for every class."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from volo.data.splits import WAY_OUT, inside, split_folders
 from volo.data.walk import IMAGE_ENDINGS, contents_of, is_image_name, spelled, walk
 
 REMEMBERED_FROM = 50_000
-"""In a folder of so many pictures what decoding them found is kept in the cache: it takes minutes."""
+"""In a folder of so many images what decoding them found is kept in the cache: it takes minutes."""
 
 
 def open_folders(
@@ -205,7 +205,7 @@ def _check(
 
 
 class _Tried:
-    """What decoding the pictures of a large folder found, kept until a name, a size or a time of change is another."""
+    """What decoding the images of a large folder found, kept until a name, a size or a time of change is another."""
 
     def __init__(self, folders: Sequence[Path], root: Path, names: Sequence[str]) -> None:
         where = hashlib.blake2b(b"\0".join(os.fsencode(f.resolve()) for f in folders), digest_size=12).hexdigest()
@@ -221,7 +221,7 @@ class _Tried:
         self.listing = listing.hexdigest()
 
     def read(self) -> list[BadImage] | None:
-        """The pictures that cannot be used; None where that is not known."""
+        """The images that cannot be used; None where that is not known."""
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             return [BadImage(*item) for item in content["bad"]] if content["listing"] == self.listing else None

@@ -1,4 +1,4 @@
-"""Labelled pictures: `open_data` finds out what lies at `data.path` and opens its training and held-out part."""
+"""Labelled images: `open_data` finds out what lies at `data.path` and opens its training and held-out part."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_data(config: DataConfig, *, on_progress: Progress | None = None, share:
 
     `on_progress(done, total)` is called while images are decoded. With a `share` several processes, which all call this,
     try them together. The notes begin with what the names of folders, files and classes were taken for. Raises ValueError for anything that a run would
-    stumble over later: a layout that is not understood, classes that do not match, pictures that cannot be decoded
+    stumble over later: a layout that is not understood, classes that do not match, images that cannot be decoded
     (all of them are named, unless `on_bad_image` is "skip"), a failed download.
     """
     splits = _open(config, on_progress, share)
@@ -67,9 +67,7 @@ def data_kind(config: DataConfig) -> str:
         return config.kind
     path = Path(config.path).expanduser()
     if not config.path:
-        raise ValueError(
-            f"name the pictures with --data PATH; --data.kind digits for the handwritten digits.\n{LAYOUTS}"
-        )
+        raise ValueError(f"name the images with --data PATH; --data.kind digits for the handwritten digits.\n{LAYOUTS}")
     if path.is_file() and path.suffix.lower() == ".npz":
         return "npz"
     if not path.is_dir() and is_shards(config.path):

@@ -1,7 +1,7 @@
-"""Keyed randomness: random numbers as a function of (seed, epoch, picture) and of nothing else.
+"""Keyed randomness: random numbers as a function of (seed, epoch, image) and of nothing else.
 
 A key begins with the stream it belongs to (ORDER, SAMPLE, ...), so that no two of them ever draw the same numbers.
-A run that is resumed, spread over other processes or given more workers therefore sees the same pictures, cropped the
+A run that is resumed, spread over other processes or given more workers therefore sees the same images, cropped the
 same way, in the same order. The function is splitmix64 (Steele, Lea, Flood, OOPSLA 2014), applied to one key after the
 other; it is the same on every platform and in every version of numpy and torch.
 """

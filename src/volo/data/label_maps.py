@@ -1,13 +1,13 @@
-"""Label maps of a data set in one folder: a few packed files, read by the picture's name.
+"""Label maps of a data set in one folder: a few packed files, read by the image's name.
 
-A label map says what an annotator sees at each position of a picture: the logits and classes of its `top` best guesses
+A label map says what an annotator sees at each position of an image: the logits and classes of its `top` best guesses
 on a grid of h x w positions. `volo annotate` generates them; token labeling trains with them.
 
     store/index.bin         everything but the maps themselves; it is written last, so a store that has it is complete
-    store/maps-00000.bin    the maps of some thousand pictures in a row
+    store/maps-00000.bin    the maps of some thousand images in a row
 
 Both are containers: 8 bytes that say what it is, the length of a JSON header (8 bytes), the header, arrays at multiples
-of 64 bytes, and the CRC-32 of all that (4 bytes). Numbers are little-endian. Pictures go by the name that `ImageSource`
+of 64 bytes, and the CRC-32 of all that (4 bytes). Numbers are little-endian. Images go by the name that `ImageSource`
 gives them, a path relative to the data, so that both can be moved.
 """
 
@@ -44,7 +44,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 class NoLabelMapError(KeyError, ValueError):
-    """A store has no map for a picture."""
+    """A store has no map for an image."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -59,7 +59,7 @@ class LabelMaps:
     top: int
     """Guesses kept for each position."""
     grid: tuple[int, int]
-    """Rows and columns of positions, the same for every picture."""
+    """Rows and columns of positions, the same for every image."""
     num_classes: int
     classes: tuple[str, ...]
     """Names of the annotator's classes."""
@@ -68,10 +68,10 @@ class LabelMaps:
     annotator: dict[str, Any]
     """How the maps were generated: model, weights, img_size, crop, flip, amp, date, versions, ..."""
     agreement: dict[str, float] | None
-    """Share of the pictures ("top1", by the mean over positions) and of the positions ("positions") whose best guess is
-    the picture's label; None where the annotator's classes are not those of the data."""
+    """Share of the images ("top1", by the mean over positions) and of the positions ("positions") whose best guess is
+    the image's label; None where the annotator's classes are not those of the data."""
     skipped: dict[str, str]
-    """Pictures without a map because they could not be decoded, and why."""
+    """Images without a map because they could not be decoded, and why."""
 
     def __init__(self, path: str | Path, *, verify: bool = True) -> None:
         """`verify=False` trusts the index, which has been read before."""
@@ -110,16 +110,16 @@ class LabelMaps:
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the pictures that have a map, in the order of the data."""
+        """Of the images that have a map, in the order of the data."""
         return self._names
 
     @property
     def is_whole_picture(self) -> bool:
-        """The grid covers the whole picture, whatever its shape."""
+        """The grid covers the whole image, whatever its shape."""
         return self.annotator["crop"] == "squash"
 
     def box(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """(top, left, bottom, right) of what the map shows of a picture of that size, as fractions of the picture: 0, 0,
+        """(top, left, bottom, right) of what the map shows of an image of that size, as fractions of the image: 0, 0,
         1, 1 unless the annotator saw a centre crop; beyond that where the crop was padded.
         """
         if self.is_whole_picture:
@@ -144,7 +144,7 @@ class LabelMaps:
         return torch.from_numpy(scores), torch.from_numpy(classes)
 
     def read_batch(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
-        """scores [B, top, h, w] and classes int64 [B, top, h, w] of several pictures. Raises as `maps[name]` does."""
+        """scores [B, top, h, w] and classes int64 [B, top, h, w] of several images. Raises as `maps[name]` does."""
         decoded = [self._decode(name) for name in names]
         if not decoded:
             dtype = torch.float16 if self.encoding == "exact" else torch.float32
@@ -224,16 +224,16 @@ class Shard:
 
 @dataclass
 class Block:
-    """Maps of pictures in a row, and what became of the others: a batch, or a whole shard."""
+    """Maps of images in a row, and what became of the others: a batch, or a whole shard."""
 
     names: list[bytes] = field(default_factory=list)
     records: list[bytes | memoryview] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
     fingerprints: list[int] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Names of pictures that cannot be decoded, and why."""
+    """Names of images that cannot be decoded, and why."""
     tally: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
-    """Pictures with a label the annotator knows, those it is right about; positions of these pictures, right ones."""
+    """Images with a label the annotator knows, those it is right about; positions of these images, right ones."""
 
     def add(self, name: str, scores: np.ndarray, classes: np.ndarray, encoding: Any, fingerprint: int) -> None:
         """Append a map. Raises ValueError, with the name, for one that cannot be stored."""
@@ -348,7 +348,7 @@ def write_index(
     Args:
         folder: where `num_shards` shards lie.
         header: top, grid, num_classes, classes, encoding, annotator: see `LabelMaps`.
-        skipped: pictures that are in no shard, and why.
+        skipped: images that are in no shard, and why.
 
     Raises ValueError or FileNotFoundError for a shard that is missing or damaged, ValueError for a name that occurs twice.
     """
@@ -374,7 +374,7 @@ def write_index(
     if len(set(names)) < len(names):
         twice = sorted(names)
         double = next(a for a, b in zip(twice, twice[1:]) if a == b)
-        raise ValueError(f"two pictures are called {os.fsdecode(double)}; maps are found by name")
+        raise ValueError(f"two images are called {os.fsdecode(double)}; maps are found by name")
     widths = {"starts": "<u8", "lengths": "<u4", "checksums": "<u4", "fingerprints": "<u4"}
     arrays = {
         "keys": keys[order],
@@ -394,7 +394,7 @@ def write_index(
 
 
 def checksum(name: bytes, record: bytes | memoryview) -> int:
-    """CRC-32 of a record and the name it belongs to: a map under another picture's name is found out too."""
+    """CRC-32 of a record and the name it belongs to: a map under another image's name is found out too."""
     return zlib.crc32(record, zlib.crc32(name))
 
 

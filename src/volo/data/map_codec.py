@@ -1,6 +1,6 @@
 """One label map as bytes and back: classes by a palette, logits as differences, everything deflated.
 
-A map is small and far from random: a picture knows some dozen to a few hundred of the classes, neighbouring positions
+A map is small and far from random: an image knows some dozen to a few hundred of the classes, neighbouring positions
 share them, and the logits of a position fall from rank to rank. So a record has four streams of whole numbers:
 
     palette   the classes that occur, ascending, as differences

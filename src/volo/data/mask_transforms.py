@@ -1,4 +1,4 @@
-"""Pictures and masks that move together: scale, crop, flip; colours of the picture alone.
+"""Images and masks that move together: scale, crop, flip; colours of the image alone.
 
 torchvision's `tv_tensors.Mask` says what a mask is. Masks are only ever cut, mirrored and resampled to the nearest pixel.
 """
@@ -25,8 +25,8 @@ CROP_TRIES = 10
 class RandomScaleCrop(v2.Transform):
     """Scale by a random factor, cut out `size` at a random place, pad at the right and bottom what is missing.
 
-    What is cut out of the scaled picture is computed from the pixels under it alone. Of up to ten places the first is
-    taken where no class has more than `cat_max_ratio` of the pixels that are not void. Padding is `fill` in the picture
+    What is cut out of the scaled image is computed from the pixels under it alone. Of up to ten places the first is
+    taken where no class has more than `cat_max_ratio` of the pixels that are not void. Padding is `fill` in the image
     and void in the mask.
     """
 
@@ -69,7 +69,7 @@ class RandomScaleCrop(v2.Transform):
         inpt = F.crop(inpt, params["top"], params["left"], params["height"], params["width"])
         padding = [0, 0, self.size[1] - params["size"][1], self.size[0] - params["size"][0]]
         if isinstance(inpt, tv_tensors.Mask):
-            # NEAREST, which torchvision takes for masks, is off by half a pixel against the picture.
+            # NEAREST, which torchvision takes for masks, is off by half a pixel against the image.
             nearest = F.resize_image(inpt.as_subclass(Tensor), params["size"], v2.InterpolationMode.NEAREST_EXACT)
             return tv_tensors.Mask(F.pad(nearest, padding, fill=IGNORE))
         return F.pad(F.resize(inpt, params["size"], antialias=True), padding, fill=self.fill)
@@ -116,7 +116,7 @@ class PhotometricDistort(v2.Transform):
 
 
 def train_transform(data: DataConfig, segment: SegmentConfig, hflip: float) -> Callable[..., Any]:
-    """(picture uint8 [3, h, w], mask uint8 [1, h, w]) -> both of `data.img_size`; draws from torch's CPU generator.
+    """(image uint8 [3, h, w], mask uint8 [1, h, w]) -> both of `data.img_size`; draws from torch's CPU generator.
 
     Raises ValueError for settings that make no sense.
     """

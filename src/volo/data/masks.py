@@ -1,4 +1,4 @@
-"""Pictures with a class for every pixel: what lies in a folder, which values its masks may hold, and what is wrong.
+"""Images with a class for every pixel: what lies in a folder, which values its masks may hold, and what is wrong.
 
 Inside, masks are uint8 [1, H, W] with classes 0..K-1 and `IGNORE` for void, whatever the files hold.
 """
@@ -28,7 +28,7 @@ IGNORE = 255
 LAYOUTS = """\
 data.path can be, for task "segment",
   a folder with images/ and annotations/, each with train/ (or training/) and val/ (or validation/): a mask has the name
-  of its picture, in PNG. TRAIN.txt or VAL.txt beside them may name the pictures; with such lists images/ may be flat;
+  of its image, in PNG. TRAIN.txt or VAL.txt beside them may name the images; with such lists images/ may be flat;
   Cityscapes as it is unpacked: leftImg8bit/SPLIT/CITY/*_leftImg8bit.png, gtFine/SPLIT/CITY/*_gtFine_labelIds.png.
 Names of classes come from classes.csv (index,name,r,g,b), classes.txt (a name a line) or objectInfo150.txt (ADE20K)."""
 
@@ -80,7 +80,7 @@ class ClassList:
 
 @dataclass(frozen=True, eq=False)
 class MaskedPictures:
-    """Pictures and their masks by number, named relative to `root`; decoded when asked for unless cached."""
+    """Images and their masks by number, named relative to `root`; decoded when asked for unless cached."""
 
     root: Path
     names: Sequence[str]
@@ -95,7 +95,7 @@ class MaskedPictures:
         return len(self.sizes)
 
     def load(self, index: int) -> tuple[Tensor, Tensor]:
-        """(picture uint8 [3, H, W], mask uint8 [1, H, W]), not to be written to. Raises BadImageError."""
+        """(image uint8 [3, H, W], mask uint8 [1, H, W]), not to be written to. Raises BadImageError."""
         if self.pixel_cache is not None and self.mask_cache is not None:
             return self.pixel_cache[index], self.mask_cache[index]
         return load_pair(self.root, self.names[index], self.masks[index], self.classes)
@@ -190,7 +190,7 @@ def open_split(
 ) -> tuple[MaskedPictures, list[BadImage]]:
     """One split, checked as `open_segmentation` does, and what was left out. Raises ValueError.
 
-    `known`: the classes where no file beside the pictures names them.
+    `known`: the classes where no file beside the images names them.
     """
     root, classes = open_classes(data, segment, known)
     data = dataclasses.replace(data, cache="none")
@@ -241,7 +241,7 @@ def is_cityscapes(root: Path, segment: SegmentConfig) -> bool:
 
 
 def _read_classes(root: Path, num_classes: int, known: NamesAndColours | None) -> NamesAndColours:
-    """From the file beside the pictures; else what is `known`, or numbers if that is `num_classes` alone."""
+    """From the file beside the images; else what is `known`, or numbers if that is `num_classes` alone."""
     names: list[str] = []
     colours: list[Colour] = []
     if (path := root / "classes.csv").is_file():
@@ -288,7 +288,7 @@ def palette(count: int) -> list[Colour]:
 
 
 def find_pairs(root: Path, segment: SegmentConfig, split: str) -> Pairs:
-    """Pictures of a split and their masks. Raises ValueError where the split is not there."""
+    """Images of a split and their masks. Raises ValueError where the split is not there."""
     if is_cityscapes(root, segment):
         return _find_cityscapes(root, split)
     folders = list_folder(root)[0]

@@ -31,7 +31,7 @@ from volo.data.walk import IMAGE_ENDINGS
 FORMAT = 1
 
 SHRUNK_QUALITY = 95
-"""JPEG quality of pictures that are made smaller, where none is asked for."""
+"""JPEG quality of images that are made smaller, where none is asked for."""
 
 _UNITS = {"B": 1} | {f"{u}B": 1000**i for i, u in enumerate("KMGT", 1)} | {f"{u}iB": 1024**i for i, u in enumerate("KMGT", 1)}  # fmt: skip
 
@@ -66,15 +66,15 @@ def pack(
 ) -> Packed:
     """Write the data of `config` as train-000000.tar, ..., val-000000.tar, ... and classes.txt into the folder `out`.
 
-    Pictures keep their order and their bytes, and their names (`ImageSource.names`): in KEY.json where the member has to
-    be called otherwise. A run on the shards is therefore the run on the data, and label maps find their pictures. An
+    Images keep their order and their bytes, and their names (`ImageSource.names`): in KEY.json where the member has to
+    be called otherwise. A run on the shards is therefore the run on the data, and label maps find their images. An
     interrupted call is continued by the same call, and ends with the same bytes as one that was not interrupted.
 
     Args:
-        shard_bytes: a shard is no larger than this, unless a single picture is.
-        shorter_side: pictures whose shorter side has more pixels than this are scaled down to it, and become JPEG; 0: none.
-        quality: 1 to 100: every picture becomes a JPEG of this quality; 0: only those that are scaled down do, with 95.
-            Pictures that are arrays (npz, CIFAR, the digits) become PNG, without loss.
+        shard_bytes: a shard is no larger than this, unless a single image is.
+        shorter_side: images whose shorter side has more pixels than this are scaled down to it, and become JPEG; 0: none.
+        quality: 1 to 100: every image becomes a JPEG of this quality; 0: only those that are scaled down do, with 95.
+            Images that are arrays (npz, CIFAR, the digits) become PNG, without loss.
         overwrite: replace shards that are in `out`.
 
     Raises:
@@ -169,7 +169,7 @@ def parse_size(text: str) -> int:
 
 
 def member_keys(names: Sequence[str]) -> list[str]:
-    """A key for each picture: its name without the ending, made unique, and with "_" for dots, which end a key."""
+    """A key for each image: its name without the ending, made unique, and with "_" for dots, which end a key."""
     taken: set[str] = set()
     keys = []
     for name in names:
@@ -186,7 +186,7 @@ def member_keys(names: Sequence[str]) -> list[str]:
 
 
 class _Encoder:
-    """A picture of a source as (ending, file): as it is, or made smaller."""
+    """An image of a source as (ending, file): as it is, or made smaller."""
 
     def __init__(self, shorter_side: int, quality: int) -> None:
         self.shorter_side, self.quality = shorter_side, quality
@@ -235,7 +235,7 @@ def _ending_of(data: bytes) -> str:
 def _records(
     source: ImageSource, keys: Sequence[str], first: int, encode: Callable[[ImageSource, int], tuple[str, bytes]]
 ) -> Iterator[bytes]:
-    """The members of one picture after the other, as they lie in a tar file."""
+    """The members of one image after the other, as they lie in a tar file."""
 
     def record(index: int) -> bytes:
         ending, data = encode(source, index)
@@ -278,7 +278,7 @@ class _Peekable:
 
 
 def _write_shard(path: Path, records: _Peekable, shard_bytes: int, on_picture: Callable[[int], None]) -> int:
-    """Fill one shard, and return how many pictures it holds."""
+    """Fill one shard, and return how many images it holds."""
     end = b"\0" * (2 * tarfile.BLOCKSIZE)
     count = 0
 
@@ -300,7 +300,7 @@ def _check(path: Path, count: int) -> None:
     index = build_index(path)
     if len(index) != count or index.bad:
         reasons = "; ".join(map(str, index.bad[:3]))
-        raise OSError(f"{path} was written with {count} pictures but reads back with {len(index)}: {reasons}")
+        raise OSError(f"{path} was written with {count} images but reads back with {len(index)}: {reasons}")
     save_index(path, index)
 
 
@@ -309,7 +309,7 @@ def _fingerprint(source: ImageSource) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, target in zip(source.names, source.targets.tolist()):
         digest.update(os.fsencode(f"{name}\0{source.classes[target]}\n"))
-    return f"{len(source)} pictures, {digest.hexdigest()}"
+    return f"{len(source)} images, {digest.hexdigest()}"
 
 
 def _refuse_strangers(out: Path, overwrite: bool) -> None:

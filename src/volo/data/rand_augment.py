@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al., arXiv 1909.13719) as timm words it: "rand-m9-mstd0.5-inc1".
 
-Every geometric operation is one `affine` call on all inputs, so that whatever belongs to the picture (a label map, a
-mask) moves along if a kernel for it is registered with torchvision; other operations touch pictures only.
+Every geometric operation is one `affine` call on all inputs, so that whatever belongs to the image (a label map, a
+mask) moves along if a kernel for it is registered with torchvision; other operations touch images only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _signed(value: float) -> float:
 
 
 def _enhance(strength: float, increasing: bool) -> float:
-    """Blend factor; 1 leaves the picture as it is."""
+    """Blend factor; 1 leaves the image as it is."""
     return max(0.1, 1 + _signed(strength * 0.9)) if increasing else strength * 1.8 + 0.1
 
 
@@ -72,7 +72,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 """timm's 15 operations; ranges at strength 1: 30 degrees, shear 0.3, translation 0.45 of the side, blend 0.1 to 1.9.
 
-One difference: posterize keeps at least one bit, where timm's 0 bits make the picture black (and newer Pillow fail).
+One difference: posterize keeps at least one bit, where timm's 0 bits make the image black (and newer Pillow fail).
 """
 
 
@@ -81,7 +81,7 @@ class RandAugment(v2.Transform):
 
     The magnitude is drawn anew for each from a normal distribution of deviation `magnitude_std` (uniform from 0 to
     `magnitude` when that is infinite) and clipped to 0..`magnitude_max`. `increasing`: every operation gets stronger
-    with magnitude. `fill` (per channel, 0..255) moves into pictures from outside, zero into anything else. Draws come
+    with magnitude. `fill` (per channel, 0..255) moves into images from outside, zero into anything else. Draws come
     from torch's CPU generator.
     """
 
@@ -167,11 +167,11 @@ def move(inpt: Any, name: str, amount: float, fill: Sequence[float] | None) -> A
 
 
 def _move_pixels(image: Tensor, name: str, amount: float, fill: Sequence[float]) -> Tensor:
-    """`move` for a picture, uint8 [C, H, W], as `F.affine` does it but twice as fast; at the edge it blends with the fill
-    as if the picture lay on a canvas of that colour, where `F.affine` darkens the seam.
+    """`move` for an image, uint8 [C, H, W], as `F.affine` does it but twice as fast; at the edge it blends with the fill
+    as if the image lay on a canvas of that colour, where `F.affine` darkens the seam.
     """
     H, W = image.shape[1:]
-    # Where a pixel comes from, in grid_sample's coordinates: -1 to 1 over the picture, pixel centres inside.
+    # Where a pixel comes from, in grid_sample's coordinates: -1 to 1 over the image, pixel centres inside.
     x = torch.arange(1 - W, W, 2, dtype=torch.float32) / W  # [W]
     y = torch.arange(1 - H, H, 2, dtype=torch.float32)[:, None] / H  # [H, 1]
     from_x, from_y = x, y

@@ -114,7 +114,7 @@ def _together(name: str, values: list[Tensor]) -> Tensor:
 
 
 class Whole:
-    """Pictures of one size, transformed as a batch."""
+    """Images of one size, transformed as a batch."""
 
     def __init__(self, images: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
         self.images, self.transform = images, transform
@@ -125,9 +125,9 @@ class Whole:
 
 
 class ShiftAndFlip:
-    """Pictures of one size, shifted by up to `augment.pad` pixels with a reflected border and flipped, as a batch.
+    """Images of one size, shifted by up to `augment.pad` pixels with a reflected border and flipped, as a batch.
 
-    Does what `train_transform` does for "pad" and "none" crops, some hundred times faster for small pictures.
+    Does what `train_transform` does for "pad" and "none" crops, some hundred times faster for small images.
     """
 
     def __init__(self, images: Tensor, data: DataConfig, augment: AugmentConfig, seed: int, frames: str = "") -> None:
@@ -155,7 +155,7 @@ class ShiftAndFlip:
         return batch
 
     def _frames(self, down: np.ndarray, right: np.ndarray, flipped: np.ndarray) -> Tensor:
-        """The frames of pictures that were shifted by so many pixels (int [B]), some of them flipped."""
+        """The frames of images that were shifted by so many pixels (int [B]), some of them flipped."""
         fitted = self.fit(PictureFrame.whole(self.images.shape[2], self.images.shape[3], self.frames))  # type: ignore[arg-type]
         H, W = fitted.canvas_size  # type: ignore[attr-defined]
         x, y = right / W, down / H
@@ -169,8 +169,8 @@ class ShiftAndFlip:
 
 
 class SmallAtFirst:
-    """`pictures`, in the first epochs shrunk to `size`: progressive resizing (Tan and Le, arXiv 2104.00298, without the
-    augmentation that grows along). Frames and label maps stay right, for they are shares of the picture's sides."""
+    """`images`, in the first epochs shrunk to `size`: progressive resizing (Tan and Le, arXiv 2104.00298, without the
+    augmentation that grows along). Frames and label maps stay right, for they are shares of the image's sides."""
 
     def __init__(self, pictures: Samples, data: DataConfig, size: Size, epochs: int) -> None:
         self.pictures, self.size, self.epochs = pictures, list(height_width(size)), epochs
@@ -189,7 +189,7 @@ class SmallAtFirst:
 
 
 class WithLabelMaps:
-    """`pictures` (with frames) and the label maps that belong to them: map_scores, map_classes and map_box."""
+    """`images` (with frames) and the label maps that belong to them: map_scores, map_classes and map_box."""
 
     def __init__(self, pictures: Samples, names: Sequence[str], maps: LabelMapReader) -> None:
         self.pictures, self.names, self.maps = pictures, names, maps
@@ -202,7 +202,7 @@ class WithLabelMaps:
 
 
 class WithTargets:
-    """`pictures` and their classes."""
+    """`images` and their classes."""
 
     def __init__(self, pictures: Samples, targets: Tensor) -> None:
         self.pictures, self.targets = pictures, targets
@@ -213,7 +213,7 @@ class WithTargets:
 
 
 def shift(images: np.ndarray, pad: int, down: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Crop [B, C, H, W] at row `down`, column `right` (int [B], 0..2 pad) of pictures with `pad` mirrored pixels."""
+    """Crop [B, C, H, W] at row `down`, column `right` (int [B], 0..2 pad) of images with `pad` mirrored pixels."""
     B, C, H, W = images.shape
     padded = np.empty((B, C, H + 2 * pad, W + 2 * pad), images.dtype)
     padded[:, :, pad:-pad, pad:-pad] = images

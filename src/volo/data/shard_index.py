@@ -91,9 +91,9 @@ class ShardIndex:
     """What lies where in a shard, in the shard's order."""
 
     names: np.ndarray
-    """bytes [n]: member path of the picture, or "name" of its JSON."""
+    """bytes [n]: member path of the image, or "name" of its JSON."""
     offsets: np.ndarray
-    """int64 [n]: first byte of the picture file in the shard."""
+    """int64 [n]: first byte of the image file in the shard."""
     sizes: np.ndarray
     """int64 [n]: its bytes."""
     labels: np.ndarray
@@ -101,14 +101,14 @@ class ShardIndex:
     classes: np.ndarray
     """bytes [n]: class name; empty: only a number is given."""
     pixels: np.ndarray
-    """int64 [n]: height x width; 0 before the picture was tried."""
+    """int64 [n]: height x width; 0 before the image was tried."""
     bad: list[BadImage] = field(default_factory=list)
     """What cannot be used; its name is empty where that is the shard itself."""
     ignored: list[str] = field(default_factory=list)
-    """Up to 5 members that are neither pictures nor labels."""
+    """Up to 5 members that are neither images nor labels."""
     num_ignored: int = 0
     tried: bool = False
-    """Every picture has been decoded once."""
+    """Every image has been decoded once."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -117,10 +117,10 @@ class ShardIndex:
         if not self.num_ignored:
             return []
         shown = ", ".join(self.ignored) + (", ..." if self.num_ignored > len(self.ignored) else "")
-        return [f"ignored {self.num_ignored} members of {path} that are neither pictures nor labels: {shown}"]
+        return [f"ignored {self.num_ignored} members of {path} that are neither images nor labels: {shown}"]
 
     def without(self, unusable: dict[int, str]) -> ShardIndex:
-        """Pictures by their number, with the reason, become `bad`."""
+        """Images by their number, with the reason, become `bad`."""
         kept = np.array([i not in unusable for i in range(len(self))], bool)
         bad = [BadImage(os.fsdecode(self.names[i]), reason) for i, reason in unusable.items()]
         return replace(
@@ -181,7 +181,7 @@ def _tried(path: Path, index: ShardIndex, advance: Callable[[], None]) -> ShardI
 
 
 def build_index(path: Path) -> ShardIndex:
-    """Go through a tar file header by header. Whatever is wrong with it or with a picture ends up in `bad`."""
+    """Go through a tar file header by header. Whatever is wrong with it or with an image ends up in `bad`."""
     pictures: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, _Label] = {}
     doubled: set[str] = set()
@@ -224,8 +224,8 @@ def build_index(path: Path) -> ShardIndex:
         names.append(os.fsencode(label.picture_name or name))
         classes.append(label.name.encode("utf-8", "surrogateescape"))
         numbers.append((offset, length, label.number))
-    # A stray .json may be anything; a class number is the label of a picture that has gone.
-    bad += [BadImage(f"{key}.cls", "its picture is not in the shard") for key, label in labels.items() if label.has_cls]
+    # A stray .json may be anything; a class number is the label of an image that has gone.
+    bad += [BadImage(f"{key}.cls", "its image is not in the shard") for key, label in labels.items() if label.has_cls]
     offsets, sizes, targets = np.array(numbers, np.int64).reshape(-1, 3).T.copy()
     return ShardIndex(
         np.array(names, np.bytes_),
@@ -314,7 +314,7 @@ def _is_compressed(file: BinaryIO) -> bool:
 
 
 class _Label:
-    """What KEY.cls and KEY.json say about a picture."""
+    """What KEY.cls and KEY.json say about an image."""
 
     MAX_BYTES = 1 << 20
 
@@ -330,7 +330,7 @@ class _Label:
             self.has_cls = True
             text = content[:64].decode("utf-8", "replace").strip()
             if len(content) > 64 or not _is_number(text):
-                self.problem = f"its label (.cls) is {text[:30]!r}, which is no class number"
+                self.problem = f"its label (.cls) is {text[:30]!r}, which is not a valid class index"
             else:
                 self._number(int(text))
             return
@@ -351,7 +351,7 @@ class _Label:
         if isinstance(label, str) and _is_number(label):
             label = int(label)
         if label is not None and not (type(label) is int and 0 <= label < 2**31):
-            self.problem = f'the "label" of its JSON is {label!r}, which is no class number'
+            self.problem = f'the "label" of its JSON is {label!r}, which is not a valid class index'
         elif name is not None and not (isinstance(name, str) and name):
             self.problem = f'the "class" of its JSON is {name!r}, which is no name'
         else:

@@ -1,8 +1,8 @@
-"""Pictures in tar shards, as WebDataset packs them: members KEY.jpg and KEY.cls (or KEY.json), read in any order.
+"""Images in tar shards, as WebDataset packs them: members KEY.jpg and KEY.cls (or KEY.json), read in any order.
 
 A shard is gone through once, header by header (nothing is unpacked), and what lies where is kept in a small index file
-beside it, or in the cache where its folder cannot be written to. A picture is then one read at a known place, so that
-shards serve like a folder: any order, any share of it for a process, any step to resume from.
+beside it, or in the cache where its folder cannot be written to. An image is then one read at a known place, so that
+shards are read like a folder: any order, any share of it for a process, any step to resume from.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ MAX_UNLISTED_CLASSES = 1_000_000
 
 @dataclass(frozen=True, eq=False)
 class TarSource:
-    """Picture files inside tar shards, decoded when asked for, unless `cache` holds the pixels.
+    """Image files inside tar shards, decoded when asked for, unless `cache` holds the pixels.
 
-    `names` are the members' paths, or what KEY.json calls "name" (`volo pack` writes there what the picture was called
+    `names` are the members' paths, or what KEY.json calls "name" (`volo pack` writes there what the image was called
     before), unique over the source.
     """
 
@@ -71,7 +71,7 @@ class TarSource:
         return decode_image(self.read(index), self.names[index])
 
     def read(self, index: int) -> bytes:
-        """The picture file as it is. Raises BadImageError."""
+        """The image file as it is. Raises BadImageError."""
         return self.files.read(
             int(self.shard[index]), int(self.offsets[index]), int(self.sizes[index]), self.names[index]
         )
@@ -267,7 +267,7 @@ def _doubles(
 def _classes(
     paths: Sequence[Path], indexes: Sequence[ShardIndex]
 ) -> tuple[np.ndarray, tuple[str, ...], list[BadImage]]:
-    """Targets int64 [N] over all shards (-1: unusable), class names, and the pictures whose label is out of place."""
+    """Targets int64 [N] over all shards (-1: unusable), class names, and the images whose label is out of place."""
     folder = paths[0].parent
     counts = [len(index) for index in indexes]
     labels, given = (np.concatenate([getattr(index, name) for index in indexes]) for name in ("labels", "classes"))
@@ -275,9 +275,9 @@ def _classes(
         held = next((index.ignored for index in indexes if index.ignored), [])
         reasons = "".join(f"\n  {path.name}: {b}" for path, index in zip(paths, indexes) for b in index.bad[:3])
         raise ValueError(
-            f"no labelled pictures in the shards of {folder}"
+            f"no labelled images in the shards of {folder}"
             + (f"; they hold {', '.join(held[:5])}" if held else "")
-            + f". A picture is KEY.jpg (png, webp, ...) beside KEY.cls (a class number) or KEY.json{reasons}"
+            + f". An image is KEY.jpg (png, webp, ...) beside KEY.cls (a class number) or KEY.json{reasons}"
         )
     lists = [
         path for folder in dict.fromkeys(path.parent for path in paths) if (path := folder / "classes.txt").is_file()
@@ -306,7 +306,7 @@ def _classes(
         names = [by_number.get(i, str(i)) for i in range(int(labels.max()) + 1)]
     else:
         raise ValueError(
-            f"some pictures of the shards in {folder} have a class number and others only a class name: put a "
+            f"some images of the shards in {folder} have a class number and others only a class name: put a "
             "classes.txt beside the shards, a name on each line from class 0 on"
         )
     if len(names) < 2:

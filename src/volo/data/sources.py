@@ -1,4 +1,4 @@
-"""What a source of labelled pictures is, two kinds of it, and what all readers of data share."""
+"""What a source of labelled images is, two kinds of it, and what all readers of data share."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from volo.data.decode import BadImage, BadImageError, decode_image, read_file
 from volo.data.splits import held_out
 
 Progress = Callable[[int, int], None]
-"""`on_progress(done, total)`, called while pictures are decoded."""
+"""`on_progress(done, total)`, called while images are decoded."""
 
 LAYOUTS = """\
 data.path can be
   a folder with train/ and val/ (or training/, training_set/, *_train/, validation/, valid/, dev/, test/, ...), each with
   a folder of images for every class;
-  a folder with a folder of pictures for every class: data.val_fraction of each class is held out;
+  a folder with a folder of images for every class: data.val_fraction of each class is held out;
   an npz folder: data_batch_*.npz, test_batch.npz (JPEG bytes, offsets, labels), classes.txt;
   train.npz with val.npz or test.npz, or a single .npz: arrays images (uint8 [N, H, W, 3] or [N, H, W]) and labels;
   a folder of tar shards, train-*.tar and val-*.tar, or tar files to be split by data.val_fraction: one, or a list in
@@ -36,7 +36,7 @@ data.path can be
 
 
 class ImageSource(Protocol):
-    """Labelled pictures by number."""
+    """Labelled images by number."""
 
     @property
     def classes(self) -> Sequence[str]: ...
@@ -55,7 +55,7 @@ class ImageSource(Protocol):
         """uint8 [3, H, W] RGB, not to be written to. Raises BadImageError."""
 
     def fingerprint(self, index: int) -> int:
-        """CRC-32 by which a picture that has changed can be told: of its file, or of its pixels where it has none.
+        """CRC-32 by which an image that has changed can be told: of its file, or of its pixels where it has none.
         Raises BadImageError."""
 
 
@@ -80,7 +80,7 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Pictures of one size, all in memory: images uint8 [N, 3, H, W]."""
+    """Images of one size, all in memory: images uint8 [N, 3, H, W]."""
 
     images: Tensor
     targets: Tensor
@@ -104,14 +104,14 @@ class ArraySource:
 
 
 class PixelCache:
-    """Decoded pictures (or masks) of different sizes in one flat tensor, which worker processes share without copies."""
+    """Decoded images (or masks) of different sizes in one flat tensor, which worker processes share without copies."""
 
     def __init__(self, pixels: Tensor, shapes: np.ndarray, starts: np.ndarray) -> None:
         self.pixels, self.shapes, self.starts = pixels, shapes, starts
 
     @classmethod
     def of(cls, pictures: list[Tensor]) -> PixelCache:
-        """From uint8 [C, H, W] pictures, which it takes out of the list so that memory is not needed twice."""
+        """From uint8 [C, H, W] images, which it takes out of the list so that memory is not needed twice."""
         shapes = np.array([p.shape for p in pictures], np.int64).reshape(-1, 3)
         sizes = shapes.prod(axis=1)
         ends = np.cumsum(sizes)
@@ -132,7 +132,7 @@ class PixelCache:
 
 @dataclass(frozen=True, eq=False)
 class FolderSource:
-    """Picture files of any size, named relative to `root`; decoded when asked for, unless `cache` holds the pixels."""
+    """Image files of any size, named relative to `root`; decoded when asked for, unless `cache` holds the pixels."""
 
     root: Path
     targets: Tensor
@@ -149,7 +149,7 @@ class FolderSource:
         return decode_image(self.read(index), self.names[index])
 
     def read(self, index: int) -> bytes:
-        """The picture file as it is. Raises BadImageError."""
+        """The image file as it is. Raises BadImageError."""
         name = self.names[index]
         return read_file(self.root / name, name)
 
@@ -174,9 +174,9 @@ class DataSplits:
     skipped: list[BadImage] = field(default_factory=list)
     """Files left out because they cannot be decoded (only with data.on_bad_image "skip")."""
     notes: list[str] = field(default_factory=list)
-    """What a person should know: ignored files, classes without held-out pictures."""
+    """What a person should know: ignored files, classes without held-out images."""
     ignored: list[str] = field(default_factory=list)
-    """Files in the folders that are no pictures by their ending, or lie in no class folder; relative paths."""
+    """Files in the folders that are no images by their ending, or lie in no class folder; relative paths."""
     parts: str = ""
     """For people: which folders or files are for training and which are held out; empty: drawn by data.split_seed."""
 
@@ -228,7 +228,7 @@ def split_by_seed(source: Selectable, config: DataConfig) -> tuple[ImageSource, 
         raise ValueError(f"data.val_fraction is {config.val_fraction}; it is a share between 0 and 1")
     train, val = held_out(source.names, source.targets.tolist(), config.val_fraction, config.split_seed)
     if not val:
-        raise ValueError(f"{len(train)} pictures, one a class: none can be held out. Add pictures, or a val/ folder.")
+        raise ValueError(f"{len(train)} images, one a class: none can be held out. Add images, or a val/ folder.")
     return source.select(train), source.select(val)
 
 
@@ -237,7 +237,7 @@ def raise_bad(bad: list[BadImage], total: int, where: Path) -> None:
     if bad:
         listed = "\n".join(f"  {item}" for item in bad)
         raise ValueError(
-            f"{len(bad)} of {total} pictures in {where} cannot be used:\n{listed}\n"
+            f"{len(bad)} of {total} images in {where} cannot be used:\n{listed}\n"
             'Repair or remove them, or leave them out with data.on_bad_image "skip".'
         )
 
@@ -302,7 +302,7 @@ def in_parallel(function: Callable[[Any], Item], items: Sequence[Any], chunk: in
 
 
 def cache_budget() -> int:
-    """Bytes of decoded pictures that "auto" keeps: 2 GB or a quarter of free memory, shared by the node's processes."""
+    """Bytes of decoded images that "auto" keeps: 2 GB or a quarter of free memory, shared by the node's processes."""
     free = free_memory()
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(0, min(2 << 30, 2 << 30 if free is None else free // 4) // local_processes)

@@ -1,7 +1,7 @@
-"""Label maps that follow their pictures: where each pixel of a training picture comes from, and what the map says there.
+"""Label maps that follow their images: where each pixel of a training image comes from, and what the map says there.
 
-A transform does not touch the map. It changes a `PictureFrame`, six numbers that say which place of the original picture
-lies at each place of the picture as it is now; crops, flips, shears and rotations are products of such frames. Only at
+A transform does not touch the map. It changes a `PictureFrame`, six numbers that say which place of the original image
+lies at each place of the image as it is now; crops, flips, shears and rotations are products of such frames. Only at
 the end, on the training's device and for the whole batch, `resample_label_maps` reads the map once at the places that
 the frames point to. Nothing is interpolated twice, and a worker moves no logits about.
 """
@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 
 class LabelMapReader(Protocol):
-    """Label maps by the name of the picture (`ImageSource.names`); `volo.data.label_maps.LabelMaps` is one."""
+    """Label maps by the name of the image (`ImageSource.names`); `volo.data.label_maps.LabelMaps` is one."""
 
     @property
     def num_classes(self) -> int: ...
@@ -31,18 +31,18 @@ class LabelMapReader(Protocol):
     def read_batch(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
         """The annotator's best classes at each position: logits, float [B, top, h, w], and int64 [B, top, h, w].
 
-        Raises ValueError that names a picture without a map.
+        Raises ValueError that names an image without a map.
         """
 
     def box(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """(top, left, bottom, right) of what a map shows of a picture of that size, in 0..1 of the picture."""
+        """(top, left, bottom, right) of what a map shows of an image of that size, in 0..1 of the image."""
 
 
 class PictureFrame(tv_tensors.TVTensor):
-    """Which part of the original a picture shows: moves along with it through torchvision's v2 transforms.
+    """Which part of the original an image shows: moves along with it through torchvision's v2 transforms.
 
-    A float64 tensor [S, 2, 3] of affine maps. The first takes a place (x, y, 1) of the picture as it is now to its place
-    in the original, both from 0 to 1 with (0, 0) at the top left corner. Every further one takes it to the picture as
+    A float64 tensor [S, 2, 3] of affine maps. The first takes a place (x, y, 1) of the image as it is now to its place
+    in the original, both from 0 to 1 with (0, 0) at the top left corner. Every further one takes it to the image as
     it was before an operation that filled in from outside: a place that falls outside 0..1 there shows filling.
 
     With `crop_order` "original" the frame says what the original tool of token labeling believed: rows and columns of a
@@ -54,7 +54,7 @@ class PictureFrame(tv_tensors.TVTensor):
 
     @classmethod
     def whole(cls, height: int, width: int, crop_order: str = "corrected") -> PictureFrame:
-        """The frame of a picture of height x width pixels that shows all of itself."""
+        """The frame of an image of height x width pixels that shows all of itself."""
         return cls._wrap(torch.eye(3, dtype=torch.float64)[None, :2], (height, width), crop_order)
 
     @classmethod
@@ -66,7 +66,7 @@ class PictureFrame(tv_tensors.TVTensor):
     def moved(self, step: Tensor, canvas_size: tuple[int, int], *, fills: bool = False) -> PictureFrame:
         """The frame after an operation whose result shows at (x, y, 1) what was at step @ (x, y, 1), step float64 [2, 3].
 
-        fills: what comes from outside 0..1 is filling, not a part of the picture.
+        fills: what comes from outside 0..1 is filling, not a part of the image.
         """
         maps = compose(self.as_subclass(Tensor), step)
         if fills:
@@ -82,7 +82,7 @@ def compose(outer: Tensor, inner: Tensor) -> Tensor:
 
 
 # What v2 transforms do to a frame. One that is not here raises TypeError in functionals, but transforms let unknown
-# tensors pass unchanged: `tests/data/test_token_labels.py` holds every transform of ours against moving pictures.
+# tensors pass unchanged: `tests/data/test_token_labels.py` holds every transform of ours against moving images.
 
 
 @F.register_kernel(functional=F.get_size, tv_tensor_cls=PictureFrame)
@@ -132,7 +132,7 @@ def _pad(
     padding = [padding] if isinstance(padding, int) else list(padding)
     left, top, right, bottom = (padding * 4)[:4]  # one number for all, (x, y), or one a side
     H, W = frame.canvas_size
-    # A mirrored border shows the picture again: places outside 0..1 are read mirrored.
+    # A mirrored border shows the image again: places outside 0..1 are read mirrored.
     return _crop(frame, -top, -left, H + top + bottom, W + left + right, fills=padding_mode == "constant")
 
 
@@ -189,7 +189,7 @@ def resample_label_maps(
     num_classes: int,
     boxes: Tensor | None = None,
 ) -> Tensor:
-    """Label maps read where the pictures of a batch now show them: logits float32 [B, rows * columns, num_classes].
+    """Label maps read where the images of a batch now show them: logits float32 [B, rows * columns, num_classes].
 
     Equal to ROI-align of the maps spread out over all classes (classes outside the top ones have logit 0), which is
     what token labeling was trained with, but it goes through the top entries alone. Each cell of the new grid is the mean
@@ -199,9 +199,9 @@ def resample_label_maps(
     Args:
         scores, classes: [B, top, h, w], classes int64.
         frames: [B, S, 2, 3].
-        size: rows and columns of the new grid; (1, 1) gives the label of all that the pictures show.
-        boxes: what the maps cover of their pictures, (top, left, bottom, right) in 0..1, [B, 4]; None: all. Where a map
-            ends before its picture does, its border goes on.
+        size: rows and columns of the new grid; (1, 1) gives the label of all that the images show.
+        boxes: what the maps cover of their images, (top, left, bottom, right) in 0..1, [B, 4]; None: all. Where a map
+            ends before its image does, its border goes on.
     """
     B, T, h, w = scores.shape
     rows, columns = size
@@ -211,10 +211,10 @@ def resample_label_maps(
     start: Tensor | float = 0.0
     if boxes is not None:
         start = boxes[:, None, [1, 0]]  # (left, top): [B, 1, 2]
-        cells = cells / (boxes[:, [3, 2]] - boxes[:, [1, 0]])  # places of the map in the length of a whole picture
+        cells = cells / (boxes[:, [3, 2]] - boxes[:, [1, 0]])  # places of the map in the length of a whole image
 
     def samples(axis: int, count: int) -> tuple[Tensor, Tensor]:
-        """Places in 0..1 along an axis of the picture and their weights, [B, count * most]."""
+        """Places in 0..1 along an axis of the image and their weights, [B, count * most]."""
         most = max(1, -(-max(h, w) // count))
         length = (to_map[:, :, axis] * cells).norm(dim=1) / count  # of a new cell, in places of the map
         number = (length - 1e-4).ceil().clamp(1, most)[:, None]  # [B, 1]
@@ -260,7 +260,7 @@ def resample_label_maps(
 
 
 def resample_position_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """An annotator's logits [B, h, w, K] for all of a picture -> [B, rows * columns, K], by the rule of
+    """An annotator's logits [B, h, w, K] for all of an image -> [B, rows * columns, K], by the rule of
     `resample_label_maps`."""
     B, h, w, _ = logits.shape
     if (h, w) == size:

@@ -1,4 +1,4 @@
-"""From a decoded picture to the model: uint8 transforms in the workers, then floats in `PixelPipeline`."""
+"""From a decoded image to the model: uint8 transforms in the workers, then floats in `PixelPipeline`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MODES = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.Interpolation
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):
-    """torchvision's, but "random" interpolation draws bilinear or bicubic for each picture."""
+    """torchvision's, but "random" interpolation draws bilinear or bicubic for each image."""
 
     def __init__(
         self, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], interpolation: str
@@ -72,7 +72,7 @@ def eval_transform(data: DataConfig) -> Callable[[Tensor], Tensor]:
 
 
 def squash_transform(data: DataConfig) -> Callable[[Tensor], Tensor]:
-    """uint8 [..., 3, h, w] -> uint8 [..., 3, H, W] of `data.img_size`: the whole picture, whatever its shape."""
+    """uint8 [..., 3, h, w] -> uint8 [..., 3, H, W] of `data.img_size`: the whole image, whatever its shape."""
     mode = _MODES["bilinear" if data.interpolation == "bilinear" else "bicubic"]
     return v2.Resize(list(height_width(data.img_size)), mode, antialias=True)
 
@@ -85,7 +85,7 @@ def fit_transform(data: DataConfig) -> Callable[[Tensor], Tensor]:
 def train_transform(data: DataConfig, augment: AugmentConfig, *, crop_last: bool = False) -> Callable[[Tensor], Tensor]:
     """uint8 [3, h, w] -> uint8 [3, H, W] of `data.img_size`; draws from torch's CPU generator. Raises ValueError.
 
-    crop_last: flip and RandAugment work on the whole picture, as in the original tool of token labeling; else on the
+    crop_last: flip and RandAugment work on the whole image, as in the original tool of token labeling; else on the
     crop, as in timm, which is several times faster for photographs.
     """
     check_augment(data, augment)
@@ -131,14 +131,14 @@ def check_augment(data: DataConfig, augment: AugmentConfig) -> None:
             )
     if augment.crop == "pad" and not 0 <= augment.pad < min(height_width(data.img_size)):
         raise ValueError(
-            f"augment.pad is {augment.pad}; a reflected border is narrower than the picture ({data.img_size} px)"
+            f"augment.pad is {augment.pad}; a reflected border is narrower than the image ({data.img_size} px)"
         )
 
 
 class PixelPipeline(nn.Module):
     """Batches of pixels to what the model eats, on the model's device: uint8 [B, 3, H, W] -> float32 [B, 3, H, W].
 
-    Normalises; in training mode it also erases one random rectangle in a share `erase_prob` of the pictures (random
+    Normalises; in training mode it also erases one random rectangle in a share `erase_prob` of the images (random
     erasing, Zhong et al., arXiv 1708.04896; aspect 0.3 to 3.3), drawing from the device's global generator.
     """
 
@@ -163,7 +163,7 @@ class PixelPipeline(nn.Module):
     def _erase(self, images: Tensor) -> Tensor:
         B, _, H, W = images.shape
         low, high = self.augment.erase_scale
-        # Ten candidates for each picture at once; the first that fits is taken, as a loop with ten tries would do.
+        # Ten candidates for each image at once; the first that fits is taken, as a loop with ten tries would do.
         draws = torch.rand(2, B, 10, device=images.device)
         area = (low + (high - low) * draws[0]) * (H * W)
         aspect = torch.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * draws[1])

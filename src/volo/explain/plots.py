@@ -1,4 +1,4 @@
-"""Pictures of a run: loss and accuracy over time, who is taken for whom, what was seen in which picture."""
+"""Images of a run: loss and accuracy over time, who is taken for whom, what was seen in which image."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ MAX_FIGURES, MAX_NAMES = 20, 60
 
 @dataclass(frozen=True)
 class SheetItem:
-    """One picture of a prediction sheet."""
+    """One image of a prediction sheet."""
 
     image: Tensor | np.ndarray
     """uint8 [3, H, W], any size."""
@@ -145,7 +145,7 @@ def confusion_matrix(
 ) -> None:
     """Draw a confusion matrix (rows: truth, columns: prediction, counts of `unit`) as a PNG.
 
-    Colours are shares of each row; so are the figures in the cells, in percent, where what was counted is not pictures.
+    Colours are shares of each row; so are the figures in the cells, in percent, where what was counted is not images.
     Above 60 classes the names give way to a list of the most frequent confusions.
     """
     counts = np.asarray(confusion, dtype=np.int64)
@@ -220,16 +220,16 @@ def confusion_matrix(
 
 
 def prediction_sheet(items: Sequence[SheetItem], out: str | Path, columns: int = 0) -> None:
-    """Draw pictures with their most probable classes (up to three) as bars, as a PNG.
+    """Draw images with their most probable classes (up to three) as bars, as a PNG.
 
-    columns: 0 chooses from the number of pictures. Raises ValueError for an empty sheet.
+    columns: 0 chooses from the number of images. Raises ValueError for an empty sheet.
     """
     if not items:
-        raise ValueError("a prediction sheet needs at least one picture that could be read")
+        raise ValueError("a prediction sheet needs at least one image that could be read")
     columns = min(columns or max(4, min(8, math.ceil(math.sqrt(1.6 * len(items))))), len(items))
     rows = math.ceil(len(items) / columns)
     num_bars = max(1, max(min(3, len(item.top)) for item in items))
-    lines = num_bars + any(item.truth is not None for item in items)  # of text below a picture
+    lines = num_bars + any(item.truth is not None for item in items)  # of text below an image
     bar_height = 0.27 * (lines + 0.3)
     shown = [name for item in items for name in (item.name, item.truth or "", *(name for name, _ in item.top))]
     names = _Names(dict.fromkeys(shown))
@@ -249,9 +249,9 @@ def prediction_sheet(items: Sequence[SheetItem], out: str | Path, columns: int =
 
 def _draw_picture(axes: Axes, item: SheetItem, names: _Names) -> None:
     image = np.asarray(item.image).transpose(1, 2, 0)
-    # Pixels of tiny pictures are shown as they are; a blur would look like a fault of the picture.
+    # Pixels of tiny images are shown as they are; a blur would look like a fault of the image.
     axes.imshow(image, interpolation="nearest" if max(image.shape[:2]) < 100 else "antialiased")
-    # All pictures get the same square, whatever their shape.
+    # All images get the same square, whatever their shape.
     axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, facecolor="#f3f5f7", zorder=-1))
     H, W = image.shape[:2]
     half = max(H, W) / 2
@@ -310,7 +310,7 @@ def class_bars(
 
 @dataclass(frozen=True)
 class OverlayItem:
-    """One picture of an overlay sheet."""
+    """One image of an overlay sheet."""
 
     image: Tensor | np.ndarray
     """uint8 [3, H, W]."""
@@ -324,12 +324,12 @@ class OverlayItem:
 def overlay_sheet(
     items: Sequence[OverlayItem], classes: Sequence[str], colours: Sequence[Sequence[int]], out: str | Path
 ) -> None:
-    """Draw pictures, the truth where it is known, and what a model saw, side by side with a legend, as a PNG.
+    """Draw images, the truth where it is known, and what a model saw, side by side with a legend, as a PNG.
 
     Raises ValueError for an empty sheet.
     """
     if not items:
-        raise ValueError("an overlay sheet needs at least one picture that could be read")
+        raise ValueError("an overlay sheet needs at least one image that could be read")
     table = np.zeros((256, 3), np.uint8)
     table[: len(colours)] = np.asarray(colours, np.uint8)
     columns = 3 if any(item.truth is not None for item in items) else 2

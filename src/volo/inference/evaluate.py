@@ -1,4 +1,4 @@
-"""Score a classifier on labelled pictures."""
+"""Score a classifier on labelled images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class MirrorAveraged(nn.Module):
     """A classifier that looks twice: images [B, 3, H, W] -> the logarithm [B, num_classes] of the mean of what it gives
-    the picture and its mirror image, as probabilities. Twice the time, and usually a few tenths of a per cent."""
+    the image and its mirror image, as probabilities. Twice the time, and usually a few tenths of a per cent."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -117,13 +117,13 @@ def evaluate(
         pixels: the data module's `PixelPipeline`, uint8 -> normalised float.
         amp: "off", "bf16" or "fp16": the type of autocast.
         class_map: class of the model for each class of the data (`match_classes`); None: they are the same.
-        label_sets: right classes of each picture, by its index in the data (`read_real_labels`): scored as well, and
-            reported under "real" with the keys of the others. Pictures with an empty set are left out there.
-        on_batch: called with the number of pictures done so far on this rank.
+        label_sets: right classes of each image, by its index in the data (`read_real_labels`): scored as well, and
+            reported under "real" with the keys of the others. Images with an empty set are left out there.
+        on_batch: called with the number of images done so far on this rank.
 
     Returns:
-        `ClassificationMetrics.compute()`, over the pictures of all ranks when torch.distributed is set up: then every
-        rank must call this, each with its own share of the pictures.
+        `ClassificationMetrics.compute()`, over the images of all ranks when torch.distributed is set up: then every
+        rank must call this, each with its own share of the images.
 
     Raises ValueError, with the image's name, for logits that are not finite.
     """
@@ -155,7 +155,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Pictures to score a model on."""
+    """Images to score a model on."""
 
     source: ImageSource
     class_map: list[int] | None
@@ -174,7 +174,7 @@ def open_labelled(
     *,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LabelledData:
-    """Pictures to score a model with `classes` on, prepared as `data` (that of its training) says.
+    """Images to score a model with `classes` on, prepared as `data` (that of its training) says.
 
     Args:
         path: None: the images held out from the training. A folder of class folders, named like the classes, by their
@@ -195,7 +195,7 @@ def open_labelled(
     elif data.path or data.kind != "auto":
         is_new = False
     else:
-        raise ValueError("these weights come without pictures; give a folder of class folders with --data")
+        raise ValueError("these weights come without images; give a folder of class folders with --data")
 
     is_arrays, is_cifar = is_npz(given, data.splits), any(given.glob("cifar-*"))
     if is_new and (is_arrays or (is_shards(given, data.splits) and not is_cifar)):
@@ -221,7 +221,7 @@ def open_labelled(
 
 
 def read_real_labels(path: str | Path, names: Sequence[str], num_classes: int = 1000) -> list[list[int]]:
-    """ReaL labels (github.com/google-research/reassessed-imagenet, real.json) for pictures called `names`.
+    """ReaL labels (github.com/google-research/reassessed-imagenet, real.json) for images called `names`.
 
     The file is a list of lists of classes, in the order of ILSVRC2012_val_00000001 to ..._00050000; the numbers are
     looked up in `names`. Raises ValueError for another kind of file or name, FileNotFoundError.
@@ -245,8 +245,8 @@ def read_real_labels(path: str | Path, names: Sequence[str], num_classes: int = 
         match = re.search(r"ILSVRC2012_val_(\d{8})", name)
         if match is None or not 1 <= int(match[1]) <= len(labels):
             raise ValueError(
-                f"ReaL labels go by the picture's number, ILSVRC2012_val_00000001 to ILSVRC2012_val_{len(labels):08d}; "
-                f"{name!r} is none of these. Evaluate the ImageNet validation pictures under their own names, or leave --real out"
+                f"ReaL labels go by the image's number, ILSVRC2012_val_00000001 to ILSVRC2012_val_{len(labels):08d}; "
+                f"{name!r} is none of these. Evaluate the ImageNet validation images under their own names, or leave --real out"
             )
         chosen.append(labels[int(match[1]) - 1])
     return chosen

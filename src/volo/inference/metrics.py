@@ -15,10 +15,10 @@ _CONFIDENCE_ONE = 2**24
 
 
 class ClassificationMetrics:
-    """Sums over the pictures seen so far; `compute` turns them into figures.
+    """Sums over the images seen so far; `compute` turns them into figures.
 
-    The target of a picture is one class, or a set of classes that are all right (ReaL, Beyer et al., arXiv 2006.07159);
-    pictures with an empty set are left out, as that paper does. In the confusion matrix a picture with several labels
+    The target of an image is one class, or a set of classes that are all right (ReaL, Beyer et al., arXiv 2006.07159);
+    images with an empty set are left out, as that paper does. In the confusion matrix an image with several labels
     counts for the one that was predicted if it is among them, otherwise for the lowest.
     """
 
@@ -27,7 +27,7 @@ class ClassificationMetrics:
             raise ValueError(f"num_classes is at least 1; given: {num_classes}")
         self.num_classes = num_classes
         self._top = torch.zeros(2, dtype=torch.int64, device=device)  # hits at 1 and at min(5, K)
-        self._bins = torch.zeros(3, ECE_BINS, dtype=torch.int64, device=device)  # pictures, hits, sum of confidences
+        self._bins = torch.zeros(3, ECE_BINS, dtype=torch.int64, device=device)  # images, hits, sum of confidences
         self._confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)  # [truth, prediction]
         # Apple's GPUs have no float64.
         float_type = torch.float32 if self._top.device.type == "mps" else torch.float64
@@ -43,7 +43,7 @@ class ClassificationMetrics:
         K = self.num_classes
         if logits.dim() != 2 or logits.shape[1] != K or len(logits) != len(target):
             raise ValueError(
-                f"logits are [pictures, {K} classes] with as many targets; given: logits {tuple(logits.shape)} "
+                f"logits are [images, {K} classes] with as many targets; given: logits {tuple(logits.shape)} "
                 f"and {len(target)} targets"
             )
         logits = logits.to(self._top.device).float()
@@ -91,16 +91,16 @@ class ClassificationMetrics:
     def compute(self) -> dict[str, Any]:
         """Figures as plain numbers and lists, accuracies as shares in 0..1.
 
-        Keys: count (pictures); top1; top5 (top-K for K < 5); mean_class_accuracy (over the classes that have pictures);
+        Keys: count (images); top1; top5 (top-K for K < 5); mean_class_accuracy (over the classes that have images);
         ece (expected calibration error, 15 bins of equal width, Guo et al., arXiv 1706.04599); loss (mean negative
-        log-likelihood); per_class_accuracy ([K], None for a class without pictures); confusion ([K][K], rows: truth).
-        Raises ValueError if no picture was seen.
+        log-likelihood); per_class_accuracy ([K], None for a class without images); confusion ([K][K], rows: truth).
+        Raises ValueError if no image was seen.
         """
         count = int(self._bins[0].sum())
         if count == 0:
-            raise ValueError("no labelled pictures were evaluated: the data is empty, or none of it has a label")
+            raise ValueError("no labelled images were evaluated: the data is empty, or none of it has a label")
         confusion = self._confusion.cpu()
-        per_class = confusion.diagonal().double() / confusion.sum(dim=1)  # NaN where a class has no pictures
+        per_class = confusion.diagonal().double() / confusion.sum(dim=1)  # NaN where a class has no images
         bins = self._bins.cpu().double()
         ece = (bins[1] - bins[2] / _CONFIDENCE_ONE).abs().sum() / count
         return {

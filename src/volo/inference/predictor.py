@@ -1,4 +1,4 @@
-"""Name what is in pictures: find them, run a classifier over them, write the answers down."""
+"""Name what is in images: find them, run a classifier over them, write the answers down."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from volo.inference.model_source import LoadedModel, load
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a picture shows, most probable first; for a picture that could not be read `error` says why."""
+    """What an image shows, most probable first; for an image that could not be read `error` says why."""
 
     name: str
     top: tuple[tuple[str, float], ...]
@@ -34,15 +34,15 @@ class Prediction:
 
 
 def find_pictures(inputs: Sequence[str], lines: Iterable[str] = ()) -> list[Path]:
-    """Pictures behind files, folders (searched to the bottom, sorted), globs ("in/*.jpg", "in/**/*.png") and "-".
+    """Images behind files, folders (searched to the bottom, sorted), globs ("in/*.jpg", "in/**/*.png") and "-".
 
     "-" stands for the paths in `lines`, one a line: those are not looked at here, so that one that is gone is reported
-    among the predictions. A picture that is named twice is listed once.
+    among the predictions. An image that is named twice is listed once.
     Raises FileNotFoundError for a path that is not there, ValueError for no inputs, and for a folder or glob without
-    pictures.
+    images.
     """
     if not inputs:
-        raise ValueError("name the pictures: files, folders, globs in quotes, or - for paths on standard input")
+        raise ValueError("name the images: files, folders, globs in quotes, or - for paths on standard input")
     found: dict[Path, None] = {}
     for given in inputs:
         path = Path(given)
@@ -56,13 +56,13 @@ def find_pictures(inputs: Sequence[str], lines: Iterable[str] = ()) -> list[Path
             pictures = sorted(Path(p) for p in glob.glob(given, recursive=True) if Path(p).is_file())
         else:
             raise FileNotFoundError(
-                f"no file or folder {given!r}; give pictures, folders, globs, or - for standard input"
+                f"no file or folder {given!r}; give images, folders, globs, or - for standard input"
             )
         if not pictures:
             raise ValueError(
-                "standard input holds no paths; give one picture a line"
+                "standard input holds no paths; give one image a line"
                 if given == "-"
-                else f"no pictures in {given!r}; a folder is searched for files with the ending of a picture (.jpg, .png, ...)"
+                else f"no images in {given!r}; a folder is searched for files with the ending of an image (.jpg, .png, ...)"
             )
         found.update(dict.fromkeys(pictures))
     return list(found)
@@ -150,7 +150,7 @@ def predict(
 
 
 def to_json(predictions: Iterable[Prediction]) -> Iterator[str]:
-    """One JSON array, a picture a line: {"picture", "predictions": [{"class", "probability"}]} or {"picture", "error"}."""
+    """One JSON array, an image a line: {"picture", "predictions": [{"class", "probability"}]} or {"picture", "error"}."""
     separator = "[\n"
     for prediction in predictions:
         answer = (

@@ -1,4 +1,4 @@
-"""Name the pixels of pictures: index masks, coloured overlays, areas; large pictures piece by piece in bounded memory."""
+"""Name the pixels of images: index masks, coloured overlays, areas; large images piece by piece in bounded memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from volo.inference.windows import resized_strips, window_logits
 from volo.models.segmenter import Segmenter
 
 WHOLE_PIXELS = 1 << 20
-"""Pictures of up to so many pixels are seen whole unless the user asks for windows."""
+"""Images of up to so many pixels are seen whole unless the user asks for windows."""
 WINDOW = 512
 """Side of windows at the least: below, too little of the surroundings is seen."""
 OPACITY = 0.55
@@ -46,7 +46,7 @@ SOFTWARE = "volo segment"
 
 @dataclass(frozen=True)
 class Segmented:
-    """What the pixels of a picture show; for a picture that could not be read `error` says why."""
+    """What the pixels of an image show; for an image that could not be read `error` says why."""
 
     name: str
     classes: np.ndarray
@@ -62,7 +62,7 @@ class Segmented:
 
 
 def default_window(classifier: LoadedModel[Segmenter], size: tuple[int, int]) -> HowToTest:
-    """How a picture of so many pixels is looked at where nobody says: whole if it is small, else by windows."""
+    """How an image of so many pixels is looked at where nobody says: whole if it is small, else by windows."""
     if (made_for := getattr(classifier.model, "size", None)) is not None:  # an exported file takes no other
         return HowToTest.by_windows(made_for)
     if size[0] * size[1] <= WHOLE_PIXELS:
@@ -85,21 +85,21 @@ def segment(
     amp: str = "off",
     on_window: Callable[[int, int], None] | None = None,
 ) -> Iterator[Segmented]:
-    """The class of each pixel of each picture, at the picture's own size, one picture after the other.
+    """The class of each pixel of each image, at the image's own size, one image after the other.
 
-    Windows overlap and are blended smoothly, strip by strip: besides the picture and its answer (4 bytes a pixel) memory
-    holds one row of windows (a column of wide pictures). Scales and mirror images are those of each window.
+    Windows overlap and are blended smoothly, strip by strip: besides the image and its answer (4 bytes a pixel) memory
+    holds one row of windows (a column of wide images). Scales and mirror images are those of each window.
 
     Args:
-        how: windows, scales, mirror images; None: whole for small pictures, else windows (`default_window`).
+        how: windows, scales, mirror images; None: whole for small images, else windows (`default_window`).
         scales, flip: as in `HowToTest`, where `how` is None.
-        as_scored: as `evaluate_segmentation` does it: the scaled picture is cut into windows, which are averaged evenly.
-            The probabilities of the whole picture are kept in memory.
+        as_scored: as `evaluate_segmentation` does it: the scaled image is cut into windows, which are averaged evenly.
+            The probabilities of the whole image are kept in memory.
         batch_size: windows that pass the model at once.
         amp: "off", "bf16" or "fp16": the type of autocast.
-        on_window: called with (windows done, windows of this picture).
+        on_window: called with (windows done, windows of this image).
 
-    A picture that cannot be read gives a `Segmented` with `error`. Raises ValueError, naming the picture, where the model's
+    An image that cannot be read gives a `Segmented` with `error`. Raises ValueError, naming the image, where the model's
     answer is not finite.
     """
     if amp not in AMP_DTYPES:
@@ -138,7 +138,7 @@ def _classes(
     device: torch.device,
     on_window: Callable[[int, int], None] | None,
 ) -> np.ndarray:
-    """uint8 [*size] from one picture, uint8 [1, 3, h, w]. Raises FloatingPointError for answers that are not finite."""
+    """uint8 [*size] from one image, uint8 [1, 3, h, w]. Raises FloatingPointError for answers that are not finite."""
     if images.shape[-1] > images.shape[-2] and how.window is not None:
         # From left to right, turned: a row of windows, which memory holds, is then as short as it can be.
         def turned(crops: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def _classes(
         on_window=on_window,
     )
     if scaled != size:
-        # The picture was scaled for the model: logits are scaled back, not the numbers of classes.
+        # The image was scaled for the model: logits are scaled back, not the numbers of classes.
         strips = resized_strips(strips, scaled[0], size)
     for top, logits in strips:
         answer[top : top + logits.shape[2]] = _best(logits)
@@ -208,7 +208,7 @@ def cityscapes_name(picture: str | Path) -> str:
 
 
 def blend(image: Tensor, classes: np.ndarray, colours: Sequence[Colour], opacity: float = OPACITY) -> np.ndarray:
-    """The picture uint8 [3, H, W] under the colours of its classes: uint8 [H, W, 3], strip by strip."""
+    """The image uint8 [3, H, W] under the colours of its classes: uint8 [H, W, 3], strip by strip."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(colours)] = colours
     pixels = image.permute(1, 2, 0).numpy()
@@ -222,7 +222,7 @@ def blend(image: Tensor, classes: np.ndarray, colours: Sequence[Colour], opacity
 def write_overlay(
     path: Path, image: Tensor, classes: np.ndarray, names: Sequence[str], colours: Sequence[Colour]
 ) -> None:
-    """A PNG of the picture under the colours of its classes; below it the names and shares of those that occur."""
+    """A PNG of the image under the colours of its classes; below it the names and shares of those that occur."""
     mixed = Image.fromarray(blend(image, classes, colours))
     areas = np.bincount(classes.ravel(), minlength=len(names))
     order = [int(i) for i in np.argsort(-areas, kind="stable") if areas[i]]
@@ -283,7 +283,7 @@ def areas_json(result: Segmented, names: Sequence[str], files: dict[str, str]) -
 
 
 def output_names(pictures: Sequence[Path]) -> list[str]:
-    """A name for the files of each picture: its stem, with as many of its folders as it takes to tell all apart."""
+    """A name for the files of each image: its stem, with as many of its folders as it takes to tell all apart."""
     names = [path.stem for path in pictures]
     depth = 1
     while len(set(names)) < len(names) and depth < max((len(p.parts) for p in pictures), default=0):
@@ -296,17 +296,17 @@ def output_names(pictures: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):  # a.jpg beside a.png
         names = [path.name.replace(".", "_") if names.count(name) > 1 else name for name, path in zip(names, pictures)]
     if len(set(names)) < len(names):
-        raise ValueError("some pictures differ in nothing their results could be named after; segment them separately")
+        raise ValueError("some images differ in nothing their results could be named after; segment them separately")
     return names
 
 
 def output_files(
     pictures: Sequence[Path], out: Path, *, cityscapes: bool = False, overlays: bool = True
 ) -> list[dict[str, str]]:
-    """Names in `out` of each picture's files: "mask", and "overlay" if wanted; none of them is written yet.
+    """Names in `out` of each image's files: "mask", and "overlay" if wanted; none of them is written yet.
 
-    For Cityscapes there are masks alone: its script takes whatever is named like a picture for a prediction.
-    Raises ValueError where a file would replace a picture, or one of another picture.
+    For Cityscapes there are masks alone: its script takes whatever is named like an image for a prediction.
+    Raises ValueError where a file would replace an image, or one of another image.
     """
     if cityscapes:
         files = [{"mask": cityscapes_name(path)} for path in pictures]
@@ -322,7 +322,7 @@ def output_files(
             target = out / name
             if (picture := inputs.get(target.resolve())) is not None:
                 raise ValueError(
-                    f"{target}, a result of {path}, would replace the picture {picture}; choose another --out"
+                    f"{target}, a result of {path}, would replace the image {picture}; choose another --out"
                 )
             if name in taken:
                 raise ValueError(f"{taken[name]} and {path} would both write {target}; segment them separately")
@@ -344,7 +344,7 @@ def is_result(path: Path) -> bool:
 def earlier_areas(
     out: Path, pictures: Sequence[Path], targets: Sequence[dict[str, str]], classifier: LoadedModel[Segmenter]
 ) -> list[dict[str, Any]]:
-    """What areas.json in `out` says of other pictures than these, from earlier calls; nothing is written.
+    """What areas.json in `out` says of other images than these, from earlier calls; nothing is written.
 
     Raises ValueError where one of `targets` (of `output_files`) or areas.json is there and is nobody's result of
     `volo segment`, and where the results there are of a model with other classes.
@@ -385,7 +385,7 @@ def _write_png(path: Path, image: Image.Image) -> None:
 
 
 def areas_text(entries: Sequence[dict[str, Any]], classifier: LoadedModel[Segmenter], how: str) -> str:
-    """What areas.json says: the model, its classes and colours, and the areas in each picture (of another model where an
+    """What areas.json says: the model, its classes and colours, and the areas in each image (of another model where an
     entry names one)."""
     content = {
         "model": classifier.origin,

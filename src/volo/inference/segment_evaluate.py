@@ -1,4 +1,4 @@
-"""Score a segmentation model on pictures with masks: in one piece, by windows, at several scales, mirrored."""
+"""Score a segmentation model on images with masks: in one piece, by windows, at several scales, mirrored."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NOT_FINITE = "try --amp off or bf16 if it was fp16, else its weights are damaged
 
 @dataclass(frozen=True)
 class HowToTest:
-    """What a model sees of a picture."""
+    """What a model sees of an image."""
 
     window: tuple[int, int] | None = None
-    """Height and width of overlapping windows; None: the whole picture at once."""
+    """Height and width of overlapping windows; None: the whole image at once."""
     stride: tuple[int, int] | None = None
     """From window to window; None: two thirds of it."""
     scales: tuple[float, ...] = (1.0,)
@@ -55,7 +55,7 @@ class HowToTest:
         return cls(sides, (steps[0], steps[1]), **options)
 
     def __str__(self) -> str:
-        how = "whole pictures" if self.window is None else f"windows of {_by(self.window)} every {_by(self.steps)}"
+        how = "whole images" if self.window is None else f"windows of {_by(self.window)} every {_by(self.steps)}"
         return how + self.views
 
     @property
@@ -73,7 +73,7 @@ class HowToTest:
 def log_probabilities(
     model: Callable[[Tensor], Tensor], images: Tensor, size: tuple[int, int], how: HowToTest, batch_size: int = 1
 ) -> Tensor:
-    """Log-probabilities [B, K, *size] of normalised pictures [B, 3, h, w], as `how` says; model in eval mode."""
+    """Log-probabilities [B, K, *size] of normalised images [B, 3, h, w], as `how` says; model in eval mode."""
 
     def logits_of(scaled: Tensor) -> Tensor:
         if how.window is None:
@@ -105,10 +105,10 @@ def evaluate_segmentation(
         pixels: the data module's `PixelPipeline`, uint8 -> normalised float.
         batch_size: windows that pass the model at once.
         class_map: class of the model for each class of the data; None: they are the same.
-        on_batch: called with the number of pictures done so far on this rank.
+        on_batch: called with the number of images done so far on this rank.
 
-    Returns `SegmentationMetrics.compute()`, over the pictures of all ranks when torch.distributed is set up: then every
-    rank must call this, each with its own share of the pictures. Raises ValueError, with the image's name, for answers that
+    Returns `SegmentationMetrics.compute()`, over the images of all ranks when torch.distributed is set up: then every
+    rank must call this, each with its own share of the images. Raises ValueError, with the image's name, for answers that
     are not finite.
     """
     device = torch.device(device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from volo.data.masks import IGNORE
 
 BOUNDARY_SHARE = 0.02
-"""Width of the boundary band as a share of the picture's diagonal (Boundary IoU, arXiv 2103.16562)."""
+"""Width of the boundary band as a share of the image's diagonal (Boundary IoU, arXiv 2103.16562)."""
 
 
 class SegmentationMetrics:
@@ -82,7 +82,7 @@ class SegmentationMetrics:
     def compute(self) -> dict[str, Any]:
         """Figures as plain numbers and lists, shares in 0..1.
 
-        Keys: count (pictures); miou (mean over the classes that occur in truth or prediction); pixel_accuracy;
+        Keys: count (images); miou (mean over the classes that occur in truth or prediction); pixel_accuracy;
         mean_class_accuracy (over the classes that occur in the truth); boundary_iou (mean over classes that have a
         boundary; absent if not asked for); loss (mean negative log-likelihood of a pixel; absent if never given);
         per_class_iou, per_class_accuracy, per_class_boundary_iou ([K], None where a class does not occur); confusion
@@ -118,7 +118,7 @@ def boundary_band(labels: Tensor) -> Tensor:
     """Pixels near where a class ends: bool [B, H, W] from labels [B, H, W].
 
     A pixel belongs to the band if a square window around it, reaching 2 % of the diagonal to each side, holds another
-    label or leaves the picture: what erosion with that window takes away from the mask of its class (arXiv 2103.16562).
+    label or leaves the image: what erosion with that window takes away from the mask of its class (arXiv 2103.16562).
     """
     H, W = labels.shape[-2:]
     reach = max(1, round(BOUNDARY_SHARE * math.hypot(H, W)))

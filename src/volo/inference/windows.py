@@ -1,4 +1,4 @@
-"""Logits of pictures that are too large for one pass, or should not be seen in one: overlapping windows, scales, flips."""
+"""Logits of images that are too large for one pass, or should not be seen in one: overlapping windows, scales, flips."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def window_logits(
     device: torch.device | str | None = None,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Logits of whole pictures from overlapping windows, as strips from top to bottom: (first row, [B, K, rows, W]).
+    """Logits of whole images from overlapping windows, as strips from top to bottom: (first row, [B, K, rows, W]).
 
     Where windows overlap their logits are averaged: evenly, or with `smooth` by weights that rise from the edge of a
     window to its inside, so that no seams show. A strip is handed out, as float32 on `device`, as soon as no window to
-    come touches it: memory grows with one row of windows, not with the height of the picture. A picture no larger than
+    come touches it: memory grows with one row of windows, not with the height of the image. An image no larger than
     the window is passed whole.
 
     Args:
@@ -139,7 +139,7 @@ def resized_strips(
 def multi_scale_log_probs(
     logits_of: Callable[[Tensor], Tensor], images: Tensor, size: tuple[int, int], scales: Sequence[float], flip: bool
 ) -> Tensor:
-    """Log of the probabilities, averaged over scaled and mirrored pictures: [B, K, *size] from float images [B, 3, h, w].
+    """Log of the probabilities, averaged over scaled and mirrored images: [B, K, *size] from float images [B, 3, h, w].
 
     A single scale without flip gives `logits_of(images)` at `size`, in log-probabilities.
     """

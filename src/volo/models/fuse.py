@@ -330,7 +330,7 @@ def use_training_kernels(model: nn.Module) -> None:
 
 class PackedLinear(nn.Linear):
     """A Linear for inference, and the GELU behind it if `gelu`: on a CPU it keeps a second copy of its weight, in the layout
-    of oneDNN's matrix kernels. Wherever these cannot serve (see `volo.ops.linear`) it is a plain Linear (and GELU).
+    of oneDNN's matrix kernels. Wherever these cannot be used (see `volo.ops.linear`) it is a plain Linear (and GELU).
 
     Parameters are those of `linear`, shared. The copy is made at the first call, and again after the weight has changed.
     """

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PYRAMID_STRIDES = (4, 8, 16, 32)
-"""Pixels of the picture between two positions of each level that decoders are given."""
+"""Pixels of the image between two positions of each level that decoders are given."""
 
 
 class ConvModule(nn.Module):
@@ -98,7 +98,7 @@ class UPerHead(nn.Module):
     The coarsest map passes pyramid pooling (PPM), its answer goes down the lateral path, and the four maps that come
     out are fused at the size of the finest.
 
-    Raises ValueError in training on a batch of one picture, whose 1 x 1 bin has no statistics for BatchNorm.
+    Raises ValueError in training on a batch of one image, whose 1 x 1 bin has no statistics for BatchNorm.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class UPerHead(nn.Module):
         bn = self.bottleneck.bn
         if bn.training and len(x) == 1 and 1 in self.pool_scales and not isinstance(bn, nn.SyncBatchNorm):
             raise ValueError(
-                "UPerNet's pyramid pooling has a bin that holds one value for each picture, so BatchNorm needs at least two "
-                "pictures a micro batch. Use larger micro batches (a larger batch or fewer accumulation steps), "
+                "UPerNet's pyramid pooling has a bin that holds one value for each image, so BatchNorm needs at least two "
+                "images a micro batch. Use larger micro batches (a larger batch or fewer accumulation steps), "
                 "train.batch_norm 'sync' with several GPUs, or the fpn head"
             )
         pooled = [resize_to(module(x), x) for module in self.psp_modules]
@@ -185,7 +185,7 @@ def classifier(channels: int, num_classes: int) -> nn.Conv2d:
 
 
 def resize_to(x: Tensor, target: Tensor) -> Tensor:
-    """`x` [B, C, h, w] bilinearly at height and width of `target`, pixel centres aligned as pictures are resized."""
+    """`x` [B, C, h, w] bilinearly at height and width of `target`, pixel centres aligned as images are resized."""
     if x.shape[-2:] == target.shape[-2:]:
         return x
     return F.interpolate(x, size=target.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""VOLO, from pictures to logits, in the order of the paper (arXiv 2106.13112, section 3 and Table 2)."""
+"""VOLO, from images to logits, in the order of the paper (arXiv 2106.13112, section 3 and Table 2)."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class VOLOConfig:
     outlooker_drop_path: bool = False
     """Let outlookers take part in stochastic depth; the original counts them in the schedule but leaves them out."""
     pad_input: bool = False
-    """Pad pictures at the right and bottom to the next legal size instead of refusing them."""
+    """Pad images at the right and bottom to the next legal size instead of refusing them."""
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ class VOLOConfig:
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of a picture are multiples of this many pixels."""
+        """Height and width of an image are multiples of this many pixels."""
         return self.patch_size * 2
 
     @property
@@ -296,7 +296,7 @@ class VOLO(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.aux_head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
-    # From pictures to tokens
+    # From images to tokens
 
     def forward_embed(self, images: Tensor) -> Tensor:
         """Stem: images [B, in_chans, H, W] -> fine tokens [B, H / patch_size, W / patch_size, C1]."""
@@ -511,7 +511,7 @@ def _interpolation(length: int, new_length: int, antialias: bool, device: torch.
 def _size_message(size: tuple[int, int], multiple: int) -> str:
     legal = tuple(-(-s // multiple) * multiple for s in size)
     return (
-        f"pictures must have height and width in multiples of {multiple} pixels; given: {size[0]} x {size[1]}. "
+        f"images must have height and width in multiples of {multiple} pixels; given: {size[0]} x {size[1]}. "
         f"The next legal size is {legal[0]} x {legal[1]}: resize to it, or set pad_input=True"
     )
 

@@ -1,3 +1,3 @@
-"""The operator: one mathematics (`outlook_attention`), several engines."""
+"""The operator: one mathematics (`outlook_attention`), several backends."""
 
-from volo.ops import library as _library  # noqa: F401  puts the fused engines in front of the reference
+from volo.ops import library as _library  # noqa: F401  puts the fused backends in front of the reference

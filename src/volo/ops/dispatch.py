@@ -1,4 +1,4 @@
-"""What every operator with kernels of its own asks: may a kernel serve here, and may the call skip the dispatcher?"""
+"""What every operator with kernels of its own asks: may a kernel be used here, and may the call skip the dispatcher?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch._C._functorch as functorch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# By what is private to PyTorch a kernel learns whether it may serve. A version without one of these gets the reference
+# By what is private to PyTorch a kernel learns whether it may be used. A version without one of these gets the reference
 # everywhere: slow and right.
 _MISSING = tuple(
     name
@@ -27,9 +27,7 @@ _MISSING = tuple(
 def no_kernel() -> str | None:
     """Reasons that hold for every kernel."""
     if _MISSING:
-        return (
-            f"PyTorch {torch.__version__} has no {', no '.join(_MISSING)}, by which kernels know whether they may serve"
-        )
+        return f"PyTorch {torch.__version__} has no {', no '.join(_MISSING)}, by which kernels know whether they may be used"
     if is_exporting():
         return "exported graphs are made of portable operations"
     if forward_ad._current_level >= 0:

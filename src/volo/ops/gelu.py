@@ -1,6 +1,6 @@
 """GELU whose gradient on a CPU is a kernel of `csrc/`.
 
-Forward it is PyTorch's, and where the kernel cannot serve so is everything: other devices and dtypes, small tensors,
+Forward it is PyTorch's, and where the kernel cannot be used so is everything: other devices and dtypes, small tensors,
 compiled, traced and exported graphs (in which compilers merge GELU with its neighbours), transforms of torch.func, the
 second derivative.
 """

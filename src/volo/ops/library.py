@@ -1,10 +1,10 @@
-"""The operator and its gradient as torch.library ops, and the fused engines on top of them.
+"""The operator and its gradient as torch.library ops, and the fused backends on top of them.
 
 `volo::outlook_attention` and `volo::outlook_attention_backward` are what torch.compile, vmap and the autograd of a
 compiled graph see. Schema, behaviour on fake tensors and derivatives are registered here from torch alone. A kernel
 module offers `why_not`, `forward` and `backward` as `volo.ops.cpu_kernel` does; that of the GPU is imported when the
 first CUDA tensor comes. Plain eager calls skip the dispatcher, which would cost more than the kernel on small inputs.
-The dispatcher knows one kernel for each device: of two engines for one device only that one serves what goes through it.
+The dispatcher knows one kernel for each device: of two backends for one device only that one gets what goes through it.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _run(
     return kernel.forward(value, logits, kernel_size, stride, padding, scale)
 
 
-# ---- engines ----
+# ---- backends ----
 
 
 def _cpu_why_not(value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> str | None:

@@ -3,7 +3,7 @@
 PyTorch hands float32 matrix products to MKL, whose kernels were a tenth slower than oneDNN's on an AMD EPYC (Zen 4), and
 are taken to be on every processor not made by Intel; and it lets oneDNN rearrange a weight at every call although a model that only infers never changes it.
 Everything here computes what `torch.nn.functional.linear` computes, up to rounding, and calls that wherever oneDNN
-cannot serve: other devices and dtypes, autocast, compiled, traced and exported graphs, transforms of torch.func.
+does not support: other devices and dtypes, autocast, compiled, traced and exported graphs, transforms of torch.func.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The public operator: its mathematics, its checks, and the choice of the engine that computes it."""
+"""The public operator: its mathematics, its checks, and the choice of the backend that computes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Backend:
-    """One engine. `why_not` answers None where the engine can serve, otherwise the reason why it cannot."""
+    """One backend. `why_not` answers None where the backend supports the call, otherwise the reason why it does not."""
 
     name: str
     why_not: Callable[[Tensor, Tensor, int, int, int], str | None]
@@ -31,7 +31,7 @@ def _always(*_: object) -> None:
 
 REFERENCE = Backend("reference", _always, outlook_attention_reference)
 
-# In order of preference. Engines put themselves in front with `register_backend`; the reference serves everything.
+# In order of preference. Backends put themselves in front with `register_backend`; the reference supports everything.
 _backends: list[Backend] = [REFERENCE]
 _reported_fallbacks: set[tuple[str, ...]] = set()
 
@@ -42,7 +42,7 @@ def register_backend(backend: Backend) -> None:
 
 
 def list_backends() -> list[Backend]:
-    """All engines, most preferred first."""
+    """All backends, most preferred first."""
     return list(_backends)
 
 
@@ -82,16 +82,16 @@ def outlook_attention(
         stride: tokens from one window to the next.
         padding: tokens by which the first window reaches over the edge; less than `kernel_size`.
         scale: factor on the logits; head_dim ** -0.5 if None.
-        backend: "auto" takes the fastest engine that can serve; a name takes that one or fails.
+        backend: "auto" takes the fastest backend that supports the call; a name takes that one or fails.
 
     Returns:
         [B, H, W, heads, head_dim] in the dtype of `value`. Differentiable with respect to both inputs.
 
-    Under autocast both inputs are cast to the autocast dtype (float64 is not); sums run in float32 inside the fused engines.
+    Under autocast both inputs are cast to the autocast dtype (float64 is not); sums run in float32 inside the fused backends.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, an unknown backend, or a named backend that
-            cannot serve these inputs (the message says why).
+            does not support these inputs (the message says why).
     """
     if value.dim() != 5 or logits.dim() != 6:
         raise ValueError(
@@ -131,13 +131,13 @@ def outlook_attention(
 def choose_backend(
     value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int, backend: str = "auto"
 ) -> Backend:
-    """The engine that `outlook_attention` would use for these inputs; raises ValueError like it."""
+    """The backend that `outlook_attention` would use for these inputs; raises ValueError like it."""
     if backend != "auto":
         for candidate in _backends:
             if candidate.name == backend:
                 reason = candidate.why_not(value, logits, kernel_size, stride, padding)
                 if reason is not None:
-                    raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
+                    raise ValueError(f"backend {backend!r} does not support this call: {reason}")
                 return candidate
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(b.name for b in _backends)}")
     reasons: list[str] = []
@@ -148,10 +148,10 @@ def choose_backend(
                 _report_fallback(tuple(reasons))
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
-    raise AssertionError("the reference engine serves every input")
+    raise AssertionError("the reference backend supports every input")
 
 
 def _report_fallback(reasons: tuple[str, ...]) -> None:
     if reasons not in _reported_fallbacks:
         _reported_fallbacks.add(reasons)
-        logger.info("outlook attention runs on the reference engine (%s)", "; ".join(reasons))
+        logger.info("outlook attention runs on the reference backend (%s)", "; ".join(reasons))

@@ -1,6 +1,6 @@
 """Self-attention, from the packed projection to what the next projection takes.
 
-PyTorch's `scaled_dot_product_attention` serves everywhere. On a CPU, where it takes more than its share of a model's
+PyTorch's `scaled_dot_product_attention` works everywhere. On a CPU, where it takes more than its share of a model's
 time, above all in bfloat16 and in the backward pass, a kernel in `csrc/` does the same on the packed tensor, without
 permuting it. It is the torch.library op `volo::self_attention` (and `..._backward`), as outlook attention is one.
 """
@@ -25,7 +25,7 @@ MAX_TOKENS_AMX_TRAINING = 784
 
 
 def _has_amx() -> bool:
-    # Private to PyTorch: where a version lacks it, the kernel serves bfloat16 too, which can only be slower.
+    # Private to PyTorch: where a version lacks it, the kernel is used for bfloat16 too, which can only be slower.
     is_supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return is_supported is not None and is_supported()
 
@@ -70,7 +70,7 @@ def self_attention_reference(qkv: Tensor, num_heads: int, dropout_p: float = 0.0
 
 
 def why_not(qkv: Tensor, dropout_p: float = 0.0) -> str | None:
-    """None where the kernel serves, otherwise the reason why PyTorch's does."""
+    """None where the kernel can be used, otherwise why PyTorch's is."""
     if dropout_p > 0.0:
         return "the kernel has no dropout"
     reason = cpu_kernel.attention_why_not(qkv) or no_kernel()

@@ -121,7 +121,7 @@ def _softmax_column(column, lse_row, tops_row, mask, factor, SPLIT: tl.constexpr
 
 @triton.jit
 def _cell(index, heads, cells_x):
-    """Cell index -> picture, head, column of cells. Columns run fastest: neighbours share the tokens between them."""
+    """Cell index -> image, head, column of cells. Columns run fastest: neighbours share the tokens between them."""
     return index // (cells_x * heads), (index // cells_x) % heads, index % cells_x
 
 
@@ -385,7 +385,7 @@ def choose_tiling(
     Args:
         reach: tokens by which window 0 begins left of cell 0: the padding, or 0 where cells begin there too.
         keeps_sums: whether sums stay in registers from step to step, which leaves room for fewer values.
-        num_columns: token columns over all pictures and heads; with `num_steps`, the steps that a walk down the whole
+        num_columns: token columns over all images and heads; with `num_steps`, the steps that a walk down the whole
             grid takes, it decides how many programs share a column of cells.
     """
     first = -((kernel_size - 1 - reach) // stride)
@@ -423,7 +423,7 @@ def _constants(tiling: Tiling) -> tuple[int, ...]:
 
 
 def why_not(value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> str | None:
-    """None where the kernels can serve these tensors, otherwise the reason why not."""
+    """None where the kernels support these tensors, otherwise the reason why not."""
     if value.dtype not in _DTYPES:
         given = str(value.dtype).removeprefix("torch.")
         return f"its kernels compute in float32, bfloat16 and float16, the tensors are {given}"
@@ -438,11 +438,11 @@ def why_not(value: Tensor, logits: Tensor, kernel_size: int, stride: int, paddin
         return "it needs a GPU of compute capability 8.0 or newer"
     if kernel_size > _LARGEST_KERNEL:
         return f"its kernels hold the windows in registers, up to {_LARGEST_KERNEL} x {_LARGEST_KERNEL} tokens"
-    # Within a picture offsets are 32 bit; from picture to picture 64 bit.
+    # Within an image offsets are 32 bit; from image to image 64 bit.
     for name, x in (("value", value), ("logits", logits)):
         span = sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:]))
         if max(span, math.prod(x.shape[1:])) >= 2**31:
-            return f"one picture of {name} spans more than 2**31 elements"
+            return f"one image of {name} spans more than 2**31 elements"
     return None
 
 

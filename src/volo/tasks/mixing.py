@@ -1,8 +1,8 @@
-"""Mixing two pictures of a batch: mixup, CutMix, and MixToken, which mixes tokens instead of pixels.
+"""Mixing two images of a batch: mixup, CutMix, and MixToken, which mixes tokens instead of pixels.
 
 Every image is mixed with the one at the mirrored place in the batch (`flip(0)`), one box or one share a batch, as
 in the original. What is drawn is never branched on, and a box is a mask rather than four integers: a compiled task
-compiles once, into one graph. All draws come from torch's global generator, which the engine seeds anew in every step.
+compiles once, into one graph. All draws come from torch's global generator, which the backend seeds anew in every step.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def enlarge_mask(mask: Tensor, factor: int) -> Tensor:
 
 
 def restore_tokens(token_logits: Tensor, mask: Tensor) -> Tensor:
-    """Token logits [B, h*w, K] of a batch mixed with `mask` [h, w], put back to the pictures they came from."""
+    """Token logits [B, h*w, K] of a batch mixed with `mask` [h, w], put back to the images they came from."""
     grid = token_logits.unflatten(1, tuple(mask.shape))
     return mix_inside(grid, mask).flatten(1, 2)
 
@@ -63,13 +63,13 @@ class MixedLogits(NamedTuple):
     """What a VOLO says of a batch whose fine tokens were mixed."""
 
     output: Tensor
-    """Joined logits [B, K], of the mixed pictures; `model.forward` where nothing was mixed."""
+    """Joined logits [B, K], of the mixed images; `model.forward` where nothing was mixed."""
     class_logits: Tensor
-    """[B, K], of the mixed pictures."""
+    """[B, K], of the mixed images."""
     token_logits: Tensor
-    """[B, N, K], put back to the pictures that the tokens came from."""
+    """[B, N, K], put back to the images that the tokens came from."""
     lam: Tensor | float
-    """Share of each picture's own tokens."""
+    """Share of each image's own tokens."""
 
 
 def mix_token(model: VOLO, images: Tensor, alpha: float) -> MixedLogits:
@@ -103,7 +103,7 @@ def mix_pixels(images: Tensor, target: Tensor, mixup: float, cutmix: float, prob
 
 
 def mix_targets(target: Tensor, lam: Tensor | float) -> Tensor:
-    """Soft targets [B, K]: lam of each picture's own, 1 - lam of its partner's."""
+    """Soft targets [B, K]: lam of each image's own, 1 - lam of its partner's."""
     return lam * target + (1.0 - lam) * target.flip(0)
 
 

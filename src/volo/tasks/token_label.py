@@ -1,6 +1,6 @@
 """Token labeling (arXiv 2104.10858): every token has a soft label of its own, besides the class token's.
 
-Targets, losses and the task live here; drawing label maps and moving them along with the pictures belongs to
+Targets, losses and the task live here; generating label maps and moving them along with the images belongs to
 `volo.data`.
 """
 
@@ -50,7 +50,7 @@ class TokenLabelTargets:
 
     @classmethod
     def from_label(cls, label: Tensor, num_tokens: int) -> TokenLabelTargets:
-        """A picture's own label [B, K] for the class token and every other: the original's fallback without maps."""
+        """An image's own label [B, K] for the class token and every other: the original's fallback without maps."""
         return cls(label, label, label[:, None].expand(-1, num_tokens, -1))
 
 
@@ -68,9 +68,9 @@ def token_label_loss(
 
     Args:
         class_logits: [B, K].
-        token_logits: [B, N, K], put back to their own pictures (`restore_tokens`).
+        token_logits: [B, N, K], put back to their own images (`restore_tokens`).
         targets: class and token targets.
-        lam: share of each picture's own fine tokens; the rest came from the mirrored place in the batch (MixToken).
+        lam: share of each image's own fine tokens; the rest came from the mirrored place in the batch (MixToken).
         ground_truth: mix the truth into the class label, as fine-tuning does: r * label + (1 - r) * truth with r = 0.5
             where both have the same top class, else 0.9.
     """
@@ -89,10 +89,10 @@ class TokenLabelTask(nn.Module):
     """A VOLO and token labeling: `forward(batch) -> {"loss", "output", "class_logits", "token_logits"}`.
 
     batch: "image" float [B, in_chans, H, W], normalised; "target" int64 [B] or soft targets [B, K]; and what an annotator
-    says of the pictures, "class_annotation" [B, K] and "token_annotation" [B, N, K] (logits; N = H * W / 256 for D1-D5).
-    Without an annotation every token's target is the picture's own label.
-    Returned: "loss", a scalar; "output", the logits [B, K] of `model.forward`, of the mixed pictures in training;
-    "class_logits" [B, K]; "token_logits" [B, N, K], put back to their own pictures. Without "target" in the batch there
+    says of the images, "class_annotation" [B, K] and "token_annotation" [B, N, K] (logits; N = H * W / 256 for D1-D5).
+    Without an annotation every token's target is the image's own label.
+    Returned: "loss", a scalar; "output", the logits [B, K] of `model.forward`, of the mixed images in training;
+    "class_logits" [B, K]; "token_logits" [B, N, K], put back to their own images. Without "target" in the batch there
     is "output" alone.
 
     In training mode tokens are mixed as `augment.mix_token` says. In eval mode the loss is the cross-entropy of the

@@ -120,7 +120,7 @@ def train(
 
 def open_workload(recipe: Recipe, world: World, reporter: Reporter) -> Workload:
     workload = WORKLOADS[recipe.task](
-        recipe, world, lambda done, total: reporter.on_progress("checking pictures", done, total)
+        recipe, world, lambda done, total: reporter.on_progress("checking images", done, total)
     )
     for note in workload.notes:
         reporter.on_message(note)
@@ -381,7 +381,7 @@ class Run:
         return self.step == round(round(self.step / every) * every)
 
     def _evaluate(self) -> bool:
-        """Score the held-out pictures and save; False if a signal cut it short: it is made up for after a restart."""
+        """Score the held-out images and save; False if a signal cut it short: it is made up for after a restart."""
         self._write_steps(wait=True)
         scored = self.averaged_task or self.task
         share_buffers(scored, self.world)
@@ -500,7 +500,7 @@ class Run:
         self.earlier_seconds = history["seconds"]
         if history["world_size"] != self.world.size:
             self.reporter.on_message(
-                f"continued with {self.world.size} processes instead of {history['world_size']}: the same pictures in the same steps, but "
+                f"continued with {self.world.size} processes instead of {history['world_size']}: the same images in the same steps, but "
                 "other random draws for dropout and mixing"
             )
 

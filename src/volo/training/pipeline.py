@@ -190,7 +190,7 @@ def trains_annotator(recipe: Recipe, out: Path) -> bool:
 def annotator_recipe(recipe: Recipe, begun: Path | None = None) -> Recipe:
     """The recipe of a recipe's annotator: `annotator.recipe`, on the same images and the same machine.
 
-    begun: the annotator's run folder, whose recipe serves where that one is not found (from another working directory).
+    begun: the annotator's run folder, whose recipe is taken where that one is not found (from another working directory).
     """
     try:
         its = load_recipe(recipe.annotator.recipe)

@@ -1,4 +1,4 @@
-"""What a training will take, before anything runs: steps, pictures, memory, time, label maps."""
+"""What a training will take, before anything runs: steps, images, memory, time, label maps."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MOST_PICTURES = 16
 LABEL_MAP_BYTES = {"exact": 3.2, "compact": 2.1}
 """Of a label map, for each class kept at a position, by encoding; surer annotators and few classes take less."""
 INDEX_BYTES = 60
-"""For each picture: its name, checksums, and where its map is."""
+"""For each image: its name, checksums, and where its map is."""
 EVALUATION_SHARE = 1 / 3
-"""Time of a picture in an evaluation, which has no backward pass, as a share of that in a training step."""
+"""Time of an image in an evaluation, which has no backward pass, as a share of that in a training step."""
 
 
 def plan_training(
@@ -42,7 +42,7 @@ def plan_training(
     hold for this machine and what else it does. A process takes them with `most_pictures` at most; what they cost is
     scaled up to the micro batches of the recipe. Raises ValueError as `train` does.
 
-    Returns steps, pictures, epochs, batch and learning rate, memory in bytes, seconds (training, evaluations, and all;
+    Returns steps, images, epochs, batch and learning rate, memory in bytes, seconds (training, evaluations, and all;
     None: not measured), with label maps their size and the time for generating them, with an annotator that is to be
     trained first its own plan.
     """
@@ -185,7 +185,7 @@ def _drawing(
         top = min(recipe.annotator.top, outline.model.num_classes)
         size = round(count * (math.prod(grid) * top * LABEL_MAP_BYTES[recipe.annotator.encoding] + INDEX_BYTES))
     if seconds is not None:
-        # Pictures are read and decoded as for the training, beside the annotator or in turn with it.
+        # Images are read and decoded as for the training, beside the annotator or in turn with it.
         seconds /= probe.world_size
         reading = (probe.data_seconds or 0.0) / recipe.train.batch_size
         seconds = count * (max(seconds, reading) if probe.workload.num_workers else seconds + reading)

@@ -68,9 +68,9 @@ def probe(
     recipe: Recipe, *, steps: int = 3, most_pictures: int | None = None, reporter: Reporter | None = None
 ) -> Probe:
     """Open the data of `recipe` and take a few of its steps; nothing is written. Compilation is left out, for it may take
-    longer than all the rest, and so are the small pictures of the first epochs, for which less time and memory are needed.
+    longer than all the rest, and so are the small images of the first epochs, for which less time and memory are needed.
 
-    most_pictures: steps of one micro batch a process with no more pictures than these, and fewer where memory is short.
+    most_pictures: steps of one micro batch a process with no more images than these, and fewer where memory is short.
     None: steps as they are.
 
     Raises ValueError as `train` does.
@@ -92,7 +92,7 @@ def probe(
                     raise
                 if world.size > 1:  # the others are in the middle of a step, waiting for this one
                     raise ValueError(
-                        f"memory is too small for {pictures} pictures in each of {world.size} processes; plan in one process, "
+                        f"memory is too small for {pictures} images in each of {world.size} processes; plan in one process, "
                         "which tries fewer"
                     ) from error
             # Only here is the error gone, and with it the tensors of its frames.
@@ -205,11 +205,11 @@ def _activation_bytes(run: Run, batches: Iterator[dict[str, Tensor]]) -> int:
 
 
 def _probe_step(run: Run, batches: Iterator[dict[str, Tensor]], share: float) -> float:
-    """Seconds of a step with `share` times as many pictures as this one has; the update is the same for all of them."""
+    """Seconds of a step with `share` times as many images as this one has; the update is the same for all of them."""
     device = run.world.device
     updates: list[Mark] = []
     if run.workload.num_workers:
-        # Others make the pictures beside the steps; how long that takes is measured for itself.
+        # Others make the images beside the steps; how long that takes is measured for itself.
         batches = iter([next(batches) for _ in range(run.config.accumulation)])
     run.mark = Mark(device)
     hook = run.optimizer.register_step_pre_hook(lambda *_: updates.append(Mark(device)))

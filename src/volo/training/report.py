@@ -89,7 +89,7 @@ class Reporter(Protocol):
     """Who wants to know how it goes; the command line shows it. Called in the first process only."""
 
     def on_progress(self, what: str, done: int, total: int) -> None:
-        """A long task other than training ("checking pictures", "evaluating") has come to `done` of `total`."""
+        """A long task other than training ("checking images", "evaluating") has come to `done` of `total`."""
 
     def on_start(self, run: RunInfo) -> None: ...
 

@@ -158,7 +158,7 @@ def test_two_processes_share_training_and_scoring(scenes: Path, tmp_path: Path, 
     assert child.returncode == 0, errors
     assert printed.split() == ["completed", "4"] * 2
     last = load_checkpoint(tmp_path / "run" / "last.pt")
-    assert last["metrics"]["count"] == 5, "each held-out picture once, whichever process scored it"
+    assert last["metrics"]["count"] == 5, "each held-out image once, whichever process scored it"
     assert int(last["confusion"].sum()) == sum(int((open_mask(scenes, i) != 255).sum()) for i in range(5))
 
 

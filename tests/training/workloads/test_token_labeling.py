@@ -1,4 +1,4 @@
-"""Training with token labels: the annotator first, maps that stay with their pictures, a live annotator, no annotator."""
+"""Training with token labels: the annotator first, maps that stay with their images, a live annotator, no annotator."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_maps_that_do_not_fit_are_refused(annotated, tiny, tmp_path) -> None:
     with_maps = dataclasses.replace(recipe.token_label, maps=str(out / "label_maps"))
     no_annotator = dataclasses.replace(no_annotator, token_label=with_maps)
     other_split = dataclasses.replace(no_annotator.data, split_seed=1)
-    with pytest.raises(ValueError, match=r"training pictures have no label map in .*digits/\d+.*split_seed"):
+    with pytest.raises(ValueError, match=r"training images have no label map in .*digits/\d+.*split_seed"):
         train(dataclasses.replace(no_annotator, data=other_split), tmp_path / "b")
     images = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "p.npz", images=images, labels=np.arange(300) % 3, classes=np.array(["cat", "dog", "hen"]))

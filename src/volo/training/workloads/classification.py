@@ -1,4 +1,4 @@
-"""Training a classifier: pictures with one label each, a VOLO, top-1."""
+"""Training a classifier: images with one label each, a VOLO, top-1."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Classification:
         self.pixels = PixelPipeline(recipe.data, recipe.augment).to(world.device)
 
     def open_label_maps(self, splits: DataSplits) -> LabelMapReader | None:
-        """Label maps that go along with the training pictures; None: there are none."""
+        """Label maps that go along with the training images; None: there are none."""
         return None
 
     def list_images(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Training a segmentation model: pictures with masks, a VOLO with a decoder, mIoU."""
+"""Training a segmentation model: images with masks, a VOLO with a decoder, mIoU."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Segmentation:
             pin_memory=world.device.type == "cuda",
         )
         self.steps_per_epoch, self.num_workers = self.loader.steps_per_epoch, self.loader.num_workers
-        # Whole pictures are larger than crops, by how much nobody knows: one at a time unless the recipe says more.
+        # Whole images are larger than crops, by how much nobody knows: one at a time unless the recipe says more.
         self.val_loader = MaskEvalLoader(
             splits.val,
             recipe.data,

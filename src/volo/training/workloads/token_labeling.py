@@ -64,7 +64,7 @@ class TokenLabeling(Classification):
                 self.on_progress(i + 1, len(names))
         if missing:
             raise ValueError(
-                f"{len(missing):,} of {len(names):,} training pictures have no label map in {config.maps}: {_some(missing)}. "
+                f"{len(missing):,} of {len(names):,} training images have no label map in {config.maps}: {_some(missing)}. "
                 "Generate them again with volo annotate, on the same data (with the same val_fraction and split_seed)"
             )
         self.label_maps = maps
@@ -154,7 +154,7 @@ def check_annotator(recipe: Recipe) -> None:
     check_view(crop, recipe.annotator.img_size)
     if crop != "squash" and recipe.token_label.source == "live":
         raise ValueError(
-            f"annotator.crop is {crop}, but a live annotator sees all that the training sees of a picture; set it to squash, or "
+            f"annotator.crop is {crop}, but a live annotator sees all that the training sees of an image; set it to squash, or "
             "take label maps (--token_label.source maps)"
         )
 

@@ -1,7 +1,7 @@
 """What the training loop wants to know about the kind of training it runs.
 
 The loop (`volo.training.loop`) knows steps, accumulation, processes, averages, checkpoints and signals. It does not know
-whether pictures have one label or one for every pixel, what a model returns, or what a good score is: that is a
+whether images have one label or one for every pixel, what a model returns, or what a good score is: that is a
 `Workload`, one class for each value of `Recipe.task`.
 """
 
@@ -20,7 +20,7 @@ from volo.distributed import World
 from volo.models.volo import DROP_PATH_RATES
 
 Batch = dict[str, Tensor]
-"""By name, the pictures as "image"; all tensors begin with the dimension of the batch."""
+"""By name, the images as "image"; all tensors begin with the dimension of the batch."""
 
 
 class Workload(Protocol):
@@ -36,7 +36,7 @@ class Workload(Protocol):
     classes: tuple[str, ...]
     num_train: int
     num_val: int
-    """Held-out pictures; 0: there are none, and the run is not evaluated."""
+    """Held-out images; 0: there are none, and the run is not evaluated."""
     notes: list[str]
     """What a person should know about the data before the run starts."""
     steps_per_epoch: int
@@ -66,15 +66,15 @@ class Workload(Protocol):
 
     def batches(self, start_step: int, stop_step: int, most: int | None = None) -> Iterator[Batch]:
         """This process's micro batches of steps start_step..stop_step-1 on the CPU, `accumulation` for each step, and of
-        each the first `most` pictures alone."""
+        each the first `most` images alone."""
 
     def prepare(self, batch: Batch) -> Batch:
         """A training batch on the device as the task takes it, pixels normalised; called without gradients."""
 
     def evaluate(self, model: nn.Module, on_batch: Callable[[int], None]) -> dict[str, Any]:
-        """Score `model` (images -> outputs, on the device) on this process's share of the held-out pictures.
+        """Score `model` (images -> outputs, on the device) on this process's share of the held-out images.
 
-        `on_batch` is called with the number of pictures done. Returns plain numbers and lists over the pictures of all
+        `on_batch` is called with the number of images done. Returns plain numbers and lists over the images of all
         processes: `score` and other figures; "confusion" [classes][classes], rows: truth; lists named "per_class_..."
         have a value for each class.
         """
