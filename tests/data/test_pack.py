@@ -255,7 +255,7 @@ def test_other_settings_other_data_and_other_peoples_files(photos: Path, tmp_pat
     with pytest.raises(ValueError, match="other data or settings .quality changed"):
         pack(config(photos), out, quality=90)
     picture(7).save(photos / "train/dog/new.png")
-    with pytest.raises(ValueError, match="images changed"):
+    with pytest.raises(ValueError, match="pictures changed"):
         pack(config(photos), out)
     assert pack(config(photos), out, overwrite=True).num_train == 19
     assert len(open_data(config(out)).train) == 19
