@@ -165,7 +165,7 @@ def test_answers_that_are_not_finite_are_an_error(picture: Path, bad: float, opt
     classifier = tiny_classifier()
     with torch.no_grad():
         classifier.model.decode_head.conv_seg.bias[1] = bad
-    with pytest.raises(ValueError, match=r"image\.png: the model's answer is not finite"):
+    with pytest.raises(ValueError, match=r"picture\.png: the model's answer is not finite"):
         next(segment(classifier, [picture], **options))
 
 
