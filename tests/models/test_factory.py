@@ -57,7 +57,7 @@ def published(monkeypatch: pytest.MonkeyPatch, cache: Path) -> dict[str, VOLO]:
 
 
 def test_create_pretrained_by_size_and_tag(published: dict[str, VOLO], caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="volo")
     model = volo.create_model("volo_d1", pretrained=True).eval()
     assert equal(model.state_dict(), published["volo_d1.224"].state_dict())
     assert "every name and shape agrees" in caplog.text
@@ -72,7 +72,7 @@ def test_create_pretrained_by_size_and_tag(published: dict[str, VOLO], caplog: p
 def test_create_pretrained_adapts_what_the_caller_asks(
     published: dict[str, VOLO], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="volo")
     source = published["volo_d1.224"]
     model = volo.create_model(
         "volo_d1", pretrained=True, img_size=(256, 320), num_classes=3, in_chans=1, drop_path_rate=0.3

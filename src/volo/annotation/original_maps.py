@@ -64,7 +64,7 @@ def read_original_map(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndar
         found = f"a tensor {list(content.shape)}" if isinstance(content, Tensor) else f"a {type(content).__name__}"
         raise OriginalMapError(f"{path} holds {found}; a label map of the original is a tensor [2, top, h, w]")
     scores, indices = content[0].detach(), content[1].double()
-    if not (torch.isfinite(scores).all() and (indices == indices.round()).all() and indices.min() >= 0):
+    if not (torch.isfinite(content).all() and (indices == indices.round()).all() and indices.min() >= 0):
         raise OriginalMapError(f"{path} holds numbers that are no logits and class indices")
     largest = int(indices.max())
     # 2049 rounds to 2048, which is therefore one class only where there is no class 2049.
