@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,11 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> fl
     the slower of the two could exceed one, so the faster counts, in its fastest round.
     """
     side = 8192 if device.type == "cuda" else 2048
+    small = torch.ones(256, 256, device=device, dtype=dtype)
+    seconds = min(timeit.repeat(lambda: small @ small, number=1, repeat=3))
+    # What a processor has to emulate (bfloat16 on AVX2) is a hundred times slower, and a smaller product tells as much.
+    while device.type == "cpu" and side > 256 and seconds * (side / 256) ** 3 > 2:
+        side //= 2
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     candidates: dict[str, Callable[[], object]] = {"PyTorch": lambda: a @ b}
     packed = PackedWeight()

@@ -96,6 +96,7 @@ def evaluate_segmentation(
     boundary: bool = True,
     class_map: Sequence[int] | None = None,
     on_batch: Callable[[int], None] | None = None,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Run `model` over `loader` once and score it at the size of the masks; it is put in eval mode and back.
 
@@ -106,6 +107,7 @@ def evaluate_segmentation(
         batch_size: windows that pass the model at once.
         class_map: class of the model for each class of the data; None: they are the same.
         on_batch: called with the number of images done so far on this rank.
+        strict: False lets answers that are not finite pass; then the figures mean little.
 
     Returns `SegmentationMetrics.compute()`, over the images of all ranks when torch.distributed is set up: then every
     rank must call this, each with its own share of the images. Raises ValueError, with the image's name, for answers that
@@ -134,7 +136,8 @@ def evaluate_segmentation(
     run_over(loader, model, pixels, look, add, device=device, amp=amp, on_batch=on_batch)
     metrics.merge()
     result = metrics.compute()
-    refuse_not_finite(int(bad), 0.0 if result["loss"] == result["loss"] else math.nan, loader, amp)
+    if strict:
+        refuse_not_finite(int(bad), 0.0 if result["loss"] == result["loss"] else math.nan, loader, amp)
     return result
 
 
