@@ -14,7 +14,8 @@ help: ## this list
 
 setup: $(READY) ## .venv with pinned versions and this package, installed editable
 
-# uv is several times faster than pip, but nothing depends on it.
+# uv is several times faster than pip, but nothing depends on it. Compiled once here, since where PYTHONDONTWRITEBYTECODE is
+# set each of the tests' processes would compile torch, scipy and timm anew.
 $(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "volo needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
@@ -22,7 +23,7 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	  echo "python3 -m venv is incomplete here; filling the environment with the outer pip"; \
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
 	@$(BIN)/python -m pip install -q -c $(CONSTRAINTS) uv || echo "uv cannot be had; going on with pip"
-	@{ test -x $(BIN)/uv && $(BIN)/uv pip install --python $(BIN)/python -c $(CONSTRAINTS) -e '.[dev]'; } \
+	@{ test -x $(BIN)/uv && $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c $(CONSTRAINTS) -e '.[dev]'; } \
 	  || $(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 

@@ -100,6 +100,7 @@ def scenes(make_scenes: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 # Runs that take a second: a VOLO of 26,000 parameters on the handwritten digits, one thread, 26 steps
 
 RUN_SCRIPT = Path(__file__).with_name("run_recipe.py")
+RANKS_SCRIPT = Path(__file__).with_name("ranks.py")
 
 
 def tiny(overrides: dict[str, Any] | None = None) -> Recipe:
@@ -129,17 +130,20 @@ def _tiny() -> Callable[..., Recipe]:
 
 @pytest.fixture
 def start_run() -> Callable[..., subprocess.Popen[str]]:
-    """start_run(recipe, out, "--resume", processes=2, RANK_TO_KILL=1) -> the process (torchrun's for several processes).
+    """start_run(recipe, out, "--resume", processes=2, RANK_TO_KILL=1) -> the process (for several, the one that started them).
 
-    A list of recipes is trained one after the other, in out/0, out/1, ..."""
+    A list of recipes is trained one after the other, in out/0, out/1, ... With torchrun=True torchrun itself starts several
+    processes, which takes longer."""
     children: list[subprocess.Popen[str]] = []
 
     def start(
-        recipe: Recipe | list[Recipe], out: Path, *flags: str, processes: int = 1, **env: Any
+        recipe: Recipe | list[Recipe], out: Path, *flags: str, processes: int = 1, torchrun: bool = False, **env: Any
     ) -> subprocess.Popen[str]:
         launcher = [sys.executable]
-        if processes > 1:
+        if torchrun:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        elif processes > 1:
+            launcher += [str(RANKS_SCRIPT), str(processes)]
         child = subprocess.Popen(
             [*launcher, str(RUN_SCRIPT), json.dumps(recipe, default=Recipe.to_dict), str(out), *flags],
             stdout=subprocess.PIPE,
@@ -154,5 +158,5 @@ def start_run() -> Callable[..., subprocess.Popen[str]]:
     yield start
     for child in children:
         if child.poll() is None:
-            child.kill()
+            os.killpg(child.pid, signal.SIGKILL)
         child.communicate()

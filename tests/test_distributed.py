@@ -1,4 +1,4 @@
-"""Runs of two real processes on a CPU, started by torchrun."""
+"""Runs of two real processes on a CPU, started by torchrun or as it starts them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_reference_learns(alone) -> None:
 def test_two_processes_are_one_even_when_stopped_amid(recipe_for, tmp_path, alone, start_run) -> None:
     """SIGTERM to torchrun: both processes agree on the last step, save and leave; continued, they end where one would."""
     out = tmp_path / "run"
-    child = start_run(recipe_for(accumulation=2), out, "--wait", processes=2)
+    child = start_run(recipe_for(accumulation=2), out, "--wait", processes=2, torchrun=True)
     deadline = time.monotonic() + 120
     while not ((out / "metrics.jsonl").exists() and len(steps_of(out)) >= 5) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -129,7 +129,7 @@ def test_sharded_and_compiled(recipe_for, tmp_path, alone, start_run) -> None:
 def test_death_of_one_process_ends_all_and_the_run_continues(recipe_for, tmp_path, alone, start_run) -> None:
     """From sharded weights in two processes to whole ones in one."""
     out = tmp_path / "run"
-    child = start_run(recipe_for(parallel="fsdp"), out, processes=2, RANK_TO_KILL=1)
+    child = start_run(recipe_for(parallel="fsdp"), out, processes=2, torchrun=True, RANK_TO_KILL=1)
     child.communicate(timeout=120)
     assert child.returncode != 0
     assert load_checkpoint(out / "last.pt")["step"] == 12
