@@ -134,9 +134,10 @@ def agree_on_start(checkpoint: dict[str, Any] | None, world: World) -> dict[str,
     """
     if world.size == 1:
         return checkpoint
-    mine = checkpoint and (checkpoint["step"], checkpoint["history"]["seconds"], socket.gethostname())
-    found: list[tuple[int, float, str] | None] = [None] * world.size
-    dist.all_gather_object(found, mine)  # type: ignore[misc]
+    mine = None
+    if checkpoint is not None:
+        mine = checkpoint["step"], checkpoint["history"]["seconds"], socket.gethostname()
+    found = gather_from_all(mine, world)
     others = sorted({entry[2] for entry in found if entry is not None})
     if found[0] is None and others:
         raise ValueError(
@@ -146,9 +147,7 @@ def agree_on_start(checkpoint: dict[str, Any] | None, world: World) -> dict[str,
         )
     if all(entry == found[0] or (entry and found[0] and entry[:2] == found[0][:2]) for entry in found):
         return checkpoint
-    box = [checkpoint if world.is_main else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return main_only(world, lambda: checkpoint)
 
 
 def prepare_batch_norm(task: nn.Module, config: TrainConfig, world: World) -> nn.Module:
@@ -308,25 +307,19 @@ def gather_full(tree: Any, world: World) -> Any:
 def load_weights_into(module: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load a whole state dict into a module whose parameters may be sharded."""
     own = module.state_dict()
-    sharded = {
-        name: distribute_tensor(value.to(own[name].device), own[name].device_mesh, own[name].placements)
-        if isinstance(own.get(name), DTensor)
-        else value
-        for name, value in weights.items()
-    }
-    module.load_state_dict(sharded)
+    module.load_state_dict({name: _shard_like(own.get(name), value) for name, value in weights.items()})
 
 
 def load_optimizer_into(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a whole optimizer state into an optimizer whose parameters may be sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
-        p = parameters[index]
-        if isinstance(p, DTensor):
-            state["state"][index] = {
-                key: distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-                if isinstance(value, Tensor) and value.shape == p.shape
-                else value
-                for key, value in values.items()
-            }
+        state["state"][index] = {key: _shard_like(parameters[index], value) for key, value in values.items()}
     optimizer.load_state_dict(state)
+
+
+def _shard_like(own: Tensor | None, value: Any) -> Any:
+    """This process's part of a whole tensor where `own`, of the same shape, is sharded; everything else as it is."""
+    if isinstance(own, DTensor) and isinstance(value, Tensor) and value.shape == own.shape:
+        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+    return value

@@ -10,7 +10,7 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -85,8 +85,8 @@ class TrainResult:
     """Mean over the steps of this process, 0 if there were none."""
 
 
-class Reporter(Protocol):
-    """Who wants to know how it goes; the command line shows it. Called in the first process only."""
+class Reporter:
+    """Who wants to know how it goes; the command line shows it. Called in the first process only; nothing happens here."""
 
     def on_progress(self, what: str, done: int, total: int) -> None:
         """A long task other than training ("checking images", "evaluating") has come to `done` of `total`."""
@@ -104,29 +104,8 @@ class Reporter(Protocol):
     def on_end(self, result: TrainResult) -> None: ...
 
 
-class NullReporter:
+class NullReporter(Reporter):
     """Says nothing; a base for reporters that care about some of the events."""
-
-    def on_progress(self, what: str, done: int, total: int) -> None:
-        pass
-
-    def on_start(self, run: RunInfo) -> None:
-        pass
-
-    def on_step(self, report: StepReport) -> None:
-        pass
-
-    def on_eval(self, metrics: dict[str, Any], is_best: bool) -> None:
-        pass
-
-    def on_checkpoint(self, path: Path, step: int) -> None:
-        pass
-
-    def on_message(self, text: str) -> None:
-        pass
-
-    def on_end(self, result: TrainResult) -> None:
-        pass
 
 
 class RunLog:
@@ -154,19 +133,17 @@ class RunLog:
             "images_per_second": round(report.images_per_second, 1),
         }
         self._write({"kind": "step", "step": report.step, "epoch": report.epoch, **figures, "seconds": report.seconds})
-        if self._board is not None:
-            for name, value in figures.items():
-                if finite(value) is not None:
-                    self._board.add_scalar(f"train/{name}", value, report.step)
+        self._plot("train", figures, report.step)
 
     def write_evaluation(self, metrics: dict[str, Any], seconds: float) -> None:
         figures = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict))}
         self._write({"kind": "eval", **figures, "seconds": seconds})
-        if self._board is not None:
-            for name in figures.keys() - {"step", "epoch", "count"}:
-                if finite(figures[name]) is None:
-                    continue
-                self._board.add_scalar(f"val/{name}", figures[name], metrics["step"])
+        self._plot("val", {k: v for k, v in figures.items() if k not in ("step", "epoch", "count")}, metrics["step"])
+
+    def _plot(self, part: str, figures: dict[str, Any], step: int) -> None:
+        for name, value in figures.items():
+            if self._board is not None and finite(value) is not None:
+                self._board.add_scalar(f"{part}/{name}", value, step)
 
     def _write(self, record: dict[str, Any]) -> None:
         try:
