@@ -95,7 +95,7 @@ def test_architectures_without_weights(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("VOLO_CACHE", str(tmp_path / "empty"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.save(create_model("volo_nano").state_dict(), tmp_path / "nano.pth")
-    for source, size in (("volo_d5.512", 512), (tmp_path / "nano.pth", 32), ("resnet18.a1_in1k", (288, 288))):
+    for source, size in (("volo_d5.512", 512), (tmp_path / "nano.pth", 64), ("resnet18.a1_in1k", (288, 288))):
         outline = load(source, device="meta", timm=True)
         assert all(p.is_meta for p in outline.model.parameters())
         assert (outline.device.type, outline.preprocessing.img_size) == ("meta", size)

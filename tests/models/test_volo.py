@@ -118,7 +118,7 @@ def test_parameter_counts_and_names(name: str) -> None:
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in theirs.items()}
 
 
-@pytest.mark.parametrize(("name", "millions"), [("volo_nano", 1), ("volo_tiny", 6), ("volo_small", 14)])
+@pytest.mark.parametrize(("name", "millions"), [("volo_nano", 1.7), ("volo_tiny", 6), ("volo_small", 14)])
 def test_our_own_sizes(name: str, millions: float) -> None:
     count = sum(p.numel() for p in on_meta(volo.create_model, name).parameters())
     assert count == pytest.approx(millions * 1e6, rel=0.2)
@@ -205,8 +205,8 @@ def test_published_models_take_other_sizes(name: str) -> None:
 
 def test_padding_allows_any_size_of_the_model_too() -> None:
     model = volo.create_model("volo_nano", img_size=30, pad_input=True, depths=(1, 1)).eval()
-    assert model.pos_embed.shape[1:3] == (4, 4)
-    assert model(torch.randn(1, 3, 30, 30)).shape == (1, 10)
+    assert model.pos_embed.shape[1:3] == (2, 2)
+    assert model(torch.randn(1, 3, 30, 30)).shape == (1, 1000)
     with pytest.raises(ValueError, match="32 x 32"):
         volo.create_model("volo_nano", img_size=30)
 
@@ -524,3 +524,23 @@ def test_autocast_and_deepcopy() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert (model(images).float() - expected).abs().max() < 0.3
         assert torch.equal(copy.deepcopy(model)(images), expected)
+
+
+def test_the_class_head_may_see_the_other_tokens_too() -> None:
+    model = volo.create_model("volo_nano", num_classes=4, img_size=32, pool="concat").eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = model.forward_features(images)
+        tokens = features[:, 1:]
+        seen = torch.cat([features[:, 0], tokens.mean(1), tokens.max(1).values], dim=1)
+        torch.testing.assert_close(model.pool(features), seen)
+        expected = model.head(seen) + 0.5 * model.aux_head(tokens).max(1).values
+        torch.testing.assert_close(model(images), expected)
+        model.reset_classifier(0)
+        torch.testing.assert_close(model(images), seen)
+        model.reset_classifier(3, pool="token")
+    assert model.head.weight.shape == (3, model.num_features) and model.config.pool == "token"
+    rebuilt = VOLO(VOLOConfig(**dataclasses.asdict(model.config)))
+    rebuilt.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match='pool is "token" or "concat"'):
+        volo.create_model("volo_nano", pool="mean")

@@ -91,8 +91,8 @@ def _mixin() -> tuple[Any, Any]:
 
             weights = self.loaded.model.state_dict()
             save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, save_directory / WEIGHTS)
-            described = json.dumps(_described(self.loaded), indent=1, ensure_ascii=False)
-            (save_directory / CONFIG).write_text(described, encoding="utf-8")
+            config = json.dumps(described(self.loaded), indent=1, ensure_ascii=False)
+            (save_directory / CONFIG).write_text(config, encoding="utf-8")
 
         @classmethod
         def _from_pretrained(cls, *, model_id: str, revision: str | None = None, **options: Any) -> SharedModel:
@@ -123,7 +123,7 @@ def _own(model: LoadedModel[Any] | str | Path) -> LoadedModel[Any]:
     return loaded
 
 
-def _described(loaded: LoadedModel[Any]) -> dict[str, Any]:
+def described(loaded: LoadedModel[Any]) -> dict[str, Any]:
     """A checkpoint without its tensors, as JSON takes it."""
     data = dataclasses.replace(loaded.preprocessing, path="", kind="auto")
     recipe = Recipe(task=loaded.recipe.task if loaded.recipe else "classify", data=data, segment=loaded.segment)

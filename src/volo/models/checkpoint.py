@@ -70,6 +70,7 @@ def model_of_checkpoint(
         weights = checkpoint["ema"] if use_ema and checkpoint.get("ema") is not None else checkpoint["model"]
         try:  # copies, since the file may be mapped, and may be replaced while the model is used
             model.load_state_dict({name: w.to(device, copy=True) for name, w in weights.items()}, assign=True)
+            model.float()  # stored as float16 to save space
         except RuntimeError as error:
             raise ValueError(f"the weights in {origin} do not fit its model_config: {error}") from error
     return model.eval()

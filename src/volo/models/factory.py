@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from volo.config import nearest
-from volo.models.hub import PRETRAINED, fetch, known_tag, list_pretrained
+from volo.models.checkpoint import find_checkpoint
+from volo.models.hub import PRETRAINED, fetch, known_tag, list_pretrained, list_shipped, shipped
 from volo.models.loading import load_weights, read_file, state_dict_in
 from volo.models.segmenter import HEAD_DEFAULTS, Segmenter, SegmenterConfig
 from volo.models.volo import VARIANTS, VOLO, VOLOConfig
@@ -38,9 +39,9 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
 
     Args:
         name: one of `list_models()`.
-        pretrained: False for random weights; True for the published weights of `name` (at `img_size`, or at 224 where
-            none are published at that size); a tag such as "volo_d1.384"; or the path of a weight file, one of our
-            checkpoints for instance.
+        pretrained: False for random weights; True (or "pretrained") for the weights that come with the package
+            (volo_nano), else the published ones of `name` (at `img_size`, or at 224 where none are published at that
+            size); a tag such as "volo_d1.384"; or a run folder or the path of a weight file.
         **overrides: fields of `VOLOConfig`: num_classes, img_size (int or (H, W)), in_chans, patch_size, depths,
             embed_dims, num_heads, mlp_ratios, stem_dim, outlook_kernel, outlook_stride, drop_path_rate, ...
 
@@ -147,16 +148,22 @@ def _read_pretrained(name: str, pretrained: bool | str | Path, overrides: Mappin
     """What the file of the weights holds, and what to call it."""
     given = str(pretrained)
     tags = list_pretrained(name)
-    if pretrained is True:
+    if pretrained is True or given == "pretrained":
         if not tags:
             variants = sorted({weights.variant for weights in PRETRAINED.values()})
             raise ValueError(
-                f"no weights of {name} are published, only of {', '.join(variants)}; give pretrained the path of a checkpoint"
+                f"no weights of {name} are published, only of {', '.join([*list_shipped(), *variants])}; "
+                "give pretrained the path of a checkpoint"
             )
+        if (own := shipped(name)) is not None:
+            return read_file(own), f"the weights of {name} that come with the package"
         size = dataclasses.replace(VARIANTS[name], **overrides).img_size
         given = f"{name}.{size[0]}" if size[0] == size[1] and f"{name}.{size[0]}" in tags else f"{name}.224"
-    if given not in PRETRAINED and Path(given).is_file():
-        return read_file(given), given
+    if given not in PRETRAINED and Path(given).exists():
+        path = find_checkpoint(given)
+        return read_file(path), str(path)
+    if given == name and (own := shipped(name)) is not None:
+        return read_file(own), f"the weights of {name} that come with the package"
     weights = known_tag(given)
     if weights.variant != name:
         raise ValueError(
@@ -192,7 +199,7 @@ def _with_weights(name: str, content: Any, origin: str, overrides: Mapping[str, 
         model,
         state_dict,
         adapt_pos_embed="img_size" in overrides,
-        adapt_head="num_classes" in overrides,
+        adapt_head="num_classes" in overrides or "pool" in overrides,
         adapt_stem="in_chans" in overrides,
     )
     logger.info("%s from %s: %s", name, origin, report)

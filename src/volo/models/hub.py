@@ -83,9 +83,26 @@ PRETRAINED: dict[str, PretrainedWeights] = {
 }
 
 
+SHIPPED_FOLDER = Path(__file__).resolve().parents[1] / "weights"
+"""Weights of our own that come with the package: NAME.safetensors for the model of that name. They say themselves what they
+are; docs/models has a card for each."""
+
+
+def shipped(name: str) -> Path | None:
+    """The file of the weights that come with the package for a model of that name; None: there are none."""
+    path = SHIPPED_FOLDER / f"{name}.safetensors"
+    return path if re.fullmatch(r"\w+", name) and path.is_file() else None
+
+
+def list_shipped() -> list[str]:
+    """Models whose weights come with the package."""
+    return sorted(path.stem for path in SHIPPED_FOLDER.glob("*.safetensors"))
+
+
 def list_pretrained(variant: str | None = None) -> list[str]:
-    """Tags of the published weights, of one variant or of all."""
-    return [tag for tag, weights in PRETRAINED.items() if variant in (None, weights.variant)]
+    """Names of weights, of one variant or of all: tags of the published ones, and models whose weights come with the package."""
+    published = [tag for tag, weights in PRETRAINED.items() if variant in (None, weights.variant)]
+    return published + [name for name in list_shipped() if variant in (None, name)]
 
 
 def known_tag(tag: str) -> PretrainedWeights:
@@ -103,7 +120,10 @@ def cached_path(tag: str, source: Source = "hub") -> Path:
 
 
 def find(tag: str) -> Path | None:
-    """The file of a tag if it is on this machine: put there by hand, fetched by us, or by timm; the network is not used."""
+    """The file of a tag if it is on this machine: come with the package, put there by hand, fetched by us, or by timm; the
+    network is not used."""
+    if (own := shipped(tag)) is not None:
+        return own
     weights = known_tag(tag)
     by_hand: tuple[Source, ...] = ("hub", "release")
     for source in by_hand:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import math
 import pickle
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 # From a file to tensors
+
+DESCRIPTION = "volo"
+"""Key in the metadata of a safetensors file of ours: a checkpoint without its tensors, as JSON."""
 
 _WHAT_TORCH_RAISES_FOR_DAMAGED_FILES = (
     RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error
@@ -62,12 +66,14 @@ def read_file(path: str | Path, *, mmap: bool = True) -> Any:
         raise FileNotFoundError(f"there is no weight file at {path}")
     damaged = f"{path} ({path.stat().st_size:,} bytes) is damaged, cut off, or no weight file at all; delete it and fetch it again"
     if _is_safetensors(path):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load_file(path)
-        except SafetensorError as error:
+            with safe_open(path, framework="pt") as file:
+                described = (file.metadata() or {}).get(DESCRIPTION)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            return tensors if described is None else json.loads(described) | {"model": tensors, "ema": None}
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{damaged}: {error}") from error
     try:
         # The original's training script, like timm's, stores its arguments beside the weights: a plain record.

@@ -84,7 +84,10 @@ class VOLOConfig:
     """Size the position embedding is made for; other sizes run too, with the embedding resampled."""
     in_chans: int = 3
     num_classes: int = 1000
-    """0: no heads; the model returns the class token's features."""
+    """0: no heads; the model returns the features that the class head would see."""
+    pool: Literal["token", "concat"] = "token"
+    """What the class head sees: the class token, as in the paper; or class token, mean and maximum of the other tokens, one
+    after another, which serves small networks on new classes better (`volo train photos_probe`)."""
     qkv_bias: bool = False
     drop_rate: float = 0.0
     """Dropout in the MLPs and after the projections, and before the heads."""
@@ -132,6 +135,8 @@ class VOLOConfig:
                 raise ValueError(f"{name} is true or false; given: {getattr(self, name)!r}")
         if not _is_number(self.norm_eps) or self.norm_eps <= 0:
             raise ValueError(f"norm_eps is a number above 0; given: {self.norm_eps!r}")
+        if self.pool not in ("token", "concat"):
+            raise ValueError(f'pool is "token" or "concat"; given: {self.pool!r}')
         put("img_size", _pair(self.img_size, "img_size"))
         if self.patch_size not in (2, 4, 8, 16) or self.patch_size % self.stem_stride:
             raise ValueError(
@@ -185,13 +190,7 @@ VARIANTS: dict[str, VOLOConfig] = {
         depths=(2, 2, 3, 1), embed_dims=(128, 256), num_heads=(4, 8), stem_dim=32, num_class_blocks=1
     ),
     "volo_nano": VOLOConfig(
-        depths=(3, 3),
-        embed_dims=(96, 128),
-        num_heads=(3, 4),
-        patch_size=4,
-        num_class_blocks=1,
-        img_size=(32, 32),
-        num_classes=10,
+        depths=(2, 3), embed_dims=(96, 160), num_heads=(3, 5), stem_dim=24, num_class_blocks=1, img_size=(64, 64)
     ),
 }
 
@@ -203,7 +202,8 @@ class VOLO(nn.Module):
     """Vision Outlooker: `forward(images [B, in_chans, H, W]) -> logits [B, num_classes]`, the same in train and eval.
 
     logits = head(class token) + 0.5 * max over tokens of aux_head(token). With num_classes = 0 the features of the
-    class token [B, C] are returned instead.
+    class token [B, C] are returned instead. With pool = "concat" the head sees [B, 3 C]: class token, mean and maximum of
+    the other tokens.
 
     Height and width may be any multiple of `config.size_multiple` (16 for D1-D5); other sizes raise ValueError, or are
     padded if `config.pad_input` is set.
@@ -293,7 +293,8 @@ class VOLO(nn.Module):
         self.apply(_init_weights)
 
     def _make_heads(self, num_classes: int) -> None:
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        width = self.num_features * (3 if self.config.pool == "concat" else 1)
+        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         self.aux_head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     # From images to tokens
@@ -369,19 +370,27 @@ class VOLO(nn.Module):
 
     # From tokens to logits
 
+    def pool(self, features: Tensor, pool: Literal["token", "concat"] | None = None) -> Tensor:
+        """features [B, 1 + N, C2] -> what the class head sees: the class token [B, C2], or [B, 3 C2] by `config.pool`,
+        or by `pool` where that is given."""
+        if (pool or self.config.pool) == "token":
+            return features[:, 0]
+        tokens = features[:, 1:]
+        return torch.cat([features[:, 0], tokens.mean(dim=1), tokens.amax(dim=1)], dim=1)
+
     def class_and_token_logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """features [B, 1 + N, C2] -> class logits [B, num_classes] and token logits [B, N, num_classes]."""
         features = self.head_drop(features)
-        return self.head(features[:, 0]), self.aux_head(features[:, 1:])
+        return self.head(self.pool(features)), self.aux_head(features[:, 1:])
 
     def combine_logits(self, class_logits: Tensor, token_logits: Tensor) -> Tensor:
         """The prediction: class logits + 0.5 * the maximum over tokens, per class; [B, num_classes]."""
         return class_logits + 0.5 * token_logits.amax(dim=1)
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """features [B, 1 + N, C2] -> logits [B, num_classes]; the class token's features if num_classes is 0."""
+        """features [B, 1 + N, C2] -> logits [B, num_classes]; what `pool` gives if num_classes is 0."""
         if self.num_classes == 0:
-            return features[:, 0]
+            return self.pool(features)
         return self.combine_logits(*self.class_and_token_logits(features))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -429,13 +438,17 @@ class VOLO(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """New, randomly initialised heads (class and aux); 0 removes both, and `forward` returns [B, C2] features."""
+    def reset_classifier(self, num_classes: int, pool: Literal["token", "concat"] | None = None) -> None:
+        """New, randomly initialised heads (class and aux); 0 removes both, and `forward` returns features, [B, C2] or, with
+        pool "concat", [B, 3 C2].
+
+        pool: what the class head sees from now on; None: as before. Raises ValueError for what they cannot be.
+        """
         if num_classes < 0:
             raise ValueError(f"num_classes is 0 or more; given: {num_classes}")
         reference = self.pos_embed
         self.num_classes = num_classes
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        self.config = dataclasses.replace(self.config, num_classes=num_classes, pool=pool or self.config.pool)
         self._make_heads(num_classes)
         for head in (self.head, self.aux_head):
             head.apply(_init_weights)
