@@ -17,6 +17,7 @@ from rich.text import Text
 
 from volo import __version__
 from volo.cli.console import results
+from volo.cli.main import WAITING
 from volo.cli.options import run
 from volo.config import list_recipes
 
@@ -49,7 +50,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
     import torch
 
     from volo.models.factory import create_model, list_segmenters
-    from volo.models.hub import PRETRAINED, find
+    from volo.models.hub import PRETRAINED, find, list_shipped
     from volo.models.volo import VARIANTS
     from volo.ops.outlook_attention import list_backends
 
@@ -80,6 +81,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
         devices[f"cuda:{i}"] = (
             f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {properties.major}.{properties.minor}"
         )
+    waits = {name: os.environ[name] for name in WAITING if name in os.environ}
     # Stage 1 of D1 at 224 px, what most calls look like.
     engines = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
@@ -89,6 +91,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "versions": versions,
         "devices": devices,
+        "openmp": waits,
         "outlook_attention": engines,
         "cache": _cache(),
     }
@@ -114,6 +117,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
             }
             for tag, w in PRETRAINED.items()
         }
+        facts["shipped"] = list_shipped()
         facts["segmentation"] = list_segmenters()
         facts["recipes"] = {path.stem: _title(path) for path in list_recipes()}
     return facts
@@ -155,6 +159,8 @@ def show_info(console: Console, facts: dict[str, Any]) -> None:
     devices = table("devices")
     for name, what in facts["devices"].items():
         devices.add_row(name, what)
+    waits = ", ".join(f"{name}={value}" for name, value in facts["openmp"].items())
+    devices.add_row("openmp", f"threads wait by {waits or 'spinning, as by default'}")
     show(devices)
     for device, engines in facts["outlook_attention"].items():
         made = table(f"backends of outlook attention on {device}, the first that supports the call is taken")
@@ -174,6 +180,10 @@ def show_info(console: Console, facts: dict[str, Any]) -> None:
             figures = (f"{w[key]:.2f}" for key in ("top1", "real", "v2", "crop_original", "crop_timm"))
             made.add_row(tag, *figures, "yes" if w["cached"] else "")
         show(made)
+        if facts["shipped"]:
+            names = ", ".join(facts["shipped"])
+            console.print(Text("weights that come with the package", style="bold"))
+            console.print(f"{names} (volo_nano: docs/models/volo_nano.md)\n", highlight=False)
         console.print(Text("segmentation models", style="bold"))
         console.print(", ".join(facts["segmentation"]) + "\n", highlight=False)
         made = table("recipes", "", "what")

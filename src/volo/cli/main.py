@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from volo.cli.console import complain, is_main_process
 
+    share_cores()
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StderrHandler()])
     # What was done otherwise than one may think, such as heads left as initialised, is told; by one process of a run.
@@ -97,6 +98,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--train.accumulation 4), --amp bf16 (--train.amp bf16), a smaller image, or --train.grad_checkpointing true"
         )
         return 2
+
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Variables of the environment that say how the threads of OpenMP wait for each other."""
+
+
+def share_cores() -> None:
+    """Let OpenMP's threads sleep while they wait, unless the environment says how they wait (`WAITING`).
+
+    By default they spin, and where another process takes one of the cores, each parallel loop waits until the scheduler lets
+    the last thread go on: training falls to a twentieth of its speed (benchmarks/busy_machine.py). OpenMP reads this when it
+    is loaded, which is with torch.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _give_up_output() -> None:
