@@ -44,7 +44,11 @@ class ModelConfig:
     name: str = "volo_d1"
     """Name of `volo.list_models()`; for task "segment" of `volo.list_segmenters()`."""
     weights: str = ""
-    """Start from these: a pretrained tag ("volo_d1.224"), a checkpoint of ours, or a file; empty: from scratch."""
+    """Start from these: "pretrained" (those that come with the package, else the published ones at 224), a tag
+    ("volo_d1.224"), a run folder, or a file; empty: from scratch."""
+    probe: bool = False
+    """Fit the class head to frozen features of the training images first, by a regression whose penalty is chosen in
+    cross-validation, and train everything from there (LP-FT, arXiv 2202.10054); with schedule.epochs 0 that is all."""
     drop_path_rate: float | None = None
     """Stochastic depth at the last block, rising linearly from 0; None: the variant's own (paper, Table 2)."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -254,7 +258,10 @@ class ScheduleConfig:
     """How long, and how the learning rate goes: linear warm-up, cosine (line, power) down to the minimum, cool-down there."""
 
     epochs: float = 300
-    """Passes over the training images, warm-up included, cool-down not."""
+    """Passes over the training images, warm-up included, cool-down not; with `minutes` the most there will be."""
+    minutes: float = 0.0
+    """End after so many minutes, preparation included: speed is measured once, and the epochs that fit go into the run's
+    recipe, so that a continued run is the same run. 0: no limit."""
     warmup_epochs: float = 20
     cooldown_epochs: float = 10
     steps: int = 0

@@ -37,6 +37,8 @@ class TrainOptions:
     """Run folder; runs/NAME of the recipe if left out."""
     on_bad_image: Literal["error", "skip"] | None = None
     """Images that cannot be decoded: stop and name them all, or leave them out. Short for --data.on_bad_image."""
+    minutes: float | None = None
+    """End after so many minutes: the epochs that fit are chosen from measured speed. Short for --schedule.minutes."""
     resume: bool = False
     """Continue the run in --out where it stopped (or begin it, if there is none)."""
     overwrite: bool = False
@@ -59,6 +61,8 @@ def train(options: TrainOptions) -> int:
 
     Examples:
       volo train digits
+      volo train photos --data photos                      your own photos in five minutes; --minutes 20 for more
+      volo train photos_probe --data photos                a linear probe, in seconds
       volo train photos_cpu --data photos --out runs/photos --schedule.epochs 60
       volo train camvid_cpu --data camvid --out runs/camvid
       volo train runs/photos --resume                      after Ctrl-C or a power cut: the same weights, bit for bit
@@ -79,6 +83,8 @@ def train(options: TrainOptions) -> int:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=options.data))
     if options.on_bad_image is not None:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, on_bad_image=options.on_bad_image))
+    if options.minutes is not None:
+        recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, minutes=options.minutes))
     is_main = is_main_process()
     console = results(options.json)
     reporter = None if options.quiet or not is_main else TrainReporter(results(options.json, lasting=True))
@@ -212,7 +218,7 @@ KEYS_THAT_MATTER = {
     "train.device": "cpu, cuda, cuda:1; auto: cuda where there is one",
 }
 HABITS = {
-    "--pretrained": "--model.weights volo_d1.224 starts from published weights",
+    "--pretrained": "--model.weights pretrained starts from the weights that come with the package or are published",
     "--weights": "--model.weights takes published weights, a run folder or a file to start from",
     "--checkpoint": "--model.weights RUN starts from its weights; `volo train RUN --resume` goes on with it",
     "--epochs": "--schedule.epochs",
@@ -246,6 +252,7 @@ def _short_help(recipe: Recipe) -> str:
 Where and how:
   --data PATH                    where the images are
   --out FOLDER                   run folder; runs/NAME of the recipe if left out
+  --minutes N                    end after so many minutes, with the epochs that fit
   --resume, --overwrite          go on with the run in --out, or replace it
   --plan                         only say what it would take: steps, memory, time
   --json, --quiet                the summary as JSON; no progress

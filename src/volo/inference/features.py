@@ -51,6 +51,8 @@ def extract_features(
         keep: take them from the cache folder if they were computed before by the same weights from the same images, and leave
             them there; a cache that cannot be read or written is passed over.
         on_progress: is called with (images done, images in all).
+
+    Raises BadImageError, or ValueError where images that cannot be read are skipped.
     """
     path = _place(model, source, data, pool, views, amp) if keep else None
     if path is not None and (kept := _read(path, len(source))) is not None:
@@ -60,7 +62,6 @@ def extract_features(
     device = torch.device(device)
     pixels = PixelPipeline(data).to(device).eval()
     backbone = for_features(model, device)
-    # An image counts in its place even where it cannot be read (data.on_bad_image "skip" shows black then).
     loader = EvalLoader(source, data, batch_size=batch_size)
     rows: list[Tensor] = []
     done = 0
@@ -74,6 +75,11 @@ def extract_features(
             done += len(images)
             if on_progress is not None:
                 on_progress(done, len(source))
+    if done != len(source):
+        raise ValueError(
+            f"{len(source) - done} of {len(source)} images cannot be read, and features are needed of all: let them be found and left "
+            "out first (--data.check full)"
+        )
     features = torch.cat(rows, dim=1).clone()
     if path is not None and features.nbytes <= MOST_KEPT_BYTES:
         _write(path, features)

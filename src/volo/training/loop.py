@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,10 @@ from volo.distributed import (
 from volo.inference.evaluate import AMP_DTYPES
 from volo.models.checkpoint import FORMAT, save_checkpoint
 from volo.models.fuse import use_training_kernels
+from volo.models.volo import VOLO
 from volo.training import run_folder
 from volo.training.clock import Mark
+from volo.training.linear_probe import check_probe, fit_head
 from volo.training.optim import LearningRate, WeightAverage, create_optimizer, set_learning_rate
 from volo.training.report import NullReporter, Reporter, RunInfo, RunLog, StepReport, TrainResult, write_summary
 from volo.training.settings import Interrupted, StopSignals, torch_settings
@@ -119,6 +121,8 @@ def train(
 
 
 def open_workload(recipe: Recipe, world: World, reporter: Reporter) -> Workload:
+    if recipe.model.probe:
+        check_probe(recipe)
     workload = WORKLOADS[recipe.task](
         recipe, world, lambda done, total: reporter.on_progress("checking images", done, total)
     )
@@ -152,6 +156,8 @@ class Run:
         if checkpoint is None:
             with main_first(world):  # downloads once
                 model = workload.create_model()
+                if recipe.model.probe:
+                    reporter.on_message(fit_head(recipe, cast(VOLO, model), workload, world, reporter))
         else:
             model = workload.restore_model(checkpoint["model_config"])
         self.model_config = workload.model_config(model)
@@ -181,7 +187,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
         self._training_mode()
 
-        self.step = self.evaluated_step = 0
+        self.step = 0
+        self.evaluated_step = -1 if recipe.model.probe else 0  # a probe is worth an evaluation before the first step
         self.saved_step = -1
         self.metrics: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
@@ -370,8 +377,10 @@ class Run:
     # An evaluation
 
     def _is_evaluation_due(self) -> bool:
-        if not self.workload.num_val or self.step in (0, self.evaluated_step):
+        if not self.workload.num_val or self.step == self.evaluated_step:
             return False
+        if self.step == 0:
+            return self.recipe.model.probe
         if self.step >= self.rate.total_steps:
             return True
         every = self.config.eval_steps or self.config.eval_every * self.workload.steps_per_epoch

@@ -102,7 +102,8 @@ class LearningRate:
         else:
             if (
                 not 0 <= schedule.warmup_epochs <= schedule.epochs
-                or schedule.epochs <= 0
+                or (schedule.epochs <= 0 and not recipe.model.probe)
+                or schedule.epochs < 0
                 or schedule.cooldown_epochs < 0
             ):
                 raise ValueError(
@@ -112,6 +113,8 @@ class LearningRate:
             warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
             decay_end = max(1, round(schedule.epochs * steps_per_epoch))
             total_steps = max(1, round((schedule.epochs + schedule.cooldown_epochs) * steps_per_epoch))
+            if not schedule.epochs:  # the linear probe alone
+                total_steps = 0
         if schedule.power <= 0 or (schedule.power != 1 and schedule.decay != "poly"):
             raise ValueError(
                 f"schedule.power is above 0, and belongs to the decay 'poly'; given: power={schedule.power:g}, "

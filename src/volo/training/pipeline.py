@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from volo.training import run_folder
 from volo.training.loop import train as run_loop
 from volo.training.report import NullReporter, Reporter, TrainResult
 from volo.training.settings import torch_settings
+from volo.training.time_limit import fit_into_time
 from volo.training.workloads.token_labeling import check_annotator
 
 SHARED_DATA = "path kind splits val_fraction split_seed on_bad_image check cache num_workers timeout".split()
@@ -47,6 +49,7 @@ def train(
     Returns the result of the annotator's training if a signal ended that. Raises as that does, and ValueError for label
     maps that are there but not as [annotator] says.
     """
+    started = time.monotonic()
     out, reporter = Path(out), reporter or NullReporter()
     with join_world(recipe.train.device) as world:
         prepared, stopped = prepare_label_maps(
@@ -57,7 +60,11 @@ def train(
         # The run keeps its own recipe, which does not say where its folder lies: it may be moved. What was prepared has
         # begun it.
         resume = resume or (prepared is not recipe and not overwrite)
-        return run_loop(prepared, out, resume=resume, overwrite=overwrite, reporter=reporter, kept=recipe)
+        if recipe.schedule.minutes and not resume:  # refused before it is measured
+            main_only(world, lambda: run_folder.look_into(out, recipe, resume, overwrite))
+        timed = fit_into_time(prepared, out, world, reporter, started=started, resume=resume)
+        recipe = dataclasses.replace(recipe, schedule=timed.schedule)
+        return run_loop(timed, out, resume=resume, overwrite=overwrite, reporter=reporter, kept=recipe)
 
 
 def prepare_label_maps(

@@ -1,0 +1,83 @@
+"""How many epochs fit into so many minutes: speed is measured once, by a few steps of the run itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from pathlib import Path
+
+from volo.config import Recipe, load_recipe
+from volo.distributed import World, main_only
+from volo.training.probe import Probe, probe
+from volo.training.report import Reporter
+
+EVALUATION_SHARE = 1 / 3
+"""Time of an image in an evaluation, which has no backward pass, as a share of that in a training step."""
+END_SECONDS = 4.0
+"""For the last checkpoint and the figures."""
+SPARE = 0.94
+"""Share of the time that is planned for: speed changes while a machine gets warm or others use it."""
+
+
+def fit_into_time(
+    recipe: Recipe, out: Path, world: World, reporter: Reporter, *, started: float, resume: bool = False
+) -> Recipe:
+    """`recipe` with as many epochs as fit into `schedule.minutes` since `started` (of time.monotonic), at most its own.
+
+    A run in `out` that is continued has its epochs already; they are taken over. All processes must call it.
+    Raises ValueError as `train` does, and for a limit that is no time.
+    """
+    schedule = recipe.schedule
+    if not schedule.minutes:
+        return recipe
+    if schedule.minutes < 0 or not math.isfinite(schedule.minutes):
+        raise ValueError(
+            f"schedule.minutes is a number of minutes above 0, or 0 for no limit; given: {schedule.minutes}"
+        )
+    if schedule.steps:
+        raise ValueError("schedule.minutes chooses epochs; with schedule.steps leave it at 0")
+
+    def chosen_before() -> float | None:
+        path = out / "recipe.toml"
+        its = load_recipe(path).schedule if resume and path.is_file() else None
+        return its.epochs if its is not None and its.minutes == schedule.minutes else None
+
+    epochs = main_only(world, chosen_before)
+    if epochs is None and schedule.epochs:
+        measured = probe(recipe, most_pictures=None, reporter=reporter)
+        epochs = main_only(world, lambda: _epochs(recipe, measured, time.monotonic() - started))
+        step = measured.seconds_a_step
+        reporter.on_message(
+            f"{epochs:g} epochs fit into {schedule.minutes:g} minutes at {recipe.train.batch_size / step:,.0f} images/s"
+            + (f", of {schedule.epochs:g} at most" if epochs < schedule.epochs else ", all that the recipe asks for")
+        )
+    if not epochs:
+        epochs = 0.0
+    return dataclasses.replace(
+        recipe,
+        schedule=dataclasses.replace(
+            schedule,
+            epochs=epochs,
+            # What was meant for a long run must fit into a short one.
+            warmup_epochs=min(schedule.warmup_epochs, epochs / 5),
+            cooldown_epochs=min(schedule.cooldown_epochs, epochs / 10),
+            small_epochs=min(schedule.small_epochs, int(epochs / 2)),
+        ),
+    )
+
+
+def _epochs(recipe: Recipe, measured: Probe, seconds_gone: float) -> float:
+    """Whole epochs, or, where not one fits, the tenths of one."""
+    schedule, per_epoch = recipe.schedule, measured.workload.steps_per_epoch
+    step = statistics.median(measured.step_seconds)
+    if measured.workload.num_workers and measured.data_seconds:
+        step = max(step, measured.data_seconds)
+    evaluation = EVALUATION_SHARE * step * measured.workload.num_val / recipe.train.batch_size
+    every = recipe.train.eval_every if recipe.train.eval_every > 0 else math.inf
+    available = SPARE * (60 * schedule.minutes - seconds_gone) - END_SECONDS - 2 * evaluation
+    epochs = available / (step * per_epoch + evaluation / every)
+    whole = math.floor(epochs) if epochs >= 1 else max(math.floor(10 * epochs) / 10, 0.0)
+    least = 0.0 if recipe.model.probe else max(0.1, round(1 / per_epoch, 4))
+    return min(schedule.epochs, max(float(whole), least))

@@ -1,0 +1,67 @@
+"""Runs that end in time, and go on as they were begun."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from volo.config import Recipe, load_recipe
+from volo.training.pipeline import train
+from volo.training.report import NullReporter
+from volo.training.time_limit import fit_into_time
+
+
+class Messages(NullReporter):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def on_message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_as_many_epochs_as_fit(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    told, started = Messages(), time.monotonic()
+    recipe = tiny({"schedule.minutes": 0.25, "schedule.epochs": 500, "schedule.warmup_epochs": 100})
+    result = train(recipe, tmp_path / "run", reporter=told)
+    assert time.monotonic() - started < 25, "15 seconds were asked for"
+    kept = load_recipe(tmp_path / "run/recipe.toml").schedule
+    assert 1 <= kept.epochs < 500 and kept.minutes == 0.25 and kept.warmup_epochs <= kept.epochs / 5
+    assert result.status == "completed" and result.step > 0
+    assert any(f"{kept.epochs:g} epochs fit into 0.25 minutes" in text for text in told.texts)
+    # However fast the machine is now, the run stays what it is.
+    again = train(recipe, tmp_path / "run", resume=True)
+    assert again.total_steps == result.total_steps
+    assert load_recipe(tmp_path / "run/recipe.toml").schedule == kept
+
+
+def test_no_more_than_the_recipe_asks_for(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    result = train(tiny({"schedule.minutes": 60, "schedule.epochs": 1}), tmp_path / "run")
+    plain = train(tiny({"schedule.epochs": 1}), tmp_path / "plain")
+    assert load_recipe(tmp_path / "run/recipe.toml").schedule.epochs == 1
+    assert abs(result.total_steps - plain.total_steps) <= 2  # the cool-down is cut to a tenth of the run
+
+
+def test_an_existing_run_is_refused_before_anything_is_measured(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    train(tiny({"schedule.epochs": 1}), tmp_path / "run")
+    told = Messages()
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train(tiny({"schedule.minutes": 1}), tmp_path / "run", reporter=told)
+    assert told.texts == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"schedule.minutes": -1}, "above 0"), ({"schedule.minutes": 1, "schedule.steps": 5}, "leave it at 0")],
+)
+def test_limits_that_are_none(change: dict, message: str, tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tiny(change), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_limit_nothing_changes(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny()
+    assert fit_into_time(recipe, tmp_path, None, NullReporter(), started=0.0) is recipe  # type: ignore[arg-type]
