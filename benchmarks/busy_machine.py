@@ -1,0 +1,129 @@
+"""How OpenMP's threads should wait: images/s of training alone and beside another process, for each setting.
+
+    python benchmarks/busy_machine.py --out benchmarks/results/busy_machine.json
+
+Each figure is the median step of a process of its own, whose environment has the setting (OpenMP reads it once); settings take
+turns, alone and beside a process that keeps one core busy. The steps are those of the recipe `photos` (volo_nano, 32 images of
+128 px, AdamW, averaged weights left out), without the reading of images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SETTINGS: dict[str, dict[str, str]] = {
+    "PASSIVE (volo's command line)": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "as OpenMP has it": {},
+    "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
+BUSY = "while True: pass"
+
+
+def steps(seconds: float, size: int, batch_size: int) -> None:
+    """Train for so long and print images/s of the median step."""
+    import torch
+
+    import volo
+    from volo.models.fuse import use_training_kernels
+    from volo.training.settings import keep_freed_memory
+
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model = volo.create_model("volo_nano", num_classes=10, img_size=size, pool="concat").train()
+    use_training_kernels(model)
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    images = torch.randn(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(batch_size) % 10
+    times: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times) < 8:
+        begun = time.perf_counter()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - begun)
+    print(batch_size / statistics.median(times[3:]))
+
+
+def measure(setting: dict[str, str], options: argparse.Namespace) -> float:
+    waiting = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
+    env = {name: value for name, value in os.environ.items() if name not in waiting} | setting
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        "--seconds",
+        str(options.seconds),
+        "--img-size",
+        str(options.img_size),
+    ]
+    return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--img-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        steps(options.seconds, options.img_size, options.batch_size)
+        return
+    found: dict[str, dict[str, list[float]]] = {name: {"alone": [], "beside": []} for name in SETTINGS}
+    for _ in range(options.rounds):
+        for name, setting in SETTINGS.items():
+            found[name]["alone"].append(measure(setting, options))
+        for name, setting in SETTINGS.items():
+            other = subprocess.Popen([sys.executable, "-c", BUSY])
+            try:
+                found[name]["beside"].append(measure(setting, options))
+            finally:
+                other.kill()
+                other.wait()
+    best = max(statistics.median(figures["alone"]) for figures in found.values())
+    results = {}
+    for name, figures in found.items():
+        alone, beside = (statistics.median(figures[key]) for key in ("alone", "beside"))
+        results[name] = {
+            "alone": round(alone, 1),
+            "beside_one_busy_process": round(beside, 1),
+            "beside_over_alone": round(beside / alone, 3),
+            "alone_over_best": round(alone / best, 3),
+            "all": {key: [round(value, 1) for value in values] for key, values in figures.items()},
+        }
+        print(
+            f"{name:32} alone {alone:7.1f} ({alone / best:.2f} of the best)   beside {beside:7.1f} ({beside / alone:.2f})"
+        )
+    if options.out is not None:
+        import torch
+
+        from volo.bench.timing import setting as machine
+        from volo.data.files import write_atomically
+
+        report = {
+            "what": "images/s of a training step of the recipe photos, by how OpenMP's threads wait",
+            "command": " ".join(["python benchmarks/busy_machine.py", *sys.argv[1:]]),
+            "img_size": options.img_size,
+            "rounds": options.rounds,
+            "setting": machine(torch.device("cpu")),
+            "settings": results,
+        }
+        content = (json.dumps(report, indent=1) + "\n").encode()
+        write_atomically(options.out, lambda file: file.write(content))
+
+
+if __name__ == "__main__":
+    main()
