@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from volo.config import recipe_to_toml
+from volo.config import Recipe, recipe_to_toml
 from volo.data.files import FolderLock
 from volo.inference.model_source import load
 from volo.models.checkpoint import load_checkpoint
@@ -193,3 +195,11 @@ def test_labels_may_not_change(photos) -> None:
     require_same_images(Path("run"), then, {"training": image_list(["0", "1"], torch.tensor([0, 1]))})
     with pytest.raises(ValueError, match="other labels for the training images"):
         require_same_images(Path("run"), then, {"training": image_list(["0", "1"], torch.tensor([1, 1]))})
+
+
+def test_a_run_lists_what_it_is_scored_on(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    result = train(tiny({"schedule.epochs": 0.1, "schedule.warmup_epochs": 0}), tmp_path / "run")
+    rows = list(csv.DictReader((tmp_path / "run/held_out.csv").open(encoding="utf-8")))
+    assert len(rows) == result.metrics["count"] and {row["class"] for row in rows} == set(result.classes)
+    counts = [sum(row["class"] == name for row in rows) for name in result.classes]
+    assert counts == [sum(row) for row in result.confusion], "rows of the confusion are the truth"

@@ -225,6 +225,7 @@ class Run:
         )
         if self.world.is_main:
             run_folder.prepare(self.out, self.recipe, is_fresh=fresh, is_first_step=self.step == 0)
+            run_folder.list_held_out(self.out, self.workload.held_out())
             self.log = RunLog(self.out, self.metrics_bytes, self.step, self.config.tensorboard)
         self.reporter.on_start(info)
         try:

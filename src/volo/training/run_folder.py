@@ -1,12 +1,15 @@
 """A run folder: what lies in it, what of that is a run's own, and whether a run may begin or go on there.
 
 A run writes recipe.toml, last.pt (all that is needed to continue), best.pt (the best evaluation's weights),
-metrics.jsonl (a line for every step and every evaluation), summary.json, and its own files in tensorboard/; the command
+metrics.jsonl (a line for every step and every evaluation), held_out.csv (the images it is scored on), summary.json, and its own files in tensorboard/; the command
 line adds plots at the end. Nothing else in the folder is ever replaced or deleted.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from volo.config import Recipe, recipe_from_dict, recipe_to_toml
 from volo.data.files import write_atomically
 from volo.models.checkpoint import load_checkpoint
 
-RUN_FILES = ("recipe.toml", "last.pt", "best.pt", "metrics.jsonl", "summary.json")
+RUN_FILES = ("recipe.toml", "last.pt", "best.pt", "metrics.jsonl", "summary.json", "held_out.csv")
 PLOTS = ("curves.png", "confusion.png", "iou.png", "overlays.png")
 EVENTS = ".volo"
 """How the names of our files in tensorboard/ end."""
@@ -92,6 +95,14 @@ def prepare(out: Path, recipe: Recipe, is_fresh: bool, is_first_step: bool) -> N
             path.unlink()
     text = recipe_to_toml(recipe).encode()
     write_atomically(out / "recipe.toml", lambda file: file.write(text))
+
+
+def list_held_out(out: Path, images: Iterable[tuple[str, str]]) -> None:
+    """Write held_out.csv: the images that a run is scored on and never learns from, and their classes ("" for masks)."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("image", "class"), *images])
+    content = text.getvalue().encode("utf-8", "surrogateescape")
+    write_atomically(out / "held_out.csv", lambda file: file.write(content))
 
 
 def require_same_images(out: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -79,6 +79,10 @@ class Classification:
     def list_images(self) -> dict[str, Any]:
         sources = {"training": self.loader.source, "held-out": self.val_loader.source}
         return {part: image_list(source.names, source.targets) for part, source in sources.items()}
+
+    def held_out(self) -> Iterable[tuple[str, str]]:
+        source = self.val_loader.source
+        return zip(source.names, (self.classes[label] for label in source.targets.tolist()))
 
     def create_model(self) -> VOLO:
         return build_model(self.recipe, len(self.classes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -68,6 +68,9 @@ class Segmentation:
 
     def list_images(self) -> dict[str, Any]:
         return {"training": image_list(self.splits.train.names), "held-out": image_list(self.splits.val.names)}
+
+    def held_out(self) -> Iterable[tuple[str, str]]:
+        return ((name, "") for name in self.splits.val.names)
 
     def create_model(self) -> nn.Module:
         return build_segmenter(self.recipe, len(self.classes))

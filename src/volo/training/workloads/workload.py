@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ class Workload(Protocol):
 
     def list_images(self) -> dict[str, Any]:
         """`image_list` of each part of the data, by which a run that is continued knows it again."""
+
+    def held_out(self) -> Iterable[tuple[str, str]]:
+        """Names of the held-out images, each with that of its class, or "" where an image has none."""
 
     def create_model(self) -> nn.Module:
         """The model with the recipe's first weights, on the CPU. It may download them."""
