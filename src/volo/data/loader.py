@@ -6,7 +6,6 @@ The order of an epoch follows from (seed, epoch), the augmentation of an image f
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -23,7 +22,7 @@ from volo.data.decode import BadImage, BadImageError
 from volo.data.mask_transforms import scale_to, scaled_size
 from volo.data.masks import MaskedPictures
 from volo.data.samples import Batch, OneByOne, Samples, ShiftAndFlip, SmallAtFirst, Whole, WithLabelMaps, WithTargets
-from volo.data.sources import ArraySource, ImageSource, available_cores
+from volo.data.sources import ArraySource, ImageSource, available_cores, local_processes
 from volo.data.token_labels import LabelMapReader, PictureFrame
 from volo.data.transforms import check_augment, eval_transform, train_transform
 from volo.data.workers import run
@@ -346,7 +345,7 @@ class _Prepare:
 
 def default_workers() -> int:
     """For data.num_workers = -1: this process's share of the cores where a GPU trains, else half of it."""
-    cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = available_cores() // local_processes()
     return max(1, min(16, cores if torch.cuda.is_available() else cores // 2))
 
 

@@ -304,8 +304,13 @@ def in_parallel(function: Callable[[Any], Item], items: Sequence[Any], chunk: in
 def cache_budget() -> int:
     """Bytes of decoded images that "auto" keeps: 2 GB or a quarter of free memory, shared by the node's processes."""
     free = free_memory()
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, min(2 << 30, 2 << 30 if free is None else free // 4) // local_processes)
+    return max(0, min(2 << 30, 2 << 30 if free is None else free // 4) // local_processes())
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine, as torchrun says it; what a batch system alone has set means nothing."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "") if os.environ.get("MASTER_ADDR") else ""
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def free_memory() -> int | None:

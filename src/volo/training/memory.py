@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from volo.data.sources import free_memory
+from volo.data.sources import free_memory, local_processes
 
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "could not create a primitive")
 """What allocators say; the last is oneDNN's."""
@@ -18,7 +16,7 @@ def free_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free_here = free_memory() if device.type == "cpu" else None
-    return free_here and free_here // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_here and free_here // local_processes()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
