@@ -142,7 +142,7 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
         ("predict runs/tiny", "name the images"),
         ("train tiny.toml --epochs 3", "volo train has no --epochs: --schedule.epochs"),
         ("train tiny.toml --batch_size=3", "--train.batch_size"),
-        ("train tiny.toml --pretrained", "--model.weights volo_d1.224"),
+        ("train tiny.toml --pretrained", "--model.weights pretrained"),
         ("predict --weights runs/tiny images", "name the model first"),
         ("evaluate --checkpoint runs/tiny", "name the model first"),
         ("predict runs/tiny gone.png", "no file or folder 'gone.png'"),

@@ -126,7 +126,7 @@ def _draw(folder: Path, result: dict[str, Any], loaded: Any) -> list[Path]:
     with optional(" and ".join(path.name for path in files)):
         from volo.explain.plots import class_bars, confusion_matrix
 
-        confusion_matrix(result["confusion"], loaded.classes, files[0], "pixels" if is_segment else "pictures")
+        confusion_matrix(result["confusion"], loaded.classes, files[0], "pixels" if is_segment else "images")
         if is_segment:
             boundary = result["per_class_boundary_iou"]
             class_bars(result["per_class_iou"], loaded.classes, loaded.colours, files[1], boundary)

@@ -26,7 +26,7 @@ def show_plan(console: Console, plan: dict[str, Any], title: str = "") -> None:
     rows = [
         ("model", f"{plan['model']}, {millions(plan['num_parameters'])} parameters, images of {height} x {width}"),
         (
-            "pictures",
+            "images",
             f"{plan['num_train']:,} for training, {plan['num_val']:,} held out, {plan['num_classes']} classes",
         ),
         (
@@ -48,7 +48,7 @@ def show_plan(console: Console, plan: dict[str, Any], title: str = "") -> None:
             (
                 "time",
                 f"about {duration(seconds['training'])} for the steps ({low:.3g} to {high:.3g} s each in {len(plan['step_seconds'])} tries, "
-                f"{plan['pictures_per_second']:,.0f} pictures/s), {duration(seconds['evaluations'])} for evaluations",
+                f"{plan['pictures_per_second']:,.0f} images/s), {duration(seconds['evaluations'])} for evaluations",
             ),
             ("", _limit(plan)),
         ]
@@ -73,7 +73,7 @@ def show_plan(console: Console, plan: dict[str, Any], title: str = "") -> None:
             rows.append(
                 (
                     "",
-                    f"about {duration(maps['seconds'])} to generate them ({maps['pictures_per_second']:,.3g} pictures/s)",
+                    f"about {duration(maps['seconds'])} to generate them ({maps['pictures_per_second']:,.3g} images/s)",
                 )
             )
     table = Table(show_header=False, box=None)

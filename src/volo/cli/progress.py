@@ -72,7 +72,7 @@ class TrainReporter(NullReporter):
             report.step,
             run.total_steps,
             f"loss {sum(self._losses) / len(self._losses):.3f}  lr {report.lr:.1e}  "
-            f"{report.images_per_second:,.0f} pictures/s  {duration(left)} left",
+            f"{report.images_per_second:,.0f} images/s  {duration(left)} left",
         )
 
     def on_eval(self, metrics: dict[str, Any], is_best: bool) -> None:
@@ -110,7 +110,7 @@ def show_result(console: Console, result: TrainResult) -> None:
             ),
             soft_wrap=True,
         )
-    speed = f", {result.images_per_second:,.0f} pictures/s in training" if result.images_per_second else ""
+    speed = f", {result.images_per_second:,.0f} images/s in training" if result.images_per_second else ""
     console.print(f"{duration(result.seconds)} in all{speed}", highlight=False)
     weights = result.out / ("best.pt" if best else "last.pt")
     console.print(Text.assemble("  ", (str(weights), "cyan"), "  the weights"), soft_wrap=True)

@@ -140,7 +140,7 @@ def _figures(out: Path, result: TrainResult, task: str) -> dict[str, Callable[[P
     def confusion(path: Path) -> None:
         from volo.explain.plots import confusion_matrix
 
-        confusion_matrix(result.confusion, result.classes, path, "pixels" if task == "segment" else "pictures")
+        confusion_matrix(result.confusion, result.classes, path, "pixels" if task == "segment" else "images")
 
     figures: dict[str, Callable[[Path], None]] = {"curves.png": curves}
     if result.confusion:

@@ -141,7 +141,7 @@ def training_curves(metrics: str | Path, out: str | Path) -> None:
 
 
 def confusion_matrix(
-    confusion: Sequence[Sequence[int]], classes: Sequence[str], out: str | Path, unit: str = "pictures"
+    confusion: Sequence[Sequence[int]], classes: Sequence[str], out: str | Path, unit: str = "images"
 ) -> None:
     """Draw a confusion matrix (rows: truth, columns: prediction, counts of `unit`) as a PNG.
 
@@ -208,7 +208,7 @@ def confusion_matrix(
                 axes.text(
                     column,
                     row,
-                    f"{counts[row, column]}" if unit == "pictures" else _in_percent(shares[row, column]),
+                    f"{counts[row, column]}" if unit == "images" else _in_percent(shares[row, column]),
                     ha="center",
                     va="center",
                     fontsize=9 if counts.max() < 1000 else 7,
