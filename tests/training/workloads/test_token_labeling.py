@@ -25,7 +25,8 @@ from volo.training.loop import train as train_alone
 from volo.training.pipeline import train
 from volo.training.plan import plan_training
 from volo.training.report import NullReporter
-from volo.training.workloads.token_labeling import TokenLabeling
+from volo.training.workloads import token_labeling
+from volo.training.workloads.token_labeling import TokenLabeling, doubts
 
 SHORT = {"schedule.epochs": 0.5, "schedule.warmup_epochs": 0.0, "schedule.cooldown_epochs": 0.0}
 HERE = World(0, 1, torch.device("cpu"))
@@ -364,3 +365,28 @@ def test_maps_that_are_there_are_compared_with_the_annotator(annotated, tmp_path
 def test_the_loop_wants_label_maps_that_are_there(annotated, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"volo annotate.*--token_label\.maps"):
         train_alone(annotated[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("agreement", "warns"),
+    [
+        (None, False),
+        ({"top1": 0.9, "positions": 0.6}, False),
+        ({"top1": 0.7, "positions": 0.6}, True),
+        ({"top1": 0.9, "positions": 0.2}, True),
+    ],
+)
+def test_an_annotator_that_knows_little_is_doubted(agreement: dict[str, float] | None, warns: bool) -> None:
+    text = doubts(agreement)
+    assert bool(text) == warns
+    if agreement and warns:
+        assert f"{100 * agreement['top1']:.1f} % of the images" in text
+        assert f"{100 * agreement['positions']:.1f} % of the" in text
+
+
+def test_the_doubt_is_said_before_the_training(annotated, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, out, _ = annotated
+    monkeypatch.setattr(token_labeling, "TEACHES", {"top1": 1.01, "positions": 0.5})
+    labels = dataclasses.replace(recipe.token_label, maps=str(out / "label_maps"))
+    workload = TokenLabeling(dataclasses.replace(recipe, token_label=labels), HERE)
+    assert sum("plain labels" in note for note in workload.notes) == 1

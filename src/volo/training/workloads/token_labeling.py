@@ -22,6 +22,22 @@ from volo.tasks.token_label import TokenLabelTask
 from volo.training.workloads.classification import Classification
 from volo.training.workloads.workload import Batch
 
+TEACHES = {"top1": 0.8, "positions": 0.5}
+"""Shares of the images and of the positions that an annotator names as the data does, below which its label maps have not been
+seen to pay (docs/token_labels.md)."""
+
+
+def doubts(agreement: dict[str, float] | None) -> str:
+    """A warning about label maps of an annotator that knows too little to teach; empty if there is none."""
+    if agreement is None or all(agreement[key] >= least for key, least in TEACHES.items()):
+        return ""
+    return (
+        f"the annotator agrees with the labels of {100 * agreement['top1']:.1f} % of the images, and at {100 * agreement['positions']:.1f} % of the "
+        f"positions in them: below {100 * TEACHES['top1']:.0f} and {100 * TEACHES['positions']:.0f} % its label maps teach its mistakes as well, and "
+        'plain labels (task "classify") usually do better. A better annotator, larger images for it (--annotator.img_size), or one '
+        "whose tokens were trained too (loss.token_weight) helps"
+    )
+
 
 class TokenLabeling(Classification):
     """The `Workload` of task "token_label": classification whose batches carry an annotator's logits.
@@ -35,6 +51,8 @@ class TokenLabeling(Classification):
         self.label_maps: LabelMaps | None = None
         self.class_of: Tensor | None = None  # the data's class for each class of the maps, -1 for none; None: the same
         super().__init__(recipe, world, on_progress)
+        if self.label_maps is not None and (doubt := doubts(self.label_maps.agreement)):
+            self.notes.append(doubt)
         if recipe.token_label.source == "live":
             with main_first(world):  # downloads once
                 self.annotator = LiveAnnotator(recipe, self.classes, world.device)
