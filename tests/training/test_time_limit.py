@@ -10,6 +10,7 @@ import pytest
 
 from volo.config import Recipe, load_recipe
 from volo.training.pipeline import train
+from volo.training.plan import plan_training
 from volo.training.report import NullReporter
 from volo.training.time_limit import fit_into_time
 
@@ -65,3 +66,10 @@ def test_limits_that_are_none(change: dict, message: str, tiny: Callable[..., Re
 def test_without_a_limit_nothing_changes(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = tiny()
     assert fit_into_time(recipe, tmp_path, None, NullReporter(), started=0.0) is recipe  # type: ignore[arg-type]
+
+
+def test_a_plan_says_what_would_fit(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    plan = plan_training(tiny({"schedule.minutes": 0.1, "schedule.epochs": 10_000}), tmp_path)
+    assert 0 < plan["epochs"] < 5_000 and plan["seconds"]["all"] < 9
+    with pytest.raises(ValueError, match="above 0"):
+        plan_training(tiny({"schedule.minutes": -1}), tmp_path)

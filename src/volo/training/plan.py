@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.transforms import height_width
 from volo.inference.model_source import LoadedModel
 from volo.training.annotator_cost import map_grid, num_parameters, outline_annotator, seconds_a_picture
+from volo.training.optim import LearningRate
 from volo.training.pipeline import annotator_recipe, trains_annotator
 from volo.training.probe import Probe, probe
 from volo.training.report import Reporter
 from volo.training.settings import torch_settings
+from volo.training.time_limit import check_limit, epochs_that_fit, with_epochs
 
 MOST_PICTURES = 16
 """In a micro batch that is tried out: enough to tell the time, and room for them is nearly everywhere."""
@@ -65,7 +68,14 @@ def plan_training(
     elif label_maps is not None:
         labels = dataclasses.replace(labels, maps=label_maps["path"])
     probed = dataclasses.replace(recipe, token_label=labels)
+    started = time.monotonic()
     measured = probe(probed, steps=steps, most_pictures=most_pictures, reporter=reporter)
+    if recipe.schedule.minutes and measured.step_seconds:
+        check_limit(recipe)
+        # A run prepares in about the time that this has taken.
+        timed = with_epochs(recipe, epochs_that_fit(recipe, measured, time.monotonic() - started))
+        steps_that_fit = LearningRate.from_recipe(timed, measured.workload.steps_per_epoch).total_steps
+        measured = dataclasses.replace(measured, total_steps=steps_that_fit)
 
     annotator, outline = None, None
     if (draws or looks_on) and has_annotator:

@@ -11,7 +11,7 @@ from pathlib import Path
 from volo.config import Recipe, load_recipe
 from volo.distributed import World, main_only
 from volo.training.probe import Probe, probe
-from volo.training.report import Reporter
+from volo.training.report import NullReporter, Reporter
 
 EVALUATION_SHARE = 1 / 3
 """Time of an image in an evaluation, which has no backward pass, as a share of that in a training step."""
@@ -32,12 +32,7 @@ def fit_into_time(
     schedule = recipe.schedule
     if not schedule.minutes:
         return recipe
-    if schedule.minutes < 0 or not math.isfinite(schedule.minutes):
-        raise ValueError(
-            f"schedule.minutes is a number of minutes above 0, or 0 for no limit; given: {schedule.minutes}"
-        )
-    if schedule.steps:
-        raise ValueError("schedule.minutes chooses epochs; with schedule.steps leave it at 0")
+    check_limit(recipe)
 
     def chosen_before() -> float | None:
         path = out / "recipe.toml"
@@ -46,21 +41,42 @@ def fit_into_time(
 
     epochs = main_only(world, chosen_before)
     if epochs is None and schedule.epochs:
-        measured = probe(recipe, most_pictures=None, reporter=reporter)
-        epochs = main_only(world, lambda: _epochs(recipe, measured, time.monotonic() - started))
+        measured = probe(recipe, most_pictures=None, reporter=_ProgressAlone(reporter))
+        epochs = main_only(world, lambda: epochs_that_fit(recipe, measured, time.monotonic() - started))
         step = measured.seconds_a_step
         reporter.on_message(
             f"{epochs:g} epochs fit into {schedule.minutes:g} minutes at {recipe.train.batch_size / step:,.0f} images/s"
             + (f", of {schedule.epochs:g} at most" if epochs < schedule.epochs else ", all that the recipe asks for")
         )
-    if not epochs:
-        epochs = 0.0
+    return with_epochs(recipe, epochs or 0.0)
+
+
+class _ProgressAlone(NullReporter):
+    """What is to be said of the data and the model the run itself will say."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.on_progress = reporter.on_progress  # type: ignore[method-assign]
+
+
+def check_limit(recipe: Recipe) -> None:
+    """Raises ValueError for a limit that is no time, or that goes with nothing else."""
+    schedule = recipe.schedule
+    if schedule.minutes < 0 or not math.isfinite(schedule.minutes):
+        raise ValueError(
+            f"schedule.minutes is a number of minutes above 0, or 0 for no limit; given: {schedule.minutes}"
+        )
+    if schedule.steps:
+        raise ValueError("schedule.minutes chooses epochs; with schedule.steps leave it at 0")
+
+
+def with_epochs(recipe: Recipe, epochs: float) -> Recipe:
+    """`recipe` with so many epochs; what was meant for a long run is cut to fit into a short one."""
+    schedule = recipe.schedule
     return dataclasses.replace(
         recipe,
         schedule=dataclasses.replace(
             schedule,
             epochs=epochs,
-            # What was meant for a long run must fit into a short one.
             warmup_epochs=min(schedule.warmup_epochs, epochs / 5),
             cooldown_epochs=min(schedule.cooldown_epochs, epochs / 10),
             small_epochs=min(schedule.small_epochs, int(epochs / 2)),
@@ -68,8 +84,8 @@ def fit_into_time(
     )
 
 
-def _epochs(recipe: Recipe, measured: Probe, seconds_gone: float) -> float:
-    """Whole epochs, or, where not one fits, the tenths of one."""
+def epochs_that_fit(recipe: Recipe, measured: Probe, seconds_gone: float) -> float:
+    """Whole epochs, or, where not one fits, the tenths of one, for `schedule.minutes` of which so many seconds are gone."""
     schedule, per_epoch = recipe.schedule, measured.workload.steps_per_epoch
     step = statistics.median(measured.step_seconds)
     if measured.workload.num_workers and measured.data_seconds:
