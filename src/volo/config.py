@@ -150,7 +150,11 @@ class SegmentConfig:
     val_split: str = "val"
     """Images to score on during the training; "val" is also found as "validation"."""
     num_classes: int = 0
-    """0: those of classes.csv, classes.txt or objectInfo150.txt beside the images, or Cityscapes' 19."""
+    """0: those of classes.csv, classes.txt or objectInfo150.txt beside the images, or Cityscapes' 19; masks of 0 and 255, or
+    0 and 1, need none of them."""
+    object_value: int = -1
+    """Of two classes, the background and an object: the value of the object in masks, 1 or 255; -1: understood from the masks
+    (0 and 255 alone: 255; otherwise 1, and 255 is void)."""
     reduce_zero_label: bool = False
     """0 in a mask is background or void and is left out; class k is stored as k + 1 (ADE20K)."""
     ignore_label: int = 255

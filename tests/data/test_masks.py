@@ -136,9 +136,10 @@ def test_flat_folders_with_lists(scenes: Path, tmp_path: Path) -> None:
         (tmp_path / kind).mkdir()
         for path in (scenes / kind / "train").iterdir():
             shutil.copy(path, tmp_path / kind / path.name)
-    with pytest.raises(ValueError, match="has no split 'train'"):
-        open_there(tmp_path, num_classes=3)
+    assert len(open_there(tmp_path, num_classes=3).val) == 1, "held out by the seed"
     (tmp_path / "train.txt").write_text("\n".join(f"{i:02}" for i in range(7)))
+    with pytest.raises(ValueError, match="has no split 'val'"):
+        open_there(tmp_path, num_classes=3)
     (tmp_path / "val.txt").write_text("07\n08")
     splits = open_there(tmp_path, num_classes=3)
     assert (len(splits.train), len(splits.val)) == (7, 2)
@@ -278,9 +279,9 @@ def test_black_and_white_masks_are_stopped_before_the_training(own: Path) -> Non
     for path in own.glob("annotations/*/*.png"):
         save_mask(path, np.where(np.array(Image.open(path)) > 0, 255, 0))
     with pytest.raises(
-        ValueError, match=r"values 0 \(.* 255 \(.*only the class 'background' .*255 means void.*1 for white"
+        ValueError, match=r"values 0 \(.* 255 \(.*only the class 'background' .*255 means void.*object_value to 255.*1 for white"
     ):
-        open_there(own)
+        open_there(own, object_value=1)
     for path in own.glob("annotations/*/*.png"):
         Image.open(path).convert("1").save(path)  # one bit: 0 and 1
     splits = open_there(own)
@@ -326,13 +327,13 @@ def test_it_is_said_why_there_is_no_mask(own: Path) -> None:
     folder = own / "annotations/train"
     Image.open(folder / "00.png").save(folder / "00.jpg")
     (folder / "00.png").unlink()
-    (folder / "01.png").rename(folder / "01_mask.png")
+    (folder / "01.png").rename(folder / "01_roi.png")
     (folder / "02.png").unlink()
     with pytest.raises(ValueError) as error:
         open_there(own)
     for line in (
         "images/train/00.png: there is no mask for it: annotations/train/ has 00.jpg, but JPEG changes class numbers",
-        "images/train/01.png: there is no mask for it: annotations/train/ has 01_mask.png, but the name has to be 01.png",
+        "images/train/01.png: there is no mask for it: annotations/train/ has 01_roi.png, but the name has to be 01.png",
         "images/train/02.png: there is no mask for it (annotations/train/02.png)",
     ):
         assert line in str(error.value)

@@ -40,6 +40,8 @@ class EvaluateOptions:
     """Replace files of these names in --out that are no earlier evaluation."""
     split: str = ""
     """Of a segmentation model: which images of the data, for example test; those held out from the training if left out."""
+    object_value: int | None = None
+    """Of a segmentation model of two classes: value of the object in the masks, 1 or 255; as in those it learned from if left out."""
     seen: Annotated[WindowOptions, tyro.conf.arg(name="")] = field(default_factory=WindowOptions)
     how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
@@ -67,8 +69,10 @@ def evaluate(options: EvaluateOptions) -> int:
 
     if options.out is not None:
         _claim(options.out, options.overwrite)
-    if options.split or options.seen != WindowOptions(flip=options.seen.flip):
-        refuse_published(options.model, "--split, --window, --stride and --scales are for segmentation models")
+    if options.split or options.object_value is not None or options.seen != WindowOptions(flip=options.seen.flip):
+        refuse_published(
+            options.model, "--split, --object-value, --window, --stride and --scales are for segmentation models"
+        )
     device = open_device(options.how.device, options.how.threads)
     loaded = load_model(options.model, options.how, device)
     console = results(options.json)
@@ -77,6 +81,10 @@ def evaluate(options: EvaluateOptions) -> int:
         def left_out(bad: object) -> None:
             bar.clear()
             note(f"left out: {bad}")
+
+        def understood(said: str) -> None:
+            bar.clear()
+            note(said)
 
         figures = score(
             loaded,
@@ -87,12 +95,14 @@ def evaluate(options: EvaluateOptions) -> int:
             stride=read_size("--stride", options.seen.stride, least=0),
             scales=options.seen.scales,
             flip=options.seen.flip,
+            object_value=options.object_value,
             batch_size=options.how.batch_size,
             device=device,
             amp=options.how.amp,
             on_bad_image=options.on_bad_image,
             on_progress=bar.show,
             on_skipped=left_out,
+            on_note=understood,
         )
     result = {"command": "volo evaluate", **figures}
     # What is no text in a file name is written as JSON escapes it.

@@ -27,7 +27,9 @@ class SegmentOptions:
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("segmented")
     """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there. Nothing else is ever replaced."""
     overlays: bool = True
-    """Write overlays: the image under the colours of its classes, with a legend."""
+    """Write overlays: the image under the colours of its classes, with outlines and a legend; a background has no colour."""
+    alpha: float | None = None
+    """Opacity of the colours in overlays, 0 (outlines alone) to 1; 0.55 if left out."""
     cityscapes: bool = False
     """Masks hold Cityscapes' label ids and are named as its benchmark wants them; images are seen as volo evaluate sees
     them, so that what is submitted is what was scored. No overlays: the benchmark would take them for masks."""
@@ -55,9 +57,10 @@ def segment(options: SegmentOptions) -> int:
       volo segment runs/cityscapes_volo_d1 leftImg8bit/test --cityscapes --scales 0.75 1 1.25 --flip --out submission
     """
     from volo.data.files import FolderLock
-    from volo.data.masks import CITYSCAPES
+    from volo.data.mask_values import CITYSCAPES
     from volo.inference.model_source import load
     from volo.inference.segment import (
+        OPACITY,
         areas_json,
         areas_text,
         earlier_areas,
@@ -71,6 +74,9 @@ def segment(options: SegmentOptions) -> int:
     from volo.inference.segment import segment as run_segmentation
     from volo.inference.segment_evaluate import HowToTest
 
+    alpha = OPACITY if options.alpha is None else options.alpha
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"--alpha is the opacity of the colours, 0 to 1; given: {alpha:g}")
     model, pictures = model_and_pictures(options.model, options.pictures, options.checkpoint)
     device = open_device(options.how.device, options.how.threads)
     classifier = load(model, task="segment", device=device)
@@ -131,7 +137,7 @@ def segment(options: SegmentOptions) -> int:
                 else:
                     write_mask(options.out / files["mask"], result.classes, colours)
                 if "overlay" in files:
-                    write_overlay(options.out / files["overlay"], result.image, result.classes, names, colours)
+                    write_overlay(options.out / files["overlay"], result.image, result.classes, names, colours, alpha)
             entries.append(areas_json(result, names, files))
             if not result.error and not options.json:
                 shares = [(area["class"], area["share"]) for area in entries[-1]["areas"]]

@@ -172,8 +172,11 @@ def _draw_overlays(out: Path, path: Path) -> None:
     recipe = load_recipe(out / "recipe.toml")
     device = open_device(recipe.train.device)
     classifier = load(out, task="segment", device=device)
-    root, classes = open_classes(classifier.preprocessing, classifier.segment)
-    pairs = find_pairs(root, classifier.segment, classifier.segment.val_split)
+    data, its = classifier.preprocessing, classifier.segment
+    if its.object_value == -1 and classifier.object_value != 1:  # as the training understood the masks
+        its = dataclasses.replace(its, object_value=classifier.object_value)
+    root, classes = open_classes(data, its, (classifier.classes, classifier.colours))
+    pairs = find_pairs(root, its, its.val_split, data)
     count = len(pairs.names)
     items = []
     for i in sorted({(2 * k + 1) * count // (2 * MAX_OVERLAYS) for k in range(MAX_OVERLAYS)}):

@@ -8,10 +8,11 @@ import re
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -128,26 +129,73 @@ def image_size(path: Path, name: str) -> tuple[int, int]:
         return (width, height) if _orientation(image) > 4 else (height, width)
 
 
-def decode_mask(data: bytes, name: str) -> tuple[np.ndarray, int]:
-    """A mask file's values, uint8 [H, W], and the EXIF orientation that was applied to them, as to any image (1: none).
+class DecodedMask(NamedTuple):
+    """What `decode_mask` gives."""
 
-    Values are grey levels or palette indices as they are stored: those of 1, 2 and 4 bits are not scaled. Raises
-    BadImageError, for colours and for values above 255 too.
+    values: np.ndarray
+    """uint8 [H, W]."""
+    orientation: int
+    """The EXIF orientation that was applied, as to any image (1: none)."""
+    kind: str
+    """What the values were: "grey" levels, "palette" indices, "grey in RGB", or "colours", whose classes they are then."""
+
+
+def decode_mask(
+    data: bytes, name: str, *, colours: Mapping[int, int] | None = None, grey_rgb: bool = False
+) -> DecodedMask:
+    """A mask file's values.
+
+    Values are grey levels or palette indices as they are stored: those of 1, 2 and 4 bits are not scaled. Of RGB masks
+    they are what `colours` has for red << 16 | green << 8 | blue; with `grey_rgb` grey levels where all three are equal.
+    Raises BadImageError, for other colours and for values above 255 too.
     """
     with _opened(data, name) as image:
+        orientation = _orientation(image)
+        if image.mode in ("RGB", "RGBA"):
+            values, kind = _of_colours(np.asarray(image), image.mode, name, colours, grey_rgb)
+            return DecodedMask(_turned(values, orientation), orientation, kind)
         if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
             raise BadImageError(
                 name, f"a mask has one channel of class numbers, this is {image.mode}; turn colours into numbers first"
             )
-        values = np.asarray(image)
+        kind = "palette" if image.mode == "P" else "grey"
+        values = np.array(image)
         if image.mode == "L" and (top := _stored_maximum(image, data)) != 255:
             values = ((values.astype(np.uint16) * top + 127) // 255).astype(np.uint8)
-        orientation = _orientation(image)
     if values.dtype != np.uint8:
         if values.min() < 0 or values.max() > 255:
             raise BadImageError(name, f"values from {values.min()} to {values.max()}; masks hold 0 to 255")
         values = values.astype(np.uint8)
-    return _turned(values, orientation), orientation
+    return DecodedMask(_turned(values, orientation), orientation, kind)
+
+
+def _of_colours(
+    pixels: np.ndarray, mode: str, name: str, colours: Mapping[int, int] | None, grey_rgb: bool
+) -> tuple[np.ndarray, str]:
+    """Values uint8 [H, W] of a mask [H, W, 3 or 4], and what they were."""
+    if mode == "RGBA" and pixels[..., 3].min() < 255:
+        raise BadImageError(
+            name,
+            "a mask has one channel of class numbers, this is RGBA with transparent pixels; save it as RGB or grey",
+        )
+    if grey_rgb and (pixels[..., :1] == pixels[..., 1:3]).all():
+        return np.ascontiguousarray(pixels[..., 0]), "grey in RGB"
+    packed = pixels[..., 0].astype(np.int32) << 16 | pixels[..., 1].astype(np.int32) << 8 | pixels[..., 2]
+    codes = np.array(sorted(colours or {}), np.int32)
+    places = np.searchsorted(codes, packed).clip(max=max(0, len(codes) - 1))
+    strange = codes[places] != packed if len(codes) else np.ones(packed.shape, bool)
+    if strange.any():
+        found, counts = np.unique(packed[strange], return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        shown = ", ".join(f"#{found[k]:06x} ({counts[k]:,} pixels)" for k in order[:8])
+        more = f" and {len(found) - 8:,} others" if len(found) > 8 else ""
+        which = "colours that classes.csv does not name" if len(codes) else "the colours"
+        raise BadImageError(
+            name,
+            f"a mask has one channel of class numbers, this is {mode}, with {which} {shown}{more}; a classes.csv with "
+            "index,name,r,g,b beside the images says which class each colour is, every colour once",
+        )
+    return np.array([colours[int(code)] for code in codes], np.uint8)[places], "colours"  # type: ignore[index]
 
 
 def _stored_maximum(image: Image.Image, data: bytes) -> int:

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from volo.config import DataConfig, SegmentConfig
-from volo.data.masks import IGNORE
+from volo.data.mask_values import IGNORE
 from volo.data.transforms import height_width
 
 CROP_TRIES = 10

@@ -224,8 +224,6 @@ class Selectable(ImageSource, Protocol):
 
 
 def split_by_seed(source: Selectable, config: DataConfig) -> tuple[ImageSource, ImageSource]:
-    if not 0 < config.val_fraction < 1:
-        raise ValueError(f"data.val_fraction is {config.val_fraction}; it is a share between 0 and 1")
     train, val = held_out(source.names, source.targets.tolist(), config.val_fraction, config.split_seed)
     if not val:
         raise ValueError(f"{len(train)} images, one a class: none can be held out. Add images, or a val/ folder.")

@@ -168,8 +168,10 @@ def held_out(names: Sequence[str], targets: Sequence[int], fraction: float, seed
     """Indices of training and held-out images: `fraction` of every class, in the order given.
 
     Which ones depends on the names and the seed alone. A class keeps at least one training image, and gives one away
-    if it has two.
+    if it has two. Raises ValueError for a fraction that is none.
     """
+    if not 0 < fraction < 1:
+        raise ValueError(f"data.val_fraction is {fraction}; it is a share between 0 and 1")
     by_class: dict[int, list[tuple[bytes, int]]] = {}
     for i, (name, target) in enumerate(zip(names, targets, strict=True)):
         rank = hashlib.blake2b(os.fsencode(f"{seed}/{name}"), digest_size=8).digest()

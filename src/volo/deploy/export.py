@@ -137,6 +137,7 @@ def export(
         "classes": list(loaded.classes),
         "wnids": list(loaded.wnids),
         "colours": loaded.colours if loaded.task == "segment" else [],
+        **({"object_value": loaded.object_value} if loaded.task == "segment" else {}),
         "preprocessing": {
             name: getattr(loaded.preprocessing, name)
             for name in ("img_size", "crop_pct", "interpolation", "mean", "std")

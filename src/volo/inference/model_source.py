@@ -26,7 +26,7 @@ from torch import nn
 
 from volo.config import DataConfig, Recipe, SegmentConfig, Size, load_recipe, nearest, recipe_from_dict
 from volo.data.imagenet import imagenet_classes
-from volo.data.masks import Colour, palette
+from volo.data.mask_values import Colour, default_colours
 from volo.data.transforms import height_width
 from volo.inference.exported import FORMATS, open_exported
 from volo.models.checkpoint import check_format, find_checkpoint, is_checkpoint, model_of_checkpoint
@@ -75,7 +75,14 @@ class LoadedModel(Generic[Model]):
     @property
     def colours(self) -> tuple[Colour, ...]:
         """Of the classes, for a segmentation model."""
-        return tuple((int(r), int(g), int(b)) for r, g, b in self.extras.get("colours") or palette(len(self.classes)))
+        return tuple(
+            (int(r), int(g), int(b)) for r, g, b in self.extras.get("colours") or default_colours(self.classes)
+        )
+
+    @property
+    def object_value(self) -> int:
+        """Value of the object in masks of two classes, as this model learned it; 1 where nothing says another."""
+        return max(1, int(self.extras.get("object_value", 1)))
 
 
 def load(
@@ -206,7 +213,7 @@ def _from_exported(path: Path) -> LoadedModel[Any]:
         preprocessing=DataConfig(**how),
         origin=f"{path}, exported from {described['origin']}",
         wnids=tuple(described["wnids"]),
-        extras={"colours": described["colours"]},
+        extras={key: described[key] for key in ("colours", "object_value") if key in described},
     )
 
 

@@ -36,12 +36,14 @@ def evaluate(
     stride: Size | None = None,
     scales: Sequence[float] = (),
     flip: bool = False,
+    object_value: int | None = None,
     batch_size: int = 0,
     device: torch.device | str | None = None,
     amp: str = "off",
     on_bad_image: Literal["error", "skip"] = "error",
     on_progress: OnProgress | None = None,
     on_skipped: Callable[[BadImage], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Score a model on labelled images.
 
@@ -53,10 +55,13 @@ def evaluate(
         split: which images, "test" for instance; for segmentation models, as are `window`, `stride` and `scales`
             (`volo.inference.segment.how_to_test`).
         flip: average the answers with those of the mirror images.
+        object_value: for segmentation models of two classes: the value of the object in the masks, 1 or 255; None: that of
+            the masks it learned from, and masks that seem to contradict it are refused.
         batch_size: images, or windows, at once; 0: 32 images, or 1 window.
         device: where the model is to run; None: where it is, and the CPU for one that is loaded here.
         on_bad_image: images that cannot be decoded: an error that names them all, or left out (`on_skipped` hears of
             each).
+        on_note: hears what was understood of a segmentation data set.
 
     Returns a report of plain numbers, strings and lists: "model", "data" and "classes", how images were prepared, and the
     figures of `ClassificationMetrics.compute` or `SegmentationMetrics.compute`.
@@ -79,11 +84,19 @@ def evaluate(
         segment, split = loaded.segment, split or loaded.segment.val_split
         if data is not None:  # another layout than that of the training, and classes in another order, are fine
             preprocessing = dataclasses.replace(preprocessing, path=str(data))
-            segment = dataclasses.replace(segment, layout="auto", num_classes=0)
+            segment = dataclasses.replace(segment, layout="auto", num_classes=0, object_value=-1)
+        if object_value is not None:
+            segment = dataclasses.replace(segment, object_value=object_value)
         default = HowToTest.from_config(segment, preprocessing.img_size)
         how = how_to_test(default, window=window, stride=stride, scales=scales, flip=flip) or default
         masked, skipped = open_split(
-            preprocessing, segment, split, known=(loaded.classes, loaded.colours), on_progress=checking
+            preprocessing,
+            segment,
+            split,
+            known=(loaded.classes, loaded.colours),
+            learned=loaded.object_value,
+            on_progress=checking,
+            on_note=on_note,
         )
         names, count = masked.classes.names, len(masked)
         described |= {"data": f"{split} of {preprocessing.path}", "test": str(how)}
@@ -98,6 +111,8 @@ def evaluate(
             **run,
         )
     else:
+        if object_value is not None:
+            raise ValueError(f"object_value is for the masks of segmentation models, which {loaded.origin} is not")
         if split or window is not None or stride is not None or scales:
             raise ValueError(
                 f"split, window, stride and scales are for segmentation models, which {loaded.origin} is not"

@@ -22,7 +22,7 @@ from volo.config import Size
 from volo.data.decode import BadImageError, decode_image
 from volo.data.files import write_atomically
 from volo.data.mask_transforms import scale_to, scaled_size
-from volo.data.masks import CITYSCAPES, Colour
+from volo.data.mask_values import CITYSCAPES, Colour, is_background
 from volo.data.transforms import PixelPipeline, height_width
 from volo.inference.evaluate import AMP_DTYPES
 from volo.inference.model_source import LoadedModel
@@ -207,23 +207,62 @@ def cityscapes_name(picture: str | Path) -> str:
     return f"{Path(picture).stem.removesuffix('_leftImg8bit')}_pred_labelIds.png"
 
 
-def blend(image: Tensor, classes: np.ndarray, colours: Sequence[Colour], opacity: float = OPACITY) -> np.ndarray:
-    """The image uint8 [3, H, W] under the colours of its classes: uint8 [H, W, 3], strip by strip."""
+def blend(
+    image: Tensor,
+    classes: np.ndarray,
+    colours: Sequence[Colour],
+    opacity: float = OPACITY,
+    *,
+    plain: int | None = None,
+    outlines: bool = False,
+) -> np.ndarray:
+    """The image uint8 [3, H, W] under the colours of its classes: uint8 [H, W, 3], strip by strip.
+
+    The class `plain` is left as it is. `outlines`: pixels where a segment ends have its full colour.
+    """
     table = np.zeros((256, 3), np.uint8)
     table[: len(colours)] = colours
+    strength = np.full((256, 1), opacity, np.float32)
+    if plain is not None:
+        strength[plain] = 0
     pixels = image.permute(1, 2, 0).numpy()
     mixed = np.empty(pixels.shape, np.uint8)
     for top in range(0, len(mixed), 256):
         rows = slice(top, top + 256)
-        mixed[rows] = (1 - opacity) * pixels[rows] + opacity * table[classes[rows]] + 0.5
+        its = classes[rows]
+        share = strength[its]
+        if outlines:
+            above = max(0, top - 1)
+            edge = _edges(classes[above : top + 257])[top - above :][: len(its)]
+            share[edge if plain is None else edge & (its != plain)] = 1
+        mixed[rows] = (1 - share) * pixels[rows] + share * table[its] + 0.5
     return mixed
 
 
+def _edges(classes: np.ndarray) -> np.ndarray:
+    """bool [H, W]: pixels with another class beside, above or below them."""
+    edge = np.zeros(classes.shape, bool)
+    differs = classes[1:] != classes[:-1]
+    edge[1:] |= differs
+    edge[:-1] |= differs
+    differs = classes[:, 1:] != classes[:, :-1]
+    edge[:, 1:] |= differs
+    edge[:, :-1] |= differs
+    return edge
+
+
 def write_overlay(
-    path: Path, image: Tensor, classes: np.ndarray, names: Sequence[str], colours: Sequence[Colour]
+    path: Path,
+    image: Tensor,
+    classes: np.ndarray,
+    names: Sequence[str],
+    colours: Sequence[Colour],
+    opacity: float = OPACITY,
 ) -> None:
-    """A PNG of the image under the colours of its classes; below it the names and shares of those that occur."""
-    mixed = Image.fromarray(blend(image, classes, colours))
+    """A PNG of the image under the colours of its classes, with outlines, but for a background; below it the names and
+    shares of those that occur."""
+    plain = 0 if names and is_background(names[0]) else None
+    mixed = Image.fromarray(blend(image, classes, colours, opacity, plain=plain, outlines=True))
     areas = np.bincount(classes.ravel(), minlength=len(names))
     order = [int(i) for i in np.argsort(-areas, kind="stable") if areas[i]]
     size = max(11, min(48, round(0.016 * max(mixed.size))))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from volo.config import SegmentConfig, Size
-from volo.data.masks import IGNORE
+from volo.data.mask_values import IGNORE
 from volo.data.transforms import height_width
 from volo.inference.evaluate import NONE, refuse_not_finite, run_over
 from volo.inference.segment_metrics import SegmentationMetrics

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from volo.data.masks import IGNORE
+from volo.data.mask_values import IGNORE
 
 BOUNDARY_SHARE = 0.02
 """Width of the boundary band as a share of the image's diagonal (Boundary IoU, arXiv 2103.16562)."""

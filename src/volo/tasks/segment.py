@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volo.config import SegmentConfig
-from volo.data.masks import IGNORE
+from volo.data.mask_values import IGNORE
 
 
 class SegmentTask(nn.Module):

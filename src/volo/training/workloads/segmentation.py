@@ -37,7 +37,10 @@ class Segmentation:
         self.how = HowToTest.from_config(segment, recipe.data.img_size)
         self.splits = splits = open_segmentation(recipe.data, segment, on_progress=on_progress, share=share_of(world))
         self.classes = splits.classes.names
-        self.extras = {"colours": [list(colour) for colour in splits.classes.colours]}
+        self.extras = {
+            "colours": [list(colour) for colour in splits.classes.colours],
+            "object_value": splits.classes.object_value,
+        }
         self.num_train, self.num_val = len(splits.train), len(splits.val)
         self.notes = [f"left out: {bad}" for bad in splits.skipped] + splits.notes
         self.weights = class_weights(splits.pixel_counts.tolist(), segment.class_weights)
