@@ -251,6 +251,33 @@ def test_files(tmp_path: Path) -> None:
     assert set(colours) <= below  # the legend
 
 
+def test_an_overlay_leaves_the_background_and_draws_outlines(tmp_path: Path) -> None:
+    classes = np.zeros((600, 40), np.uint8)
+    classes[200:300, 10:30] = 1  # across the end of a strip
+    image = torch.full((3, 600, 40), 100, dtype=torch.uint8)
+    colours = [(0, 0, 0), (200, 0, 0)]
+
+    def pixels(names: list[str], **options) -> np.ndarray:
+        write_overlay(tmp_path / "o.png", image, classes, names, colours, **options)
+        with Image.open(tmp_path / "o.png") as overlay:
+            return np.asarray(overlay)[:600]
+
+    mixed = pixels(["Background", "lesion"], opacity=0.5)
+    assert (mixed[classes == 0] == 100).all()
+    inner = np.zeros_like(classes, bool)
+    inner[201:299, 11:29] = True
+    assert (mixed[inner] == [150, 50, 50]).all()
+    assert (mixed[(classes == 1) & ~inner] == [200, 0, 0]).all()
+    assert (pixels(["Background", "lesion"], opacity=0)[inner] == 100).all()
+    tinted = pixels(["sky", "lesion"], opacity=0.5)
+    assert tinted[0, 0].tolist() == [50, 50, 50] and tinted[199, 20].tolist() == [0, 0, 0]
+
+
+def test_the_opacity_of_overlays_is_a_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["segment", str(tmp_path), "x.png", "--alpha", "1.5"]) == 2
+    assert "--alpha is the opacity of the colours, 0 to 1; given: 1.5" in capsys.readouterr().err
+
+
 def test_cityscapes_submission(tmp_path: Path) -> None:
     write_cityscapes(tmp_path / "c.png", np.array([[0, 18], [13, 10]], np.uint8))
     assert np.asarray(Image.open(tmp_path / "c.png")).tolist() == [[7, 33], [26, 23]]

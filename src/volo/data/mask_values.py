@@ -167,12 +167,12 @@ def read_declared(root: Path, segment: SegmentConfig, known: NamesAndColours | N
     return Declared(numbered, tuple(default_colours(numbered)), is_counted=True)
 
 
-def refuse_nothing_said(root: Path, values: Sequence[int] = ()) -> ValueError:
+def refuse_nothing_said(root: Path, values: Sequence[int] = (), first: int = 0) -> ValueError:
     """The error for masks whose classes nothing names."""
     shown = ", ".join(map(str, values[:12])) + (", ..." if len(values) > 12 else "")
     classes = [value for value in values if value != IGNORE]
     found = f"The masks hold the values {shown}. " if values else ""
-    number = f" = {max(classes) + 1}" if classes else ""
+    number = f" = {max(2, max(classes) + 1 - first)}" if classes else ""
     return ValueError(
         f"{root} says nothing about classes (no classes.csv, classes.txt or objectInfo150.txt). {found}Add one of these, "
         f"or set segment.num_classes{number}" + (f" (then {IGNORE} is void)" if IGNORE in values else "")
@@ -219,7 +219,7 @@ def understand(declared: Declared, segment: SegmentConfig, seen: Seen, root: Pat
     found = seen.values(segment)
     if not declared.names:
         if found not in ({0, 1}, {0, IGNORE}) or segment.reduce_zero_label:
-            raise refuse_nothing_said(root, sorted(found))
+            raise refuse_nothing_said(root, sorted(found), int(segment.reduce_zero_label))
         names = (BACKGROUND, OBJECT)
         declared = dataclasses.replace(declared, names=names, colours=tuple(default_colours(names)))
     given = segment.object_value
@@ -245,14 +245,14 @@ def understand(declared: Declared, segment: SegmentConfig, seen: Seen, root: Pat
             declared = dataclasses.replace(declared, names=names, colours=tuple(default_colours(names)))
         said = f"{IGNORE} is the object, since masks hold 0 and {IGNORE} alone{of}"
         classes = class_list(declared, segment, IGNORE)
-        return _with_reading(classes, said), [f"{said}: {_pair(classes, IGNORE)}"]
+        return _with_reading(classes, f"{said}; {SAY}"), [f"{said}: {_pair(classes, IGNORE)}"]
     classes = class_list(declared, segment, 1)
     if found == {0, 1}:
         said = f"1 is the object, since masks hold 0 and 1 alone{of}"
         if seen.is_sample:  # void may still come, but it may as well be the object, of other masks
             classes.meaning[IGNORE] = -1
             classes = dataclasses.replace(classes, allowed="0 to 1")
-        return _with_reading(classes, said), [f"{said}: {_pair(classes, 1)}"]
+        return _with_reading(classes, f"{said}; {SAY}"), [f"{said}: {_pair(classes, 1)}"]
     if {1, IGNORE} <= found:
         if not (seen.has[:, 1] & seen.has[:, IGNORE]).any():
             raise ValueError(
@@ -265,6 +265,9 @@ def understand(declared: Declared, segment: SegmentConfig, seen: Seen, root: Pat
     elif len(others := sorted(found - {0, 1, IGNORE})) == 1 and 1 not in found:
         return _with_reading(classes, f"if {others[0]} is the object, set segment.object_value to {others[0]}"), []
     return classes, []
+
+
+SAY = "segment.object_value would say it"
 
 
 def _with_reading(classes: ClassList, said: str) -> ClassList:

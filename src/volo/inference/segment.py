@@ -279,7 +279,8 @@ def write_overlay(
     for place, (i, entry) in enumerate(zip(order, entries)):
         column, row = divmod(place, rows)
         x, y = column * (mixed.width // columns) + size // 2, mixed.height + size // 2 + row * line
-        draw.rectangle((x, y + size // 4, x + size, y + size // 4 + size), fill=tuple(colours[i]), outline="#555555")
+        box = (x, y + size // 4, x + size, y + size // 4 + size)
+        draw.rectangle(box, fill=None if i == plain else tuple(colours[i]), outline="#555555")
         draw.text((x + round(1.6 * size), y + size // 4 + size // 2), entry, fill="#22282f", font=font, anchor="lm")
     _write_png(path, sheet)
 
