@@ -220,7 +220,9 @@ def test_an_image_that_is_turned_and_a_mask_of_half_its_size(own: Path, orientat
     for path in own.glob("annotations/train/*.png"):
         save_mask(path, np.array(Image.open(path)))
     if orientation == 6:
-        with pytest.raises(ValueError, match=r"32 x 24 pixels and its image 48 x 64\. The image has EXIF orientation 6"):
+        with pytest.raises(
+            ValueError, match=r"32 x 24 pixels and its image 48 x 64\. The image has EXIF orientation 6"
+        ):
             open_there(own)
     else:
         assert sum("EXIF" in note for note in open_there(own).notes) == 1
@@ -322,7 +324,10 @@ def test_void_never_takes_the_place_of_an_object(own: Path, black_and_white: Pat
 
     change(own, with_void)
     splits = open_there(own)
-    assert splits.classes.object_value == 1 and "1 is the object and 255 void, since masks hold both: 0 background, 1 lesion" in splits.notes
+    assert (
+        splits.classes.object_value == 1
+        and "1 is the object and 255 void, since masks hold both: 0 background, 1 lesion" in splits.notes
+    )
     assert (splits.train.load(0)[1][0, :2] == IGNORE).all()
     # More than two classes: 255 stays void.
     change(own, lambda mask: np.where(mask == 255, 255, 0))
@@ -336,7 +341,8 @@ def test_masks_that_contradict_one_another(black_and_white: Path) -> None:
     save_mask(path, np.array(Image.open(path)) // 255)
     (black_and_white / "classes.txt").write_text("lesion")
     with pytest.raises(
-        ValueError, match=r"annotations/val/02\.png holds 1, .*annotations/train/00\.png holds 255 .*segment\.object_value: 1"
+        ValueError,
+        match=r"annotations/val/02\.png holds 1, .*annotations/train/00\.png holds 255 .*segment\.object_value: 1",
     ):
         open_there(black_and_white)
     with pytest.raises(ValueError, match=r"02\.png: values out of range: 1 \(.*allowed are 0, and 255 for the object"):
@@ -351,7 +357,9 @@ def test_the_value_of_the_object_can_be_said(black_and_white: Path) -> None:
         open_there(black_and_white)
     assert int(open_there(black_and_white, object_value=128).train.load(0)[1].max()) == 1
     for value in (0, -2, 256):
-        with pytest.raises(ValueError, match=f"object_value is {value}; it is the value of the object in masks, 1 to 255"):
+        with pytest.raises(
+            ValueError, match=f"object_value is {value}; it is the value of the object in masks, 1 to 255"
+        ):
             open_there(black_and_white, object_value=value)
     with pytest.raises(ValueError, match="both 128: the object or void"):
         open_there(black_and_white, object_value=128, ignore_label=128)
@@ -364,7 +372,9 @@ def test_the_value_of_the_object_is_for_two_classes(own: Path) -> None:
 
 def test_values_of_which_nothing_is_said_are_named(own: Path) -> None:
     (own / "classes.csv").unlink()
-    with pytest.raises(ValueError, match=r"says nothing about classes .*values 0, 1, 2, 255\. .*num_classes = 3 \(then 255 is void"):
+    with pytest.raises(
+        ValueError, match=r"says nothing about classes .*values 0, 1, 2, 255\. .*num_classes = 3 \(then 255 is void"
+    ):
         open_there(own)
     change(own, lambda mask: np.where(mask > 2, 0, mask))
     with pytest.raises(ValueError, match=r"says nothing about classes .*values 0, 1, 2\. .*num_classes = 3$"):
@@ -373,7 +383,9 @@ def test_values_of_which_nothing_is_said_are_named(own: Path) -> None:
 
 def test_one_name_does_not_shift_with_zero_as_void(black_and_white: Path) -> None:
     (black_and_white / "classes.txt").write_text("lesion")
-    with pytest.raises(ValueError, match="names one class, 'lesion', beside the background, and segment.reduce_zero_label"):
+    with pytest.raises(
+        ValueError, match="names one class, 'lesion', beside the background, and segment.reduce_zero_label"
+    ):
         open_there(black_and_white, reduce_zero_label=True)
     (black_and_white / "classes.txt").write_text("background")
     with pytest.raises(ValueError, match="names the background alone"):
@@ -386,12 +398,16 @@ def test_a_sample_is_looked_at_where_nothing_is_checked(black_and_white: Path) -
     assert any("(10 of them were looked at)" in note for note in splits.notes)
     path = black_and_white / "annotations/val/02.png"
     save_mask(path, np.array(Image.open(path)) // 255)
-    with pytest.raises(BadImageError, match=r"02\.png: values out of range: 1 .*255 is the object, since .*looked at.*object_value"):
+    with pytest.raises(
+        BadImageError, match=r"02\.png: values out of range: 1 .*255 is the object, since .*looked at.*object_value"
+    ):
         splits.val.load(2)
     change(black_and_white, lambda mask: np.where(mask > 0, 1, 0))
     splits = open_there(black_and_white, {"check": "off"})
     save_mask(path, np.array(Image.open(path)) * 255)
-    with pytest.raises(BadImageError, match=r"02\.png: values out of range: 255 .*1 is the object, since .*object_value"):
+    with pytest.raises(
+        BadImageError, match=r"02\.png: values out of range: 255 .*1 is the object, since .*object_value"
+    ):
         splits.val.load(2)
 
 
@@ -403,7 +419,10 @@ KNOWN = ("background", "lesion"), ((0, 0, 0), (9, 9, 9))
 
 def test_a_model_that_learned_255_as_void_does_not_see_it_as_the_object(black_and_white: Path) -> None:
     data = DataConfig(path=str(black_and_white))
-    with pytest.raises(ValueError, match=r"hold 0 and 255, as if 255 were the object; .*with 1 for the object and 255 for void.*object-value 255"):
+    with pytest.raises(
+        ValueError,
+        match=r"hold 0 and 255, as if 255 were the object; .*with 1 for the object and 255 for void.*object-value 255",
+    ):
         open_split(data, SegmentConfig(), "val", known=KNOWN, learned=1)
     said = open_split(data, SegmentConfig(object_value=255), "val", known=KNOWN, learned=1)[0]
     same = open_split(data, SegmentConfig(), "val", known=KNOWN, learned=255)[0]
@@ -427,7 +446,9 @@ def test_indices_of_a_palette_are_the_classes(own: Path) -> None:
     splits = open_there(own)
     assert torch.equal(splits.train.load(0)[1], plain.train.load(0)[1])
     (note,) = [note for note in splits.notes if "palette" in note]
-    assert note.startswith("10 masks, such as annotations/train/00.png, are palette images: their indices are the numbers")
+    assert note.startswith(
+        "10 masks, such as annotations/train/00.png, are palette images: their indices are the numbers"
+    )
 
 
 def in_colours(root: Path) -> None:
@@ -454,9 +475,14 @@ def test_other_colours_are_named(own: Path) -> None:
     mask = np.array(Image.open(own / "annotations/val/01.png"))
     mask[:2, :3] = 255, 0, 16
     save_mask(own / "annotations/val/01.png", mask)
-    with pytest.raises(ValueError, match=r"1 of 15 .*\n.*val/01\.png: .*does not name #ff0010 \(6 pixels\); .*index,name,r,g,b"):
+    with pytest.raises(
+        ValueError, match=r"1 of 15 .*\n.*val/01\.png: .*does not name #ff0010 \(6 pixels\); .*index,name,r,g,b"
+    ):
         open_there(own)
-    for content in ("index,name\n0,sky\n1,ground\n2,box\n", "index,name,r,g,b\n0,sky,1,1,1\n1,ground,1,1,1\n2,box,2,2,2\n"):
+    for content in (
+        "index,name\n0,sky\n1,ground\n2,box\n",
+        "index,name,r,g,b\n0,sky,1,1,1\n1,ground,1,1,1\n2,box,2,2,2\n",
+    ):
         (own / "classes.csv").write_text(content)
         with pytest.raises(ValueError, match=r"15 of 15 .*\n.*this is RGB, with the colours #4682b4 \("):
             open_there(own)

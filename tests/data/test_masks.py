@@ -279,7 +279,8 @@ def test_black_and_white_masks_are_stopped_before_the_training(own: Path) -> Non
     for path in own.glob("annotations/*/*.png"):
         save_mask(path, np.where(np.array(Image.open(path)) > 0, 255, 0))
     with pytest.raises(
-        ValueError, match=r"values 0 \(.* 255 \(.*only the class 'background' .*255 means void.*object_value to 255.*1 for white"
+        ValueError,
+        match=r"values 0 \(.* 255 \(.*only the class 'background' .*255 means void.*object_value to 255.*1 for white",
     ):
         open_there(own, object_value=1)
     for path in own.glob("annotations/*/*.png"):

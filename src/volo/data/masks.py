@@ -67,6 +67,8 @@ class MaskedPictures:
     classes: ClassList
     pixel_cache: PixelCache | None = None
     mask_cache: PixelCache | None = None
+    is_all: bool = False
+    """The folder has no splits, and all its images are here."""
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -187,6 +189,7 @@ def open_split(
     *,
     known: NamesAndColours | None = None,
     learned: int = -1,
+    draw: bool = True,
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> tuple[MaskedPictures, list[BadImage]]:
@@ -196,20 +199,21 @@ def open_split(
         known: the classes where no file beside the images names them.
         learned: value of the object in the masks that the model learned from. It holds here too unless
             `segment.object_value` says another; masks that seem to contradict it are refused.
+        draw: of a folder without splits, the part that was drawn for training or held out; False: all of it.
         on_note: hears what was understood.
     """
     root, declared = _open_root(data, segment, known)
     data = dataclasses.replace(data, cache="none")
-    pairs = find_pairs(root, segment, split, data)
+    pairs = find_pairs(root, segment, split, data, draw=draw)
     checked = _check(root, [pairs], declared, segment, data, on_progress, Share(), learned)
     (pictures,) = checked.parts
     if not len(pictures):
         raise ValueError(f"no usable images in the split {split!r} of {root}.\n{LAYOUTS}")
-    drawn = (
-        [f"{len(pictures):,} images of {pairs.what}, chosen by split_seed {data.split_seed} among its files"]
-        if pairs.is_drawn
-        else []
-    )
+    drawn = []
+    if pairs.is_drawn:
+        how = f"chosen by split_seed {data.split_seed} among its files" if draw else "all that are there"
+        drawn = [f"{len(pictures):,} images of {pairs.what}, {how}"]
+        pictures = dataclasses.replace(pictures, is_all=not draw)
     for note in dict.fromkeys(drawn + checked.notes) if on_note else ():
         on_note(note)  # type: ignore[misc]
     return pictures, checked.bad
@@ -246,10 +250,12 @@ def open_classes(
 # What lies there
 
 
-def find_pairs(root: Path, segment: SegmentConfig, split: str, data: DataConfig = DataConfig()) -> Pairs:
+def find_pairs(
+    root: Path, segment: SegmentConfig, split: str, data: DataConfig = DataConfig(), *, draw: bool = True
+) -> Pairs:
     """Images of a split and their masks. Raises ValueError where the split is not there.
 
-    Of a folder without splits those are taken that `data.val_fraction` and `data.split_seed` draw, as of classes.
+    Of a folder without splits those are taken that `data.val_fraction` and `data.split_seed` draw, as of classes; or all with `draw` False.
     """
     if is_cityscapes(root, segment):
         return _find_cityscapes(root, split)
@@ -310,7 +316,7 @@ def find_pairs(root: Path, segment: SegmentConfig, split: str, data: DataConfig 
             BadImage(relative(pictures[stem]), _why_no_mask(stem, others, f"{relative(mask_root)}/")) for stem in lonely
         ]
     what = f"{listing}.txt" if listing else f"{relative(image_root)}/"
-    if is_drawn:
+    if is_drawn and draw:
         pairs = _drawn_part(pairs, data, of_training=role(split) == TRAIN, where=images)
     more = {relative(drawn[its]) for stem, its in mask_of.items() if its != stem}
     renamed = [mask for mask in pairs.values() if mask in more]

@@ -30,6 +30,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 
 from volo.data.files import write_atomically
+from volo.data.mask_values import is_background
 
 BLUE, ORANGE, GREEN, RED, INK, GREY, PALE = "#2563ab", "#e07b22", "#2e8b57", "#c23b3b", "#22282f", "#8a929b", "#e7eaee"
 _STYLE: dict[str, Any] = {
@@ -324,7 +325,8 @@ class OverlayItem:
 def overlay_sheet(
     items: Sequence[OverlayItem], classes: Sequence[str], colours: Sequence[Sequence[int]], out: str | Path
 ) -> None:
-    """Draw images, the truth where it is known, and what a model saw, side by side with a legend, as a PNG.
+    """Draw images, the truth where it is known, and what a model saw, side by side with a legend, as a PNG. A background
+    has no colour.
 
     Raises ValueError for an empty sheet.
     """
@@ -332,6 +334,7 @@ def overlay_sheet(
         raise ValueError("an overlay sheet needs at least one image that could be read")
     table = np.zeros((256, 3), np.uint8)
     table[: len(colours)] = np.asarray(colours, np.uint8)
+    plain = 0 if classes and is_background(classes[0]) else -1
     columns = 3 if any(item.truth is not None for item in items) else 2
     seen = np.zeros(256, np.int64)
     for item in items:
@@ -354,13 +357,20 @@ def overlay_sheet(
             for axes, labels, what in zip(row, layers, ["", *(["truth"] if columns == 3 else []), "prediction"]):
                 axes.imshow(image)
                 if labels is not None:
-                    axes.imshow(table[labels], alpha=0.68, interpolation="nearest")
+                    axes.imshow(table[labels], alpha=np.where(labels == plain, 0, 0.68), interpolation="nearest")
                 title = axes.set_title(
                     what or names(item.name, 48, keep_end=True), fontsize=8, fontweight="normal", color=GREY, pad=2
                 )
                 title.set_parse_math(False)
         patches = [
-            Rectangle((0, 0), 1, 1, facecolor=[c / 255 for c in colours[i]], edgecolor=INK, linewidth=0.5)
+            Rectangle(
+                (0, 0),
+                1,
+                1,
+                facecolor="none" if i == plain else [c / 255 for c in colours[i]],
+                edgecolor=INK,
+                linewidth=0.5,
+            )
             for i in shown
         ]
         entries = [names(classes[i], 22) for i in shown]

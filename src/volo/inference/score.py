@@ -82,6 +82,9 @@ def evaluate(
         if real is not None:
             raise ValueError("ReaL labels are for classifiers; segmentation models take window, stride and scales")
         segment, split = loaded.segment, split or loaded.segment.val_split
+        is_new = (
+            data is not None and Path(data).expanduser().resolve() != Path(preprocessing.path).expanduser().resolve()
+        )
         if data is not None:  # another layout than that of the training, and classes in another order, are fine
             preprocessing = dataclasses.replace(preprocessing, path=str(data))
             segment = dataclasses.replace(segment, layout="auto", num_classes=0, object_value=-1)
@@ -95,11 +98,12 @@ def evaluate(
             split,
             known=(loaded.classes, loaded.colours),
             learned=loaded.object_value,
+            draw=not is_new,
             on_progress=checking,
             on_note=on_note,
         )
         names, count = masked.classes.names, len(masked)
-        described |= {"data": f"{split} of {preprocessing.path}", "test": str(how)}
+        described |= {"data": f"{'all' if masked.is_all else split} of {preprocessing.path}", "test": str(how)}
         score = partial(
             evaluate_segmentation,
             loaded.model,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from volo.data.loader import MaskEvalLoader
 from volo.data.masks import open_split
 from volo.data.transforms import PixelPipeline
 from volo.inference.model_source import load
+from volo.inference.score import evaluate
 from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
 from volo.models.checkpoint import load_checkpoint
 from volo.training.loop import train
@@ -71,6 +74,83 @@ class StopAt(NullReporter):
     def on_step(self, report) -> None:
         if report.step == self.step:
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def lesions(scenes: Path, tmp_path: Path) -> Path:
+    """images/ and masks/ of 0 and 255, no splits and no word about classes."""
+    root = tmp_path / "lesions"
+    for kind, name in (("images", "images"), ("annotations", "masks")):
+        shutil.copytree(scenes / kind / "train", root / name)
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.where(np.array(Image.open(path)) == 2, 255, 0).astype(np.uint8)).save(path)
+    return root
+
+
+SHORT = {"schedule.steps": 4, "train.eval_steps": 4, "data.val_fraction": 0.3}
+
+
+def rewrite(root: Path, function) -> None:
+    for path in (root / "masks").iterdir():
+        Image.fromarray(function(np.array(Image.open(path))).astype(np.uint8)).save(path)
+
+
+class Listening(NullReporter):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def on_message(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_what_masks_mean_stays_with_the_run(lesions: Path, tmp_path: Path) -> None:
+    reporter = Listening()
+    train(street(lesions, SHORT), tmp_path / "run", reporter=reporter)
+    assert sum("255 is the object" in said for said in reporter.said) == 1
+    assert sum("7 training images and 3 held out, chosen by split_seed 0" in said for said in reporter.said) == 1
+    assert len(reporter.said) == len(set(reporter.said))
+    loaded = load(tmp_path / "run")
+    assert loaded.classes == ("background", "object") and loaded.object_value == 255
+    plain = evaluate(loaded)
+    assert plain["count"] == 3 and plain["miou"] == pytest.approx(loaded.metrics["miou"], abs=1e-6)
+    assert evaluate(loaded, lesions)["miou"] == plain["miou"]
+    other = evaluate(loaded, lesions.rename(tmp_path / "moved"))
+    assert other["count"] == 10 and other["data"] == f"all of {tmp_path / 'moved'}", (
+        "of other data everything is scored"
+    )
+    # The same masks, written otherwise.
+    rewrite(tmp_path / "moved", lambda mask: mask // 255)
+    with pytest.raises(ValueError, match="as if 1 were the object; the model learned from masks with 255"):
+        evaluate(loaded, tmp_path / "moved")
+    assert evaluate(loaded, tmp_path / "moved", object_value=1)["miou"] == other["miou"]
+
+
+def test_void_is_no_object_of_a_model_that_learned_it_as_void(lesions: Path, tmp_path: Path) -> None:
+    rewrite(lesions, lambda mask: np.maximum(mask // 255, 255 * (np.arange(len(mask)) < 3)[:, None]))
+    (lesions / "classes.txt").write_text("lesion")
+    train(street(lesions, SHORT), tmp_path / "run")
+    loaded = load(tmp_path / "run")
+    assert loaded.object_value == 1
+    rewrite(lesions, lambda mask: np.where(mask == 1, 255, 0))
+    for model in (loaded, dataclasses.replace(loaded, extras={})):  # of a run before there was such a key
+        with pytest.raises(
+            ValueError, match="as if 255 were the object; the model learned .* 1 for the object and 255 for void"
+        ):
+            evaluate(model, lesions)
+        with pytest.raises(ValueError, match="as if 255 were the object"):
+            evaluate(model)
+    assert evaluate(loaded, lesions, object_value=255)["count"] == 3
+
+
+def test_a_run_is_not_continued_with_other_held_out_images(lesions: Path, tmp_path: Path) -> None:
+    assert train(street(lesions, SHORT), tmp_path / "run", reporter=StopAt(2)).status == "interrupted"
+    for kind in ("images", "masks"):
+        shutil.copy(lesions / kind / "00.png", lesions / kind / "99.png")
+    with pytest.raises(ValueError, match="begun with 7 training images; there are 8 now"):
+        train(street(lesions, SHORT), tmp_path / "run", resume=True)
+    for kind in ("images", "masks"):
+        (lesions / kind / "99.png").unlink()
+    assert train(street(lesions, SHORT), tmp_path / "run", resume=True).status == "completed"
 
 
 @pytest.fixture(scope="module")
