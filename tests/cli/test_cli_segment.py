@@ -107,8 +107,11 @@ def test_evaluate_other_data_whatever_it_says_of_its_classes(
 
 
 def test_options_for_the_other_kind_of_model(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "volo_d1.224", "--split", "test"]) == 2
-    assert "are for segmentation models" in capsys.readouterr().err
+    for words in (["--split", "test"], ["--object-value", "255"]):
+        assert main(["evaluate", "volo_d1.224", *words]) == 2
+        assert "are for segmentation models" in capsys.readouterr().err
+    assert main(["evaluate", str(work / "run"), "--object-value", "255"]) == 2
+    assert "segment.object_value is 255, which is for masks of two classes" in capsys.readouterr().err
     assert main(["evaluate", str(work / "run"), "--crop", "0.9"]) == 2
     assert "img_size and crop are for classifiers" in capsys.readouterr().err
     assert main(["predict", str(work / "run"), str(work / "run" / "iou.png")]) == 2

@@ -183,6 +183,14 @@ def test_nearest_is_exact_both_ways(h: int, w: int, factor: int) -> None:
     assert (resize_nearest(large, (h, w)) == values).all()
 
 
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(1, 30))
+def test_nearest_is_the_pixel_under_the_centre(h: int, w: int, H: int, W: int) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (h, w), dtype=np.uint8)
+    rows = [min(range(h), key=lambda r: (abs((r + 0.5) / h - (i + 0.5) / H) > 0.5 / h + 1e-9, -r)) for i in range(H)]
+    columns = [min(range(w), key=lambda c: (abs((c + 0.5) / w - (i + 0.5) / W) > 0.5 / w + 1e-9, -c)) for i in range(W)]
+    assert (resize_nearest(values, (H, W)) == values[rows][:, columns]).all()
+
+
 @pytest.mark.parametrize("cache", ["ram", "none"])
 def test_masks_of_another_size_are_resized(own: Path, cache: str) -> None:
     expected = np.array(Image.open(own / "annotations/train/03.png"))[1::2, 1::2].repeat(2, 0).repeat(2, 1)
@@ -427,6 +435,11 @@ def test_a_model_that_learned_255_as_void_does_not_see_it_as_the_object(black_an
     said = open_split(data, SegmentConfig(object_value=255), "val", known=KNOWN, learned=1)[0]
     same = open_split(data, SegmentConfig(), "val", known=KNOWN, learned=255)[0]
     assert all(torch.equal(said.load(i)[1], same.load(i)[1]) for i in range(5))
+    save_mask(black_and_white / "annotations/val/02.png", np.ones((48, 64)))
+    notes: list[str] = []
+    open_split(data, SegmentConfig(), "val", known=KNOWN, learned=1, on_note=notes.append)
+    assert notes == ["1 is the object and 255 void in these masks, as the model learned"]
+    change(black_and_white, lambda mask: np.where(mask == 1, 0, mask))
     void = open_split(data, SegmentConfig(object_value=1), "val", known=KNOWN, learned=1)[0]
     assert {int(v) for v in void.load(0)[1].unique()} == {0, IGNORE}
     change(black_and_white, lambda mask: mask // 255)

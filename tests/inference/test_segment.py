@@ -254,6 +254,7 @@ def test_files(tmp_path: Path) -> None:
 def test_an_overlay_leaves_the_background_and_draws_outlines(tmp_path: Path) -> None:
     classes = np.zeros((600, 40), np.uint8)
     classes[200:300, 10:30] = 1  # across the end of a strip
+    classes[512:, 5:35] = 1  # as a strip begins
     image = torch.full((3, 600, 40), 100, dtype=torch.uint8)
     colours = [(0, 0, 0), (200, 0, 0)]
 
@@ -265,7 +266,7 @@ def test_an_overlay_leaves_the_background_and_draws_outlines(tmp_path: Path) -> 
     mixed = pixels(["Background", "lesion"], opacity=0.5)
     assert (mixed[classes == 0] == 100).all()
     inner = np.zeros_like(classes, bool)
-    inner[201:299, 11:29] = True
+    inner[201:299, 11:29] = inner[513:, 6:34] = True
     assert (mixed[inner] == [150, 50, 50]).all()
     assert (mixed[(classes == 1) & ~inner] == [200, 0, 0]).all()
     assert (pixels(["Background", "lesion"], opacity=0)[inner] == 100).all()

@@ -660,7 +660,8 @@ def _understand(
         return understand(declared, segment, seen, root)
     classes = class_list(declared, segment, learned)
     require_same_meaning(classes, segment, seen, root)
-    return classes, []
+    void = IGNORE in seen.values(segment) and learned != IGNORE
+    return classes, [f"{learned} is the object and {IGNORE} void in these masks, as the model learned"] if void else []
 
 
 def _notes(parts: list[Pairs], good: list[tuple[str, str, _About]]) -> list[str]:

@@ -81,13 +81,14 @@ def evaluate(
     if loaded.task == "segment":
         if real is not None:
             raise ValueError("ReaL labels are for classifiers; segmentation models take window, stride and scales")
-        segment, split = loaded.segment, split or loaded.segment.val_split
-        is_new = (
-            data is not None and Path(data).expanduser().resolve() != Path(preprocessing.path).expanduser().resolve()
-        )
+        segment = loaded.segment
+        # As of classes: of data without splits that is not that of the training everything is scored.
+        own = preprocessing.path and Path(preprocessing.path).expanduser().resolve()
+        is_new = not split and data is not None and Path(data).expanduser().resolve() != own
         if data is not None:  # another layout than that of the training, and classes in another order, are fine
             preprocessing = dataclasses.replace(preprocessing, path=str(data))
             segment = dataclasses.replace(segment, layout="auto", num_classes=0, object_value=-1)
+        split = split or segment.val_split
         if object_value is not None:
             segment = dataclasses.replace(segment, object_value=object_value)
         default = HowToTest.from_config(segment, preprocessing.img_size)
