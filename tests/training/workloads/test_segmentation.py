@@ -38,6 +38,7 @@ def street(scenes: Path, overrides: dict[str, Any] | None = None) -> Recipe:
                 "embed_dims": [16, 32],
                 "num_heads": [1, 2],
                 "stem_dim": 8,
+                "patch_size": 4,
                 "channels": 16,
                 "aux_channels": 8,
             },
