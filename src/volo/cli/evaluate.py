@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -19,7 +19,12 @@ from volo.cli.options import OF_MODELS, ModelOptions, WindowOptions, load_model,
 from volo.cli.outputs import begins_with, claim, is_figure, optional
 from volo.config import read_size
 
+if TYPE_CHECKING:
+    from volo.data.sources import ImageSource
+    from volo.inference.wrong import WrongAnswer
+
 FIGURES = {"confusion.png": "confusion matrix", "iou.png": "IoU of classes"}
+MAX_SHEET = 48
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class EvaluateOptions:
     """Print one JSON object instead of tables; the rest goes to standard error."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Write evaluation.json and confusion.png there."""
+    wrong: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Of a classifier: list the N wrong answers it is surest of; with --out in wrong.csv, and as images in wrong.png."""
     overwrite: bool = False
     """Replace files of these names in --out that are no earlier evaluation."""
     split: str = ""
@@ -57,6 +64,7 @@ def evaluate(options: EvaluateOptions) -> int:
     Examples:
       volo evaluate runs/photos                                          on the images held out from the training
       volo evaluate runs/photos --data other_photos --out report         report/confusion.png, report/evaluation.json
+      volo evaluate runs/photos --wrong 40 --out report                  report/wrong.csv, report/wrong.png
       volo evaluate runs/cifar10 --flip                                  averaged with the mirror images
       volo evaluate volo_d1.224 --data imagenet/val --real real.json --amp bf16
       volo evaluate volo_d4.448 --data imagenetv2 --crop original
@@ -66,9 +74,12 @@ def evaluate(options: EvaluateOptions) -> int:
     from volo.data.files import write_atomically
     from volo.inference.model_source import refuse_published
     from volo.inference.score import evaluate as score
+    from volo.inference.wrong import to_csv
 
+    if options.wrong < 0:
+        raise ValueError(f"--wrong is a number of images, 0 for none; given: {options.wrong}")
     if options.out is not None:
-        _claim(options.out, options.overwrite)
+        _claim(options.out, options.overwrite, bool(options.wrong))
     if options.split or options.object_value is not None or options.seen != WindowOptions(flip=options.seen.flip):
         refuse_published(
             options.model, "--split, --object-value, --window, --stride and --scales are for segmentation models"
@@ -76,6 +87,7 @@ def evaluate(options: EvaluateOptions) -> int:
     device = open_device(options.how.device, options.how.threads)
     loaded = load_model(options.model, options.how, device)
     console = results(options.json)
+    mistakes: list[tuple[ImageSource, list[WrongAnswer]]] = []
     with Bar(console) as bar:
 
         def left_out(bad: object) -> None:
@@ -103,6 +115,8 @@ def evaluate(options: EvaluateOptions) -> int:
             on_progress=bar.show,
             on_skipped=left_out,
             on_note=understood,
+            wrong=options.wrong,
+            on_wrong=lambda *given: mistakes.append(given),
         )
     result = {"command": "volo evaluate", **figures}
     # What is no text in a file name is written as JSON escapes it.
@@ -113,21 +127,34 @@ def evaluate(options: EvaluateOptions) -> int:
         show = show_segmentation if loaded.task == "segment" else show_evaluation
         how = [result[key] for key in ("data", "test") if key in result]
         show(console, result, loaded.classes, ", ".join([*how, f"by {loaded.origin}"]))
+        for _, wrong in mistakes:
+            show_wrong(console, wrong)
     if options.out is not None:
-        files = [options.out / "evaluation.json", *_draw(options.out, result, loaded)]
+        files = [options.out / "evaluation.json"]
         write_atomically(files[0], lambda file: file.write(report))
+        for source, wrong in mistakes:
+            lines = "".join(to_csv(wrong)).encode(errors="backslashreplace")
+            files.append(options.out / "wrong.csv")
+            write_atomically(files[-1], lambda file, lines=lines: file.write(lines))  # type: ignore[misc]
+            files += _draw_wrong(options.out / "wrong.png", source, wrong)
+        files[1:1] = _draw(options.out, result, loaded)
         if not options.json:
             console.print(", ".join(map(str, files)), style="cyan", soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
-def _claim(folder: Path, overwrite: bool) -> None:
+def _claim(folder: Path, overwrite: bool, wrong: bool) -> None:
     """The images of a folder without an evaluation are those of another command."""
     is_report = begins_with('{"command": "volo evaluate"')
     report = folder / "evaluation.json"
     claim(report, is_report, overwrite=overwrite)
     for name, title in FIGURES.items():
         claim(folder / name, lambda path, title=title: report.exists() and is_figure(title)(path), overwrite=overwrite)  # type: ignore[misc]
+    if wrong:
+        from volo.inference.wrong import HEADER
+
+        claim(folder / "wrong.csv", begins_with(",".join(HEADER) + "\n"), overwrite=overwrite)
+        claim(folder / "wrong.png", is_figure("wrong answers"), overwrite=overwrite)
 
 
 def _draw(folder: Path, result: dict[str, Any], loaded: Any) -> list[Path]:
@@ -142,6 +169,50 @@ def _draw(folder: Path, result: dict[str, Any], loaded: Any) -> list[Path]:
             class_bars(result["per_class_iou"], loaded.classes, loaded.colours, files[1], boundary)
         return files
     return []
+
+
+def _draw_wrong(out: Path, source: ImageSource, wrong: Sequence[WrongAnswer]) -> list[Path]:
+    shown = wrong[:MAX_SHEET]
+    if not shown:
+        out.unlink(missing_ok=True)  # an earlier one would be taken for this evaluation's
+        return []
+    with optional(out.name):
+        from volo.explain.plots import GREEN, RED, Caption, captioned_sheet
+
+        captions = [
+            Caption(
+                answer.image,
+                [(f"true: {answer.truth}", GREEN), (f"→ {answer.predicted}", RED), _percent(answer)],
+            )
+            for answer in shown
+        ]
+        heading = f"The {len(shown)} wrong answers that the model is surest of: true class → predicted class"
+        captioned_sheet((source.load(a.index) for a in shown), captions, out, kind="wrong answers", heading=heading)
+        return [out]
+    return []
+
+
+def _percent(answer: WrongAnswer) -> tuple[str, str]:
+    """Of the predicted class, and of the true one."""
+    return f"{100 * answer.probability:.1f} % (true: {100 * answer.probability_of_truth:.1f} %)", ""
+
+
+def show_wrong(console: Console, wrong: Sequence[WrongAnswer], most: int = 40) -> None:
+    """Wrong answers as a table, surest first."""
+    title = f"wrong answers, surest first: {min(most, len(wrong))}" if wrong else "no wrong answer"
+    console.print(Text(f"\n{title}", style="bold"))
+    if not wrong:
+        return
+    table = Table(header_style="dim", box=None, padding=(0, 1))
+    table.add_column("image", max_width=60, overflow="fold")
+    for name in ("true class", "predicted class"):
+        table.add_column(name, max_width=40, overflow="ellipsis")
+    for name in ("predicted", "true"):
+        table.add_column(name, justify="right")
+    for answer in wrong[:most]:
+        shares = (f"{100 * p:.1f} %" for p in (answer.probability, answer.probability_of_truth))
+        table.add_row(Text(answer.image), Text(answer.truth), Text(answer.predicted), *shares)
+    console.print(table, highlight=False)
 
 
 def show_evaluation(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.text import Text
@@ -35,7 +35,8 @@ class PredictOptions:
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write there instead of standard output; the file appears when it is complete."""
     sheet: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
-    """Draw the first 48 images with their classes; if all lie in folders named like classes, right and wrong show."""
+    """Draw up to 48 images, spread over the predicted classes, with their answers; if all lie in folders named like classes,
+    right and wrong show."""
     overwrite: bool = False
     """Replace what is at --out and --sheet already and is no earlier result."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -59,6 +60,7 @@ def predict(options: PredictOptions) -> int:
     from volo.data.files import write_atomically
     from volo.inference.predictor import predict as run_prediction
     from volo.inference.predictor import to_csv, to_json
+    from volo.inference.spread import Spread
 
     model, pictures = model_and_pictures(options.model, options.pictures, options.checkpoint)
     for option, path, is_ours in (
@@ -75,7 +77,7 @@ def predict(options: PredictOptions) -> int:
     to_terminal = options.out is None and sys.stdout.isatty()
     output = results()
     bar = Bar(results(json=not to_terminal))
-    for_sheet: list[Prediction] = []
+    for_sheet: Spread[Prediction] = Spread(MAX_SHEET)
     failed = 0
 
     def watched() -> Iterator[Prediction]:
@@ -93,8 +95,8 @@ def predict(options: PredictOptions) -> int:
                 failed += 1
                 if options.format != "table" or options.out is not None:
                     bar.console.print(prediction.error, style="red", soft_wrap=True, markup=False, highlight=False)
-            elif len(for_sheet) < MAX_SHEET:
-                for_sheet.append(prediction)
+            elif options.sheet is not None:
+                for_sheet.add(prediction.top[0][0], prediction)
             yield prediction
             bar.show("predicting", done, len(pictures))
 
@@ -118,9 +120,9 @@ def predict(options: PredictOptions) -> int:
             for line in lines:
                 sys.stdout.write(line)
             sys.stdout.flush()
-    if options.sheet is not None and for_sheet:
+    if options.sheet is not None and (shown := for_sheet.chosen()):
         with optional(options.sheet.name):
-            _draw_sheet(for_sheet, classifier.classes, options.sheet)
+            _draw_sheet(shown, classifier.classes, options.sheet)
     if failed:
         is_error = options.on_bad_image == "error"
         note(f"{failed} of {len(pictures)} images could not be read", "red" if is_error else "yellow")
@@ -130,19 +132,11 @@ def predict(options: PredictOptions) -> int:
 
 def _draw_sheet(predictions: Sequence[Prediction], classes: Sequence[str], out: Path) -> None:
     from volo.data.decode import decode_image
-    from volo.data.transforms import ResizeAndCenterCrop
-    from volo.explain.plots import SheetItem, prediction_sheet
-
-    def thumbnail(path: str) -> Any:
-        image = decode_image(path)
-        H, W = image.shape[1:]
-        scale = min(1.0, 400 / max(H, W))
-        size = (max(1, round(H * scale)), max(1, round(W * scale)))
-        return ResizeAndCenterCrop(size)(image) if scale < 1 else image
+    from volo.explain.plots import SheetItem, prediction_sheet, thumbnail
 
     folders = [Path(p.name).absolute().parent.name for p in predictions]
     truths: Sequence[str | None] = folders if set(folders) <= set(classes) else [None] * len(folders)
-    items = [SheetItem(thumbnail(p.name), p.top, p.name, truth) for p, truth in zip(predictions, truths)]
+    items = [SheetItem(thumbnail(decode_image(p.name)), p.top, p.name, truth) for p, truth in zip(predictions, truths)]
     prediction_sheet(items, out)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from volo.data.files import write_atomically
 from volo.data.mask_values import is_background
@@ -262,6 +264,86 @@ def _draw_picture(axes: Axes, item: SheetItem, names: _Names) -> None:
         axes.set_title(
             names(item.name, 26, keep_end=True), fontsize=7.5, fontweight="normal", color=GREY, pad=3, loc="center"
         ).set_parse_math(False)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What stands at one image of a captioned sheet."""
+
+    name: str
+    """Above the image; its end is shown where it is too long."""
+    lines: Sequence[tuple[str, str]] = ()
+    """Below it: text, and a colour of this module or "" for the usual one."""
+
+
+def captioned_sheet(
+    images: Iterable[Tensor | np.ndarray],
+    captions: Sequence[Caption],
+    out: str | Path,
+    *,
+    kind: str,
+    heading: str,
+    together: int = 1,
+    most: int = 0,
+) -> None:
+    """Draw images with captions as a PNG.
+
+    Args:
+        images: uint8 [3, H, W] of any size, one for every caption; each is taken when its place is drawn, and reduced to
+            what the sheet shows, so that a generator need not hold more than one.
+        kind: the title in the file's metadata (`volo.cli.outputs.is_figure`).
+        heading: the title that is drawn; long ones are wrapped.
+        together: images of a group, which stand side by side with a gap after them.
+        most: groups in a row; 0 chooses.
+
+    Raises ValueError for an empty sheet, and where the captions are no whole number of groups.
+    """
+    if not captions or len(captions) % together:
+        raise ValueError(f"a sheet needs at least one group of {together} images; given: {len(captions)} images")
+    groups = len(captions) // together
+    across = min(groups, most or max(1, min(8, math.ceil(math.sqrt(1.6 * len(captions)))) // together))
+    rows = math.ceil(groups / across)
+    lines = max(len(caption.lines) for caption in captions)
+    text_height = 0.2 * (lines + 0.3)
+    gap = 0.12 if together > 1 else 0.0
+    ratios = ([1.0] * together + [gap]) * across if gap else [1.0] * across
+    width, height = 2.15 * sum(ratios) + 0.2, rows * (2.0 + text_height + 0.35)
+    wrapped = textwrap.fill(" ".join(heading.split()), max(24, int(width * 9.5)))
+    height += 0.25 * (wrapped.count("\n") + 1) + 0.2
+    names = _Names(
+        dict.fromkeys(text for caption in captions for text in (caption.name, *(text for text, _ in caption.lines)))
+    )
+    with _figure(out, kind, width, height, names) as figure:
+        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, hspace=0.02, wspace=0.0)
+        figure.suptitle(wrapped, x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
+        heights = [2.0, text_height] * rows
+        grid = figure.subplots(2 * rows, len(ratios), height_ratios=heights, width_ratios=ratios, squeeze=False)
+        for axes in grid.flat:
+            axes.axis("off")
+        stride = together + bool(gap)
+        for i, (caption, image) in enumerate(zip(captions, images)):
+            group, place = divmod(i, together)
+            row, column = divmod(group, across)
+            x = column * stride + place
+            _draw_picture(grid[2 * row, x], SheetItem(thumbnail(image), (), caption.name), names)
+            text = grid[2 * row + 1, x]
+            text.set_xlim(0, 1)
+            text.set_ylim(lines - 0.3, -0.6)
+            for number, (line, colour) in enumerate(caption.lines):
+                shown = names(line, 26)
+                text.text(0.5, number, shown, ha="center", va="center", fontsize=8.5, color=colour or INK, parse_math=False)
+
+
+def thumbnail(image: Tensor | np.ndarray, most: int = 400) -> np.ndarray:
+    """uint8 [3, H, W] -> the same with its longer side of at most `most` pixels."""
+    array = np.asarray(image)
+    H, W = array.shape[1:]
+    scale = most / max(H, W)
+    if scale >= 1:
+        return array.copy()
+    size = max(1, round(W * scale)), max(1, round(H * scale))
+    reduced = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0))).resize(size, Image.Resampling.BOX)
+    return np.asarray(reduced).transpose(2, 0, 1)
 
 
 def class_bars(

@@ -108,6 +108,7 @@ def evaluate(
     class_map: Sequence[int] | None = None,
     label_sets: Sequence[Sequence[int]] | None = None,
     on_batch: Callable[[int], None] | None = None,
+    on_logits: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     strict: bool = True,
 ) -> dict[str, Any]:
     """Run `model` over `loader` once and score it; model and pixels are put in eval mode and back.
@@ -121,6 +122,8 @@ def evaluate(
         label_sets: right classes of each image, by its index in the data (`read_real_labels`): scored as well, and
             reported under "real" with the keys of the others. Images with an empty set are left out there.
         on_batch: called with the number of images done so far on this rank.
+        on_logits: called with the logits of each batch, the classes of the model that are right, and the numbers of the
+            images.
         strict: False lets logits that are not finite pass; then the figures mean little.
 
     Returns:
@@ -139,7 +142,10 @@ def evaluate(
 
     def add(logits: Tensor, batch: dict[str, Tensor]) -> None:
         target, index = batch["target"], batch["index"].to(device)
-        metrics.update(logits, target if to_model_class is None else to_model_class[target])
+        target = target if to_model_class is None else to_model_class[target]
+        metrics.update(logits, target)
+        if on_logits is not None:
+            on_logits(logits, target, batch["index"])
         if real is not None and label_sets is not None:
             real.update(logits, [label_sets[i] for i in batch["index"].tolist()])
         # Looked at once, at the end: to look at each batch would stall a GPU.

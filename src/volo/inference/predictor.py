@@ -7,12 +7,12 @@ import glob
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -114,9 +114,8 @@ def predict(
         except (BadImageError, OSError) as error:
             return str(error)
 
-    def classify(batch: list[tuple[str | Path, Future[Tensor | str]]]) -> Iterator[Prediction]:
-        prepared = [future.result() for _, future in batch]
-        decoded = [image for image in prepared if isinstance(image, Tensor)]
+    def classify(batch: list[tuple[str | Path, Tensor | str]]) -> Iterator[Prediction]:
+        decoded = [image for _, image in batch if isinstance(image, Tensor)]
         answers: Iterator[tuple[list[float], list[int], bool]] = iter(())
         if decoded:
             with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
@@ -126,7 +125,7 @@ def predict(
                     given = classifier.model(pixels(torch.stack(decoded).to(device))).float()
                 best = (given if takes_pixels else given.softmax(dim=1)).topk(top, dim=1)
             answers = zip(best.values.tolist(), best.indices.tolist(), given.isfinite().all(dim=1).tolist())
-        for (path, _), image in zip(batch, prepared):
+        for path, image in batch:
             if isinstance(image, str):
                 yield Prediction(str(path), (), image)
                 continue
@@ -136,16 +135,27 @@ def predict(
             else:
                 yield Prediction(str(path), (), f"{path}: {not_finite(amp)}")
 
+    for batch in prepared_batches(images, prepare, batch_size):
+        yield from classify(batch)
+
+
+Prepared = TypeVar("Prepared")
+
+
+def prepared_batches(
+    images: Iterable[str | Path], prepare: Callable[[str | Path], Prepared], batch_size: int
+) -> Iterator[list[tuple[str | Path, Prepared]]]:
+    """Images and what `prepare` makes of them, in their order; threads prepare the next batch while one is worked on."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         remaining = iter(images)
 
-        def next_batch() -> list[tuple[str | Path, Future[Tensor | str]]]:
+        def next_batch() -> list[tuple[str | Path, Future[Prepared]]]:
             return [(path, pool.submit(prepare, path)) for path in islice(remaining, batch_size)]
 
         batch = next_batch()
         while batch:
             following = next_batch()
-            yield from classify(batch)
+            yield [(path, future.result()) for path, future in batch]
             batch = following
 
 

@@ -15,12 +15,14 @@ from volo.data.classes import match_classes
 from volo.data.decode import BadImage
 from volo.data.loader import EvalLoader, MaskEvalLoader
 from volo.data.masks import open_split
+from volo.data.sources import ImageSource
 from volo.data.transforms import PixelPipeline
 from volo.inference.evaluate import MirrorAveraged, open_labelled, read_real_labels
 from volo.inference.evaluate import evaluate as evaluate_classifier
 from volo.inference.model_source import LoadedModel, load
 from volo.inference.segment import how_to_test
 from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
+from volo.inference.wrong import WrongAnswer, WrongAnswers
 
 OnProgress = Callable[[str, int, int], None]
 """`on_progress(what, done, total)`."""
@@ -44,6 +46,8 @@ def evaluate(
     on_progress: OnProgress | None = None,
     on_skipped: Callable[[BadImage], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    wrong: int = 0,
+    on_wrong: Callable[[ImageSource, list[WrongAnswer]], None] | None = None,
 ) -> dict[str, Any]:
     """Score a model on labelled images.
 
@@ -62,9 +66,11 @@ def evaluate(
         on_bad_image: images that cannot be decoded: an error that names them all, or left out (`on_skipped` hears of
             each).
         on_note: hears what was understood of a segmentation data set.
+        wrong: list so many wrong answers, surest first; for classifiers.
+        on_wrong: is called with the images and this list.
 
     Returns a report of plain numbers, strings and lists: "model", "data" and "classes", how images were prepared, and the
-    figures of `ClassificationMetrics.compute` or `SegmentationMetrics.compute`.
+    figures of `ClassificationMetrics.compute` or `SegmentationMetrics.compute`; with `wrong`, "wrong" as well.
     Raises ValueError for options of the other task, data that does not fit, and answers that are not finite;
     FileNotFoundError.
     """
@@ -78,9 +84,15 @@ def evaluate(
     preprocessing = dataclasses.replace(loaded.preprocessing, on_bad_image=on_bad_image)
     run: dict[str, Any] = {"num_classes": len(loaded.classes), "device": device, "amp": amp}
     described: dict[str, Any] = {"model": loaded.origin}
+    if wrong < 0:
+        raise ValueError(f"the number of wrong answers to list is 0 or more; given: {wrong}")
+    answers: WrongAnswers | None = None
+    source: ImageSource | None = None
     if loaded.task == "segment":
         if real is not None:
             raise ValueError("ReaL labels are for classifiers; segmentation models take window, stride and scales")
+        if wrong:
+            raise ValueError(f"wrong answers are listed for classifiers, and {loaded.origin} is a segmentation model")
         segment = loaded.segment
         # As of classes: of data without splits that is not that of the training everything is scored.
         own = preprocessing.path and Path(preprocessing.path).expanduser().resolve()
@@ -124,6 +136,7 @@ def evaluate(
             )
         labelled = open_labelled(data, preprocessing, loaded.classes, loaded.wnids, on_progress=checking)
         source, skipped, count = labelled.source, labelled.skipped, len(labelled.source)
+        answers = WrongAnswers(wrong) if wrong else None
         described |= {
             "data": labelled.what,
             "img_size": preprocessing.img_size,
@@ -137,8 +150,15 @@ def evaluate(
             PixelPipeline(preprocessing).to(device),
             class_map=labelled.class_map,
             label_sets=None if real is None else read_real_labels(real, source.names, len(loaded.classes)),
+            on_logits=answers.add if answers is not None else None,
             **run,
         )
     for bad in skipped if on_skipped else ():
         on_skipped(bad)  # type: ignore[misc]
-    return {**described, "classes": list(loaded.classes), **score(on_batch=lambda done: say("evaluating", done, count))}
+    figures = score(on_batch=lambda done: say("evaluating", done, count))
+    if answers is not None and source is not None:
+        listed = answers.listed(source, loaded.classes)
+        figures["wrong"] = [answer.to_dict() for answer in listed]
+        if on_wrong is not None:
+            on_wrong(source, listed)
+    return {**described, "classes": list(loaded.classes), **figures}
