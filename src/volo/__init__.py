@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from volo.config import load_recipe
     from volo.deploy.export import export
+    from volo.inference.embed import Embeddings, embed
     from volo.inference.model_source import LoadedModel, load
     from volo.inference.predictor import predict
     from volo.inference.score import evaluate
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Embeddings",
     "LoadedModel",
     "Segmenter",
     "SegmenterConfig",
@@ -28,6 +30,7 @@ __all__ = [
     "VOLOConfig",
     "create_model",
     "create_segmenter",
+    "embed",
     "evaluate",
     "export",
     "from_pretrained",
@@ -45,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Embeddings": "volo.inference.embed",
     "LoadedModel": "volo.inference.model_source",
     "Segmenter": "volo.models.segmenter",
     "SegmenterConfig": "volo.models.segmenter",
@@ -52,6 +56,7 @@ _HOMES = {
     "VOLOConfig": "volo.models.volo",
     "create_model": "volo.models.factory",
     "create_segmenter": "volo.models.factory",
+    "embed": "volo.inference.embed",
     "evaluate": "volo.inference.score",
     "export": "volo.deploy.export",
     "from_pretrained": "volo.inference.sharing",

@@ -1,4 +1,4 @@
-"""`volo train | evaluate | predict | segment | annotate | export | info | pack | bench`: the table of commands, and what errors become.
+"""`volo train | evaluate | predict | embed | segment | annotate | export | info | pack | bench`: the table of commands, and what errors become.
 
 A command is a file here with `main(argv)`, loaded when it is asked for; everything beyond the standard library and the
 parser is imported where it is used, so that help and spelling mistakes are answered at once.
@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("RECIPE", "train on a folder of images, CIFAR, the digits that come along, or images with masks"),
     "evaluate": ("MODEL", "how good a model is: top-1, top-5, every class, calibration, confusion; mIoU, boundaries"),
     "predict": ("MODEL ...", "name what is in images"),
+    "embed": ("MODEL ...", "images as vectors; near-duplicates and wrong labels of a data set"),
     "segment": ("MODEL ...", "name every pixel of images: masks, overlays, areas"),
     "annotate": ("MODEL", "generate label maps for token labeling, with any classifier of ours or timm's; check them"),
     "export": ("MODEL", "a file for other runtimes: ONNX, OpenVINO, torch.export; checked before it is there"),

@@ -331,7 +331,9 @@ def captioned_sheet(
             text.set_ylim(lines - 0.3, -0.6)
             for number, (line, colour) in enumerate(caption.lines):
                 shown = names(line, 26)
-                text.text(0.5, number, shown, ha="center", va="center", fontsize=8.5, color=colour or INK, parse_math=False)
+                text.text(
+                    0.5, number, shown, ha="center", va="center", fontsize=8.5, color=colour or INK, parse_math=False
+                )
 
 
 def thumbnail(image: Tensor | np.ndarray, most: int = 400) -> np.ndarray:
