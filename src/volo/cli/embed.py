@@ -55,7 +55,8 @@ class EmbedOptions:
     check: bool = False
     """Look for near-duplicates within and between the training and held-out images, and for labels that are likely wrong."""
     threshold: float | None = None
-    """Cosine similarity from which on --check calls two images near-duplicates; see docs/data_check.md for the default."""
+    """Cosine similarity from which on --check calls two images with like pixels near-duplicates; 0.85 if left out, as measured
+    in docs/data_check.md."""
     json: bool = False
     """Print one JSON object instead of tables; the rest goes to standard error."""
     overwrite: bool = False
@@ -111,7 +112,9 @@ def embed(options: EmbedOptions) -> int:
                 from volo.explain.data_check import THRESHOLD, check_data
 
                 threshold = THRESHOLD if options.threshold is None else options.threshold
-                check = check_data(found, features, classes, threshold=threshold, device=device, on_progress=bar.show)
+                check = check_data(
+                    found, features, parts, classes, threshold=threshold, device=device, on_progress=bar.show
+                )
     for error in errors:
         note(f"left out: {error}", "red" if options.on_bad_image == "error" else "yellow")
     if options.out is not None and check is None:
@@ -318,6 +321,8 @@ def _draw_check(folder: Path, check: DataCheck, parts: dict[str, ImageSource]) -
 
 def show_check(console: Console, check: DataCheck, what: str, most: int = 20) -> None:
     """What a check found, as tables."""
+    if not console.is_terminal:
+        console.width = max(console.width, 240)  # names stay on one line in a file
     counts = " and ".join(f"{check.parts.count(part):,} {said} images" for part, said in _parts().items())
     console.print(Text(f"{counts}, {what}", style="bold"), soft_wrap=True)
     kinds = [check.kind(pair) for pair in check.duplicates]

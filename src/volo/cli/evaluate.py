@@ -199,6 +199,8 @@ def _percent(answer: WrongAnswer) -> tuple[str, str]:
 
 def show_wrong(console: Console, wrong: Sequence[WrongAnswer], most: int = 40) -> None:
     """Wrong answers as a table, surest first."""
+    if not console.is_terminal:
+        console.width = max(console.width, 240)  # names stay on one line in a file
     title = f"wrong answers, surest first: {min(most, len(wrong))}" if wrong else "no wrong answer"
     console.print(Text(f"\n{title}", style="bold"))
     if not wrong:

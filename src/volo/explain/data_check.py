@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from volo.data.sources import ImageSource, in_parallel
 from volo.inference.embed import Embeddings, standardised
 from volo.inference.regression import FOLDS, fit_probe
 
-THRESHOLD = 0.9
-"""Cosine similarity of standardised vectors from which on two images are near-duplicates; docs/data_check.md has the
-measurement."""
+THRESHOLD = 0.85
+"""Cosine similarity of standardised vectors from which on two images may be near-duplicates. A model that was trained on
+the data has different images of one class above that, too."""
+SIDE, PIXELS_ALIKE = 16, 0.95
+"""Near-duplicates have grey thumbnails of SIDE x SIDE pixels with this correlation as well, whatever the model thinks.
+docs/data_check.md has the measurement of both."""
 MAX_PAIRS = 10_000
 """So many near-duplicates are listed, the most similar ones."""
 HEADER = ("kind", "image", "other", "score", "label", "other_label", "part", "other_part")
 PARTS = {"train": "training", "val": "held out"}
-
-Labelled = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -112,17 +115,19 @@ class DataCheck:
 def check_data(
     embeddings: Embeddings,
     features: Tensor,
+    sources: Mapping[str, ImageSource],
     classes: Sequence[str],
     *,
     threshold: float = THRESHOLD,
     device: torch.device | str = "cpu",
-    on_progress: Labelled | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> DataCheck:
     """Look for near-duplicates in all images, and for wrong labels.
 
     Args:
         embeddings: names, classes and parts ("train", "val") of the images.
         features: float32 [2, N, F], of the images and their mirror images (`embed_source` with two views).
+        sources: the images, by part; each is decoded once for its thumbnail.
         on_progress: `on_progress(what, done, total)`.
 
     The probe is fitted to the training images; the held-out ones, of which it has seen none, are judged by it as well.
@@ -136,6 +141,7 @@ def check_data(
     parts = torch.tensor([part == "train" for part in embeddings.parts])
     duplicates, count = near_duplicates(
         features,
+        grey_thumbnails(sources, lambda done, total: say("reducing images", done, total)),
         threshold,
         first=~parts,
         device=device,
@@ -170,8 +176,31 @@ def check_data(
     )
 
 
+def grey_thumbnails(
+    sources: Mapping[str, ImageSource], on_progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """float32 [N, SIDE, SIDE]: every image, one part after the other, in grey and squashed to a square."""
+    total = sum(map(len, sources.values()))
+    found = torch.empty(total, SIDE, SIDE)
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    done = 0
+    for source in sources.values():
+
+        def reduce(index: int, source: ImageSource = source) -> Tensor:
+            grey = (source.load(index).float() * weights).sum(dim=0)
+            return F.adaptive_avg_pool2d(grey[None], SIDE)[0]
+
+        for small in in_parallel(reduce, range(len(source))):
+            found[done] = small
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+    return found
+
+
 def near_duplicates(
     features: Tensor,
+    thumbnails: Tensor,
     threshold: float = THRESHOLD,
     *,
     first: Tensor | None = None,
@@ -180,30 +209,34 @@ def near_duplicates(
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Duplicate], int]:
-    """Pairs of images whose standardised vectors, or that of one and that of the other's mirror image, have a cosine
-    similarity of `threshold` or more; and the number of all such pairs, of which `most` are returned.
+    """Pairs of images that a model and their pixels call alike, and the number of all such pairs, of which `most` are
+    returned. Alike are two images, or one and the mirror image of the other, whose standardised vectors have a cosine
+    similarity of at least `threshold` and whose thumbnails have a correlation of at least PIXELS_ALIKE.
 
     Args:
-        features: [1 or 2, N, F], of the images and (if 2) of their mirror images.
+        features: [2, N, F], of the images and of their mirror images.
+        thumbnails: [N, SIDE, SIDE], grey.
         first: bool [N]; pairs of one image that is `first` and one that is not come before all others.
-        block: images that are compared with all at once: the work is N² F multiplications, the memory block x N.
+        block: images that are compared with all at once: the work is 2 N² F multiplications, the memory block x N.
     """
-    views, N, F = features.shape
-    unit = standardised(features.reshape(views * N, F)).view(views, N, F).to(device)
+    N = len(thumbnails)
+    unit = standardised(features.reshape(2 * N, -1)).view(2, N, -1).to(device)
+    pixels = torch.stack([_centred(thumbnails), _centred(thumbnails.flip(-1))]).to(device)
     is_first = (torch.zeros(N, dtype=torch.bool) if first is None else first).to(device)
     kept = torch.empty(0, 5, dtype=torch.float64)  # across, similarity, i, j, mirrored
     total = 0
     for start in range(0, N, block):
         rows = torch.arange(start, min(start + block, N), device=device)
-        similarity = unit[0, rows] @ unit[0].T
-        is_mirrored = torch.zeros_like(similarity, dtype=torch.bool)
-        if views == 2:
-            mirrored = unit[1, rows] @ unit[0].T
-            is_mirrored = mirrored > similarity + 1e-6
-            similarity = torch.maximum(similarity, mirrored)
+        similarity = torch.full((len(rows), N), -torch.inf, device=device)
+        is_mirrored = torch.zeros(len(rows), N, dtype=torch.bool, device=device)
+        for view in range(2):
+            alike = unit[view, rows] @ unit[0].T
+            # Images that are equal stay so at a threshold of 1, whatever the rounding.
+            alike[(alike < threshold - 1e-5) | (pixels[view, rows] @ pixels[0].T < PIXELS_ALIKE)] = -torch.inf
+            is_mirrored |= (alike > similarity + 1e-5) if view else False
+            similarity = torch.maximum(similarity, alike)
         later = torch.arange(N, device=device)[None] > rows[:, None]
-        # Rounding must not lose pairs that are equal.
-        i, j = ((similarity >= threshold - 1e-6) & later).nonzero(as_tuple=True)
+        i, j = ((similarity > -torch.inf) & later).nonzero(as_tuple=True)
         total += len(i)
         across = is_first[rows[i]] != is_first[j]
         found = [across, similarity[i, j], rows[i], j, is_mirrored[i, j]]
@@ -214,6 +247,14 @@ def near_duplicates(
             on_progress(int(rows[-1]) + 1, N)
     pairs = [Duplicate(int(i), int(j), min(1.0, s), bool(m)) for _, s, i, j, m in kept.tolist()]
     return pairs, total
+
+
+def _centred(thumbnails: Tensor) -> Tensor:
+    """[N, H, W] -> [N, H W] of length 1, whose products are correlations. Images of one grey are like one another alone."""
+    flat = thumbnails.flatten(1)
+    flat = flat - flat.mean(dim=1, keepdim=True)
+    flat = torch.where(flat.abs().amax(dim=1, keepdim=True) < 0.5, torch.ones_like(flat), flat)
+    return F.normalize(flat, dim=1)
 
 
 def joined(count: int, pairs: Sequence[Duplicate]) -> Tensor:
