@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 class Spread(Generic[Item]):
     """At most `most` of the items that are added: as many of each group as there is room for, and evenly over each group.
 
-    It holds at most `most` items of a group. Nothing is drawn at random: the same items give the same choice.
+    It holds at most 2 `most` items of a group. Nothing is drawn at random: the same items give the same choice.
     """
 
     def __init__(self, most: int) -> None:
@@ -29,7 +29,7 @@ class Spread(Generic[Item]):
         stride = self._stride.setdefault(group, 1)
         if number % stride:
             return
-        if len(kept) == self.most:  # every other one goes, and from now on only every other one stays
+        if len(kept) == 2 * self.most:  # every other one goes, and from now on only every other one stays
             del kept[1::2]
             self._stride[group] = stride = 2 * stride
             if number % stride:
