@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 from volo.explain.plots import (
+    RED,
+    Caption,
     OverlayItem,
     SheetItem,
+    captioned_sheet,
     class_bars,
     confusion_matrix,
     overlay_sheet,
@@ -144,3 +147,21 @@ def test_overlays(tmp_path: Path, count: int, with_truth: bool) -> None:
     assert colours_of(tmp_path / "overlays.png") > 1000
     with pytest.raises(ValueError, match="at least one image"):
         overlay_sheet([], ["a"], COLOURS, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(("count", "together"), [(1, 1), (2, 2), (13, 1), (12, 4)])
+def test_captioned_sheets_take_images_one_by_one(tmp_path: Path, count: int, together: int) -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(20, 30), (900, 500), (1, 1)]
+    images = (rng.integers(0, 256, (3, *shapes[i % 3]), dtype=np.uint8) for i in range(count))  # a generator is enough
+    captions = [Caption(f"folder/{i}.png", [("$cat", RED), ("0.99", "")][: i % 3]) for i in range(count)]
+    captioned_sheet(images, captions, tmp_path / "sheet.png", kind="test", heading="words " * 30, together=together)
+    assert colours_of(tmp_path / "sheet.png") > 50
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.info["Title"] == "test"
+
+
+def test_captioned_sheets_need_whole_groups(tmp_path: Path) -> None:
+    for captions in ([], [Caption("a")] * 3):
+        with pytest.raises(ValueError, match=f"at least one group of 2 images; given: {len(captions)} images"):
+            captioned_sheet([], captions, tmp_path / "sheet.png", kind="test", heading="", together=2)
