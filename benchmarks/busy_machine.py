@@ -67,6 +67,7 @@ def measure(setting: dict[str, str], options: argparse.Namespace) -> float:
         "--img-size",
         str(options.img_size),
     ]
+    command += ["--batch-size", str(options.batch_size)]
     return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
 
 

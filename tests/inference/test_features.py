@@ -53,9 +53,12 @@ def test_kept_by_content(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extract_features(model, some(seed=1), DATA)  # other images
     extract_features(model, some(), DataConfig(img_size=48, crop_pct=1.0))
     extract_features(model, some(), DATA, pool="token")
+    other = volo.create_model("volo_nano", num_classes=5, img_size=32, norm_eps=1e-2, **TINY)
+    other.load_state_dict(model.state_dict())
+    extract_features(other, some(), DATA)  # the same weights, another network
     model.cls_token.data += 1
     changed = extract_features(model, some(), DATA)
-    assert len(computed) == 4 and not torch.equal(changed, first)
+    assert len(computed) == 5 and not torch.equal(changed, first)
 
 
 def test_a_cache_that_cannot_be_used_is_passed_over(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +66,11 @@ def test_a_cache_that_cannot_be_used_is_passed_over(cache: Path, monkeypatch: py
     model = volo.create_model("volo_nano", num_classes=5, img_size=32, **TINY)
     expected = extract_features(model, some(), DATA)
     (kept,) = cache.iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])
-    assert torch.equal(extract_features(model, some(), DATA), expected), "computed anew"
+    whole = kept.read_bytes()
+    for place in (0, 9, 60, len(whole) // 2, len(whole) - 5):
+        kept.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        assert torch.equal(extract_features(model, some(), DATA), expected), "computed again"
+    kept.write_bytes(whole[:100])
+    assert torch.equal(extract_features(model, some(), DATA), expected), "computed again"
     monkeypatch.setenv("VOLO_CACHE", str(kept))  # a file where a folder should be
     assert torch.equal(extract_features(model, some(), DATA), expected)

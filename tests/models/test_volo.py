@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import volo
+from volo.models.factory import model_of_shapes
 from volo.models.loading import load_weights
 from volo.models.volo import DROP_PATH_RATES, VARIANTS, VOLO, VOLOConfig, resample_pos_embed
 
@@ -542,5 +543,8 @@ def test_the_class_head_may_see_the_other_tokens_too() -> None:
     assert model.head.weight.shape == (3, model.num_features) and model.config.pool == "token"
     rebuilt = VOLO(VOLOConfig(**dataclasses.asdict(model.config)))
     rebuilt.load_state_dict(model.state_dict())
+    concat = volo.create_model("volo_nano", num_classes=4, pool="concat")
+    name, found = model_of_shapes(concat.state_dict(), "a file without a configuration")
+    assert (name, found.config.pool) == ("volo_nano", "concat")
     with pytest.raises(ValueError, match='pool is "token" or "concat"'):
         volo.create_model("volo_nano", pool="mean")

@@ -111,6 +111,13 @@ def test_several_processes_begin_with_the_same_probe(
     assert first["top1"] == load_checkpoint(tmp_path / "one/best.pt")["metrics"]["top1"]
 
 
+def test_few_images_make_smaller_batches(tiny: Callable[..., Recipe], start: Path, tmp_path: Path) -> None:
+    recipe = probed(tiny, start, schedule__epochs=1, train__batch_size=5000)
+    told = Messages()
+    assert train(recipe, tmp_path / "run", reporter=told).step == 1
+    assert any("there are only" in text for text in told.texts)
+
+
 def test_refused_where_it_makes_no_sense(tiny: Callable[..., Recipe], start: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.weights is empty"):
         train(tiny({"model.probe": True}), tmp_path / "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from volo.config import Recipe, load_recipe
 from volo.training.pipeline import train
 from volo.training.plan import plan_training
 from volo.training.report import NullReporter
-from volo.training.time_limit import fit_into_time
+from volo.training.time_limit import fit_into_time, with_epochs
 
 
 class Messages(NullReporter):
@@ -36,6 +37,32 @@ def test_as_many_epochs_as_fit(tiny: Callable[..., Recipe], tmp_path: Path) -> N
     again = train(recipe, tmp_path / "run", resume=True)
     assert again.total_steps == result.total_steps
     assert load_recipe(tmp_path / "run/recipe.toml").schedule == kept
+
+
+def test_other_minutes_are_refused_before_anything_is_measured(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    train(tiny({"schedule.minutes": 60, "schedule.epochs": 1}), tmp_path / "run")
+    told = Messages()
+    with pytest.raises(ValueError, match=r"begun with schedule\.minutes 60, for which it chose 1 epochs; given: 30"):
+        train(tiny({"schedule.minutes": 30, "schedule.epochs": 1}), tmp_path / "run", resume=True, reporter=told)
+    assert told.texts == []
+
+
+def test_a_limit_holds_for_runs_that_prepare_label_maps(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Their folder has a recipe before anything is measured."""
+    first = tmp_path / "first"
+    train(tiny({"schedule.epochs": 1}), first)
+    recipe = tiny(
+        {"schedule.minutes": 0.15, "schedule.epochs": 1000, "annotator.model": str(first), "token_label.source": "maps"}
+    )
+    result = train(dataclasses.replace(recipe, task="token_label"), tmp_path / "run")
+    assert result.status == "completed" and load_recipe(tmp_path / "run/recipe.toml").schedule.epochs < 1000
+
+
+def test_progressive_resizing_is_cut_with_the_run(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny({"schedule.small_size": 8, "schedule.small_epochs": 6})
+    for epochs, size, small in ((1.0, 0, 0), (4.0, 8, 2), (100.0, 8, 6)):
+        schedule = with_epochs(recipe, epochs).schedule
+        assert (schedule.small_size, schedule.small_epochs) == (size, small)
 
 
 def test_no_more_than_the_recipe_asks_for(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

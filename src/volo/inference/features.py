@@ -6,8 +6,8 @@ import copy
 import hashlib
 import json
 import logging
-import pickle
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -105,33 +105,40 @@ def weights_digest(model: nn.Module) -> str:
 def _place(model: VOLO, source: ImageSource, data: DataConfig, pool: Pool, views: int, amp: str) -> Path | None:
     """The file of these features: its name depends on the weights, on the content of the images and on how they are shown."""
     how = [data.img_size, data.crop_pct, data.interpolation == "bilinear", data.mean, data.std, pool, views, amp]
-    config = [model.config.outlook_stride, model.config.pad_input, model.config.num_heads]  # what shapes do not tell
+    heads_and_training = ("num_classes", "pool", "drop_rate", "pos_drop_rate", "attn_drop_rate", "drop_path_rate")
+    config = {key: value for key, value in asdict(model.config).items() if key not in heads_and_training}
     digest = hashlib.sha256(json.dumps([1, weights_digest(model), how, config, len(source)]).encode())
     try:
         for index in range(len(source)):
             digest.update(source.fingerprint(index).to_bytes(8, "little", signed=True))
-        return cache_folder() / "features" / f"{digest.hexdigest()[:40]}.pt"
+        return cache_folder() / "features" / f"{digest.hexdigest()[:40]}.safetensors"
     except (OSError, ValueError) as error:  # no home folder, or an image that cannot be read, which the loader will say
         logger.debug("features are not kept: %s", error)
         return None
 
 
 def _read(path: Path, count: int) -> Tensor | None:
+    """None for what is not there, belongs to somebody else, or is damaged: features can be computed again."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        kept = torch.load(path, weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-    ):  # not there, of another user, cut off: whatever it is, features can be had again
+        with safe_open(path, framework="pt") as file:
+            kept, checksum = file.get_tensor("features"), (file.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError, ValueError):
         return None
-    return kept if isinstance(kept, Tensor) and kept.dim() == 3 and kept.shape[1] == count else None
+    return kept if kept.dim() == 3 and kept.shape[1] == count and checksum == _checksum(kept) else None
 
 
 def _write(path: Path, features: Tensor) -> None:
+    from safetensors.torch import save
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: torch.save(features, file))
+        content = save({"features": features.contiguous()}, {"sha256": _checksum(features)})
+        write_atomically(path, lambda file: file.write(content))
     except OSError as error:
         logger.info("features are not kept for the next time: %s", error)
+
+
+def _checksum(features: Tensor) -> str:
+    return hashlib.sha256(features.contiguous().numpy().data).hexdigest()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from volo.config import nearest
 from volo.models.checkpoint import find_checkpoint
-from volo.models.hub import PRETRAINED, fetch, known_tag, list_pretrained, list_shipped, shipped
+from volo.models.hub import PRETRAINED, WEIGHTS, fetch, known_tag, list_pretrained, list_shipped, shipped
 from volo.models.loading import load_weights, read_file, state_dict_in
 from volo.models.segmenter import HEAD_DEFAULTS, Segmenter, SegmenterConfig
 from volo.models.volo import VARIANTS, VOLO, VOLOConfig
@@ -160,7 +160,8 @@ def _read_pretrained(name: str, pretrained: bool | str | Path, overrides: Mappin
         size = dataclasses.replace(VARIANTS[name], **overrides).img_size
         given = f"{name}.{size[0]}" if size[0] == size[1] and f"{name}.{size[0]}" in tags else f"{name}.224"
     if given not in PRETRAINED and Path(given).exists():
-        path = find_checkpoint(given)
+        saved = Path(given) / WEIGHTS  # of save_pretrained
+        path = saved if saved.is_file() else find_checkpoint(given)
         return read_file(path), str(path)
     if given == name and (own := shipped(name)) is not None:
         return read_file(own), f"the weights of {name} that come with the package"
@@ -191,7 +192,10 @@ def _with_weights(name: str, content: Any, origin: str, overrides: Mapping[str, 
             raise ValueError(f"{origin} was written by another version of volo: {error}") from error
         pairs = {field: (getattr(own, field), getattr(asked, field)) for field in _ARCHITECTURE}
         if differing := [f"{field} is {its}, not {ours}" for field, (its, ours) in pairs.items() if its != ours]:
-            raise ValueError(f"{origin} holds another model than {name}: its {', its '.join(differing)}")
+            raise ValueError(
+                f"{origin} holds another model than {name}: its {', its '.join(differing)}. Ask for that model: options in Python, "
+                "--model.options.NAME VALUE for volo train"
+            )
     else:
         own = dataclasses.replace(asked, **_sizes_in(state_dict, asked))
     model = VOLO(dataclasses.replace(own, **overrides))
@@ -209,6 +213,9 @@ def _with_weights(name: str, content: Any, origin: str, overrides: Mapping[str, 
 def _sizes_in(state_dict: Mapping[str, Tensor], config: VOLOConfig) -> dict[str, Any]:
     """The fields of the configuration that the shapes of the weights tell."""
     sizes: dict[str, Any] = {"num_classes": len(state_dict["head.weight"]) if "head.weight" in state_dict else 0}
+    heads = [state_dict.get(f"{name}.weight") for name in ("head", "aux_head")]
+    if all(head is not None and head.dim() == 2 for head in heads) and heads[0].shape[1] == 3 * heads[1].shape[1]:  # type: ignore[union-attr]
+        sizes["pool"] = "concat"
     if (pos_embed := state_dict.get("pos_embed")) is not None and pos_embed.dim() == 4:
         sizes["img_size"] = tuple(n * config.size_multiple for n in pos_embed.shape[1:3])
     if (stem := state_dict.get("patch_embed.conv.0.weight")) is not None and stem.dim() == 4:

@@ -114,7 +114,10 @@ def known_tag(tag: str) -> PretrainedWeights:
 
 
 def cached_path(tag: str, source: Source = "hub") -> Path:
-    """Where the file of a tag may be put by hand; the release's is kept there when it is fetched."""
+    """Where the file of a tag may be put by hand; the release's is kept there when it is fetched. What comes with the package
+    lies in it."""
+    if (own := shipped(tag)) is not None:
+        return own
     suffix = ".safetensors" if source == "hub" else ".pth.tar"
     return cache_folder() / f"{known_tag(tag).tag}{suffix}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
@@ -72,9 +73,12 @@ def read_file(path: str | Path, *, mmap: bool = True) -> Any:
             with safe_open(path, framework="pt") as file:
                 described = (file.metadata() or {}).get(DESCRIPTION)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            return tensors if described is None else json.loads(described) | {"model": tensors, "ema": None}
-        except (SafetensorError, ValueError) as error:
+        except SafetensorError as error:
             raise ValueError(f"{damaged}: {error}") from error
+        checkpoint = None
+        with contextlib.suppress(ValueError):  # metadata of that name may be somebody else's
+            checkpoint = json.loads(described or "")
+        return checkpoint | {"model": tensors, "ema": None} if isinstance(checkpoint, dict) else tensors
     try:
         # The original's training script, like timm's, stores its arguments beside the weights: a plain record.
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -6,9 +6,10 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from volo.config import Recipe
-from volo.distributed import World
+from volo.distributed import World, main_only
 from volo.inference.features import extract_features
 from volo.inference.regression import fit_probe
 from volo.models.volo import VOLO
@@ -30,11 +31,22 @@ def check_probe(recipe: Recipe) -> None:
 
 def fit_head(recipe: Recipe, model: VOLO, workload: Workload, world: World, reporter: Reporter) -> str:
     """Put a linear probe, fitted to the training images and their mirror images, in the place of the model's class head, and
-    silence its aux head; returns a sentence about it.
-
-    Every process may call it with the same result: features are kept in the cache folder.
+    silence its aux head; returns a sentence about it. All processes call it, the first one fits.
     """
     assert isinstance(workload, Classification)
+    weight, bias, told = main_only(world, lambda: _fitted(recipe, model, workload, world, reporter))
+    with torch.no_grad():
+        model.head.weight.copy_(weight)  # type: ignore[operator, union-attr]
+        model.head.bias.copy_(bias)  # type: ignore[operator, union-attr]
+        for parameter in model.aux_head.parameters():
+            parameter.zero_()
+    return told
+
+
+def _fitted(
+    recipe: Recipe, model: VOLO, workload: Classification, world: World, reporter: Reporter
+) -> tuple[Tensor, Tensor, str]:
+    """Weight [K, F] and bias [K] of the head, and what to say of them."""
     start = time.monotonic()
     source = workload.loader.source
     features = extract_features(
@@ -55,12 +67,8 @@ def fit_head(recipe: Recipe, model: VOLO, workload: Workload, world: World, repo
         groups=torch.arange(count).repeat(views),
         on_progress=lambda done, total: reporter.on_progress("fitting the probe", done, total),
     )
-    with torch.no_grad():
-        model.head.weight.copy_(probe.weight)  # type: ignore[operator, union-attr]
-        model.head.bias.copy_(probe.bias)  # type: ignore[operator, union-attr]
-        for parameter in model.aux_head.parameters():
-            parameter.zero_()
-    return (
+    told = (
         f"linear probe on {width} features of {count:,} training images in {time.monotonic() - start:.1f} s: {100 * probe.accuracy:.1f} % "
         f"in five-fold cross-validation on them, which chose the penalty {probe.penalty:g}"
     )
+    return probe.weight, probe.bias, told

@@ -156,8 +156,8 @@ class Run:
         if checkpoint is None:
             with main_first(world):  # downloads once
                 model = workload.create_model()
-                if recipe.model.probe:
-                    reporter.on_message(fit_head(recipe, cast(VOLO, model), workload, world, reporter))
+            if recipe.model.probe:
+                reporter.on_message(fit_head(recipe, cast(VOLO, model), workload, world, reporter))
         else:
             model = workload.restore_model(checkpoint["model_config"])
         self.model_config = workload.model_config(model)
@@ -224,7 +224,7 @@ class Run:
             self.workload.score,
         )
         if self.world.is_main:
-            run_folder.prepare(self.out, self.recipe, is_fresh=fresh, is_first_step=self.step == 0)
+            run_folder.prepare(self.out, self.recipe, is_fresh=fresh, is_first_step=self.saved_step < 0)
             run_folder.list_held_out(self.out, self.workload.held_out())
             self.log = RunLog(self.out, self.metrics_bytes, self.step, self.config.tensorboard)
         self.reporter.on_start(info)

@@ -113,7 +113,7 @@ class LearningRate:
             warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
             decay_end = max(1, round(schedule.epochs * steps_per_epoch))
             total_steps = max(1, round((schedule.epochs + schedule.cooldown_epochs) * steps_per_epoch))
-            if not schedule.epochs:  # the linear probe alone
+            if total_steps == 1 and not schedule.epochs and not schedule.cooldown_epochs:  # the linear probe alone
                 total_steps = 0
         if schedule.power <= 0 or (schedule.power != 1 and schedule.decay != "poly"):
             raise ValueError(

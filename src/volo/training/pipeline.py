@@ -139,6 +139,7 @@ def prepare_label_maps(
         main_only(world, begin)
         if its is not None:
             reporter.on_message(f"first the annotator, by the recipe {config.recipe}, in {annotator}")
+            its = fit_into_time(its, annotator, world, reporter, started=time.monotonic(), resume=True)
             result = run_loop(its, annotator, resume=True, reporter=reporter)
             if result.status == "interrupted":
                 return at_hand, result

@@ -69,7 +69,14 @@ def plan_training(
         labels = dataclasses.replace(labels, maps=label_maps["path"])
     probed = dataclasses.replace(recipe, token_label=labels)
     started = time.monotonic()
+    if probed.model.probe:  # the head is not looked at, and takes long to fit
+        probed = dataclasses.replace(probed, model=dataclasses.replace(probed.model, probe=False))
+        if not probed.schedule.epochs:
+            schedule = dataclasses.replace(probed.schedule, epochs=1.0)
+            probed = dataclasses.replace(probed, schedule=schedule)
     measured = probe(probed, steps=steps, most_pictures=most_pictures, reporter=reporter)
+    if not recipe.schedule.epochs:
+        measured = dataclasses.replace(measured, total_steps=0)
     if recipe.schedule.minutes and measured.step_seconds:
         check_limit(recipe)
         # A run prepares in about the time that this has taken.

@@ -47,6 +47,8 @@ class Probe:
     """On the device all the time: weights, gradients, optimizer, average; what was not measured is left out."""
     activation_bytes: int
     """Kept from the forward to the backward pass of a micro batch, on the device."""
+    prepare_seconds: float
+    """That opening the data and making the model have taken."""
     peak_bytes: int | None
     """Most that torch has allocated on a GPU while trying; None on a CPU."""
 
@@ -78,11 +80,13 @@ def probe(
     reporter = reporter or NullReporter()
     schedule = dataclasses.replace(recipe.schedule, small_size=0, small_epochs=0)
     recipe = dataclasses.replace(recipe, schedule=schedule, train=dataclasses.replace(recipe.train, compile=False))
+    started = time.monotonic()
     with join_world(recipe.train.device) as world, torch_settings(recipe.train, world.device):
         reporter = reporter if world.is_main else NullReporter()
         workload = open_workload(recipe, world, reporter)
         if most_pictures is None:
-            return _probe(Run(recipe, Path(), workload, world, reporter, None), steps)
+            run = Run(recipe, Path(), workload, world, reporter, None)
+            return _probe(run, steps, prepare_seconds=time.monotonic() - started)
         pictures = min(max(most_pictures, FEWEST_PICTURES), _micro_batch_size(recipe.train, world))
         while True:
             try:
@@ -123,11 +127,12 @@ def _not_measured(recipe: Recipe, workload: Workload, world: World) -> Probe:
             "average": weights if recipe.optim.ema_decay else 0,
         },
         activation_bytes=0,
+        prepare_seconds=0.0,
         peak_bytes=None,
     )
 
 
-def _probe(run: Run, steps: int, most_pictures: int | None = None) -> Probe:
+def _probe(run: Run, steps: int, most_pictures: int | None = None, prepare_seconds: float = 0.0) -> Probe:
     """Take `steps` steps after a first one, which warms up; nothing is logged or saved. See `probe`."""
     device, micro_batch = run.world.device, _micro_batch_size(run.config, run.world)
     weights = _num_bytes([*run.task.parameters(), *run.task.buffers()])
@@ -157,6 +162,7 @@ def _probe(run: Run, steps: int, most_pictures: int | None = None) -> Probe:
             "average": weights if run.ema is not None else 0,
         },
         activation_bytes=round(activations * micro_batch / pictures),
+        prepare_seconds=prepare_seconds,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 

@@ -99,8 +99,11 @@ def prepare(out: Path, recipe: Recipe, is_fresh: bool, is_first_step: bool) -> N
 
 def list_held_out(out: Path, images: Iterable[tuple[str, str]]) -> None:
     """Write held_out.csv: the images that a run is scored on and never learns from, and their classes ("" for masks)."""
+    path, head = out / "held_out.csv", '"image","class"\n'
+    if path.is_file() and not path.read_bytes().startswith(head.encode()):
+        return  # in a run of an earlier version, somebody else's
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("image", "class"), *images])
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows([("image", "class"), *images])
     content = text.getvalue().encode("utf-8", "surrogateescape")
     write_atomically(out / "held_out.csv", lambda file: file.write(content))
 

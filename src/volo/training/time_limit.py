@@ -8,8 +8,9 @@ import statistics
 import time
 from pathlib import Path
 
-from volo.config import Recipe, load_recipe
+from volo.config import Recipe, recipe_from_dict
 from volo.distributed import World, main_only
+from volo.models.checkpoint import load_checkpoint
 from volo.training.probe import Probe, probe
 from volo.training.report import NullReporter, Reporter
 
@@ -35,9 +36,15 @@ def fit_into_time(
     check_limit(recipe)
 
     def chosen_before() -> float | None:
-        path = out / "recipe.toml"
-        its = load_recipe(path).schedule if resume and path.is_file() else None
-        return its.epochs if its is not None and its.minutes == schedule.minutes else None
+        if not resume or not (out / "last.pt").is_file():
+            return None
+        its = recipe_from_dict(load_checkpoint(out / "last.pt")["recipe"]).schedule
+        if its.minutes != schedule.minutes:
+            raise ValueError(
+                f"the run in {out} was begun with schedule.minutes {its.minutes:g}, for which it chose {its.epochs:g} epochs; given: "
+                f"{schedule.minutes:g}. Continue it as it is, or start another run with its weights (--model.weights {out})"
+            )
+        return its.epochs
 
     epochs = main_only(world, chosen_before)
     if epochs is None and schedule.epochs:
@@ -72,6 +79,7 @@ def check_limit(recipe: Recipe) -> None:
 def with_epochs(recipe: Recipe, epochs: float) -> Recipe:
     """`recipe` with so many epochs; what was meant for a long run is cut to fit into a short one."""
     schedule = recipe.schedule
+    small_epochs = min(schedule.small_epochs, int(epochs / 2))
     return dataclasses.replace(
         recipe,
         schedule=dataclasses.replace(
@@ -79,7 +87,8 @@ def with_epochs(recipe: Recipe, epochs: float) -> Recipe:
             epochs=epochs,
             warmup_epochs=min(schedule.warmup_epochs, epochs / 5),
             cooldown_epochs=min(schedule.cooldown_epochs, epochs / 10),
-            small_epochs=min(schedule.small_epochs, int(epochs / 2)),
+            small_epochs=small_epochs,
+            small_size=schedule.small_size if small_epochs else 0,
         ),
     )
 
@@ -91,8 +100,10 @@ def epochs_that_fit(recipe: Recipe, measured: Probe, seconds_gone: float) -> flo
     if measured.workload.num_workers and measured.data_seconds:
         step = max(step, measured.data_seconds)
     evaluation = EVALUATION_SHARE * step * measured.workload.num_val / recipe.train.batch_size
-    every = recipe.train.eval_every if recipe.train.eval_every > 0 else math.inf
-    available = SPARE * (60 * schedule.minutes - seconds_gone) - END_SECONDS - 2 * evaluation
+    steps = recipe.train.eval_steps or recipe.train.eval_every * per_epoch
+    every = max(steps, 1.0) / per_epoch if steps > 0 else math.inf
+    # The run prepares once more what was prepared for the measurement.
+    available = SPARE * (60 * schedule.minutes - seconds_gone - measured.prepare_seconds) - END_SECONDS - 2 * evaluation
     epochs = available / (step * per_epoch + evaluation / every)
     whole = math.floor(epochs) if epochs >= 1 else max(math.floor(10 * epochs) / 10, 0.0)
     least = 0.0 if recipe.model.probe else max(0.1, round(1 / per_epoch, 4))

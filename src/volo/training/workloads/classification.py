@@ -46,11 +46,15 @@ class Classification:
         self.extras: dict[str, Any] = {}
         self.num_train, self.num_val = len(splits.train), len(splits.val)
         self.notes = [f"left out: {bad}" for bad in splits.skipped] + splits.notes
+        batch_size, slices = config.batch_size, config.accumulation * world.size
+        if recipe.model.probe and self.num_train < batch_size and self.num_train >= slices:
+            batch_size = self.num_train // slices * slices
+            self.notes.append(f"batches of {batch_size} images, since there are only {self.num_train} for training")
         self.loader = TrainLoader(
             splits.train,
             recipe.data,
             recipe.augment,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             accumulation=config.accumulation,
             seed=config.seed,
             rank=world.rank,
