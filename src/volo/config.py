@@ -61,8 +61,9 @@ class DataConfig:
 
     path: str = ""
     """Folder (train/ and val/ of one folder a class, or one folder split by `split_seed`), tar shards (a folder with
-    train-*.tar and val-*.tar, or train-{000000..000127}.tar), or npz folder; empty for what needs none (`kind`)."""
-    kind: Literal["auto", "folder", "tar", "cifar10", "cifar100", "npz", "digits"] = "auto"
+    train-*.tar and val-*.tar, or train-{000000..000127}.tar), npz folder, or a table of images and labels (labels.csv);
+    empty for what needs none (`kind`)."""
+    kind: Literal["auto", "folder", "tar", "cifar10", "cifar100", "npz", "digits", "table"] = "auto"
     """How `path` is read; "auto" looks at what is there. Without a path: "digits", scikit-learn's handwritten digits, or
     "cifar10" or "cifar100", which are downloaded."""
     img_size: Size = 224
@@ -74,6 +75,18 @@ class DataConfig:
     """Share of each class that is held out where the data has no split of its own."""
     split_seed: int = 0
     """Seed of that split: the same seed holds out the same images."""
+    root: str = ""
+    """Of a table: the folder that its paths are relative to; empty: the table's own."""
+    image_column: str = ""
+    """Of a table: the column with the images' paths; empty: the one called path, image, file, filename, ..."""
+    label_columns: tuple[str, ...] = ()
+    """Of a table: the columns to learn; empty: the one called label, class, category, ..., or the only other one."""
+    label_kinds: tuple[Literal["class", "labels", "number"], ...] = ()
+    """What each of `label_columns` holds: a class, several labels, or a number; empty: by what is in the cells."""
+    split_column: str = ""
+    """Of a table: the column that says train, val, test, ...; empty: the one called split, subset or fold, if there is one."""
+    label_separator: str = "auto"
+    """Between the labels of a cell; "auto": ";" or "|"; "none": a cell is one label, whatever is in it."""
     crop_pct: float = 0.96
     """Test time: the image is resized to img_size / crop_pct, then the centre is cropped; above 1 pads (the original's 1.15)."""
     interpolation: Literal["bicubic", "bilinear", "random"] = "random"
@@ -183,6 +196,17 @@ class SegmentConfig:
     """Window of "slide": side in pixels, or height and width; 0: data.img_size."""
     stride: Size = 0
     """From window to window; 0: two thirds of the window."""
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Several labels an image, numbers, or several of these at once (task "table"), from a table of images (data.path)."""
+
+    number_loss: Literal["huber", "mse"] = "huber"
+    """Loss of numbers, which are standardised first: Huber's, squared up to one standard deviation and linear beyond, or
+    the mean squared error."""
+    weights: tuple[float, ...] = ()
+    """Weights of the outputs in the loss, in their order; empty: 1 each."""
 
 
 @dataclass(frozen=True)
@@ -337,12 +361,13 @@ class TrainConfig:
 class Recipe:
     """One run, complete: `volo train recipes/NAME.toml --optim.lr 1e-3`."""
 
-    task: Literal["classify", "token_label", "segment"] = "classify"
+    task: Literal["classify", "token_label", "segment", "table"] = "classify"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     segment: SegmentConfig = field(default_factory=SegmentConfig)
+    table: TableConfig = field(default_factory=TableConfig)
     token_label: TokenLabelConfig = field(default_factory=TokenLabelConfig)
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -503,6 +528,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         raise ValueError(
             f"{where} is {value!r}; allowed: {', '.join(map(repr, args))}{nearest(str(value), map(str, args))}"
         )
+    elif origin is tuple and args[1:] == (...,) and isinstance(value, (list, tuple)):
+        return tuple(_convert(args[0], item, where) for item in value)
     elif origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(args):
         return tuple(_convert(a, v, where) for a, v in zip(args, value))
     elif origin is dict and isinstance(value, Mapping):

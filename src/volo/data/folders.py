@@ -170,6 +170,25 @@ def _check(
     number = {name: i for i, name in enumerate(classes)}
     names = [name for scan in scans for name in scan.names(root)]
     targets = [number[c] for scan in scans for c, files in scan.files.items() for _ in files]
+    folders = [scan.root for scan in scans]
+    return open_files(root, names, torch.tensor(targets), classes, config, on_progress, share, folders)
+
+
+def open_files(
+    root: Path,
+    names: Sequence[str],
+    targets: Tensor,
+    classes: tuple[str, ...],
+    config: DataConfig,
+    on_progress: Progress | None,
+    share: Share,
+    places: Sequence[Path],
+) -> tuple[FolderSource, list[BadImage]]:
+    """Image files called `names` below `root`, tried as `config.check` says; kept decoded if they fit into memory.
+
+    Returns the source of those that can be decoded, with their `targets` ([N] or [N, T]), and the others. `places`, the
+    folders (or the table) that they are listed by, tell data sets apart in the cache. Raises ValueError.
+    """
     pictures: list[Tensor] | None = None
     bad: list[BadImage] = []
     if config.check == "full" or config.cache == "ram":
@@ -177,7 +196,7 @@ def _check(
         known: list[BadImage] | None = None
         if len(names) >= REMEMBERED_FROM and config.cache != "ram":
             if share.rank == 0:
-                tried = _Tried([scan.root for scan in scans], root, names)
+                tried = _Tried(places, root, names)
                 known = tried.read()
             known = share.gather(known)[0]
         if known is not None:
@@ -200,8 +219,7 @@ def _check(
     cache = None
     if pictures is not None:
         cache = PixelCache.of(pictures)
-    chosen = torch.tensor([targets[i] for i in good], dtype=torch.int64)
-    return FolderSource(root, chosen, Names(names[i] for i in good), classes, cache), bad
+    return FolderSource(root, targets[good], Names(names[i] for i in good), classes, cache), bad
 
 
 class _Tried:

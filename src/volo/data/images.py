@@ -11,6 +11,7 @@ from volo.data.decode import BadImage, BadImageError, decode_image
 from volo.data.folders import open_folder, open_folders
 from volo.data.shards import TarSource, is_shards, open_shards
 from volo.data.sources import LAYOUTS, ArraySource, DataSplits, FolderSource, ImageSource, Progress, Share
+from volo.data.tables import is_table, open_table
 from volo.data.walk import contents_of, is_image_name, list_folder
 
 __all__ = [
@@ -53,6 +54,8 @@ def _open(config: DataConfig, on_progress: Progress | None, share: Share) -> Dat
         return open_folders(path, config, on_progress, share)
     if kind == "tar":
         return open_shards(config, on_progress, share)
+    if kind == "table":
+        return open_table(config, on_progress, share)
     return open_npz(path, config, on_progress)
 
 
@@ -70,12 +73,16 @@ def data_kind(config: DataConfig) -> str:
         raise ValueError(f"name the images with --data PATH; --data.kind digits for the handwritten digits.\n{LAYOUTS}")
     if path.is_file() and path.suffix.lower() == ".npz":
         return "npz"
+    if is_table(path):
+        return "table"
     if not path.is_dir() and is_shards(config.path):
         return "tar"
     if not path.exists():
         raise ValueError(f"data.path is {config.path}, which does not exist.\n{LAYOUTS}")
     if not path.is_dir():
-        raise ValueError(f"data.path is {config.path}, a file that is neither .npz nor .tar.\n{LAYOUTS}")
+        raise ValueError(
+            f"data.path is {config.path}, a file that is neither .npz nor .tar nor a table (.csv, .tsv, .parquet).\n{LAYOUTS}"
+        )
     if find_npz(path, config.splits).train:
         return "npz"
     for kind, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):

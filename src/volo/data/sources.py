@@ -31,6 +31,7 @@ data.path can be
   train.npz with val.npz or test.npz, or a single .npz: arrays images (uint8 [N, H, W, 3] or [N, H, W]) and labels;
   a folder of tar shards, train-*.tar and val-*.tar, or tar files to be split by data.val_fraction: one, or a list in
   braces such as shards/train-{000000..000127}.tar; each holds KEY.jpg (png, webp, ...) and KEY.cls or KEY.json;
+  a table (.csv, .tsv, .parquet) with a column of image paths, a label column and, if you like, a split column;
   a folder with torchvision's CIFAR files (data.kind "cifar10" or "cifar100" downloads them);
   empty with data.kind "digits": scikit-learn's handwritten digits."""
 
@@ -43,7 +44,7 @@ class ImageSource(Protocol):
 
     @property
     def targets(self) -> Tensor:
-        """int64 [N]"""
+        """int64 [N]; of a table with other labels than one class float64 [N, T] (`volo.data.targets`)"""
 
     @property
     def names(self) -> Sequence[str]:
@@ -223,8 +224,13 @@ class Selectable(ImageSource, Protocol):
     def select(self, indices: Sequence[int]) -> ImageSource: ...
 
 
-def split_by_seed(source: Selectable, config: DataConfig) -> tuple[ImageSource, ImageSource]:
-    train, val = held_out(source.names, source.targets.tolist(), config.val_fraction, config.split_seed)
+def split_by_seed(
+    source: Selectable, config: DataConfig, strata: Sequence[int] | None = None
+) -> tuple[ImageSource, ImageSource]:
+    """Training and held-out part: `config.val_fraction` of each class, or of the images of each number in `strata`."""
+    train, val = held_out(
+        source.names, source.targets.tolist() if strata is None else strata, config.val_fraction, config.split_seed
+    )
     if not val:
         raise ValueError(f"{len(train)} images, one a class: none can be held out. Add images, or a val/ folder.")
     return source.select(train), source.select(val)

@@ -23,6 +23,7 @@ from volo.data.images import open_data
 from volo.data.shards import is_shards, open_all_shards
 from volo.data.sources import ImageSource
 from volo.data.splits import inside, split_folders
+from volo.data.tables import is_table, open_all_table
 from volo.data.walk import list_folder, spelled
 from volo.inference.metrics import ClassificationMetrics
 
@@ -188,7 +189,8 @@ def open_labelled(
     Args:
         path: None: the images held out from the training. A folder of class folders, named like the classes, by their
             WordNet id or by their number (ImageNet-V2); or one that has them in val/ (or validation/, dev/, test/, ...);
-            or tar shards or npz files, those of val where there are such, else all; or any other data of
+            or tar shards or npz files, those of val where there are such, else all; or a table, of which the same holds
+            for its split column; or any other data of
             `volo.data.images.open_data`, whose held-out part is taken.
         wnids: WordNet ids of the classes, for models of ImageNet.
 
@@ -207,10 +209,12 @@ def open_labelled(
         raise ValueError("these weights come without images; give a folder of class folders with --data")
 
     is_arrays, is_cifar = is_npz(given, data.splits), any(given.glob("cifar-*"))
-    if is_new and (is_arrays or (is_shards(given, data.splits) and not is_cifar)):
+    if is_new and (is_arrays or is_table(given) or (is_shards(given, data.splits) and not is_cifar)):
         source: ImageSource
         if is_arrays:
             source, skipped = open_all_npz(given, data, on_progress=on_progress)
+        elif is_table(given):
+            source, skipped = open_all_table(data, on_progress=on_progress)
         else:
             source, skipped = open_all_shards(given, data, on_progress=on_progress)
         known = wnids if wnids and set(source.classes) <= set(wnids) else classes

@@ -23,7 +23,10 @@ from volo.training.settings import torch_settings
 from volo.training.time_limit import fit_into_time
 from volo.training.workloads.token_labeling import check_annotator
 
-SHARED_DATA = "path kind splits val_fraction split_seed on_bad_image check cache num_workers timeout".split()
+SHARED_DATA = (
+    "path kind splits val_fraction split_seed root image_column label_columns label_kinds split_column label_separator "
+    "on_bad_image check cache num_workers timeout"
+).split()
 """Keys of [data] in which an annotator's training follows the recipe that it is trained for: what the images are, and how
 they are read."""
 

@@ -25,7 +25,16 @@ EVENTS = ".volo"
 # A run may be continued with other values of these: they change speed, place or reports, not what is computed (rounding
 # aside). The data is known by its classes and images, so it may have moved.
 CHANGEABLE = frozenset(
-    {"data.path", "data.kind", "data.num_workers", "data.cache", "data.check", "data.timeout", "data.on_bad_image"}
+    {
+        "data.path",
+        "data.kind",
+        "data.root",
+        "data.num_workers",
+        "data.cache",
+        "data.check",
+        "data.timeout",
+        "data.on_bad_image",
+    }
     | {"token_label.maps", "annotator.model", "annotator.weights"}
     | {
         "train.device",
