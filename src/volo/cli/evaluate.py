@@ -17,6 +17,8 @@ from rich.text import Text
 from volo.cli.console import Bar, note, results
 from volo.cli.options import OF_MODELS, ModelOptions, WindowOptions, load_model, open_device, run
 from volo.cli.outputs import begins_with, claim, is_figure, optional
+from volo.cli.progress import FIGURES as LABELS
+from volo.cli.progress import figure_text
 from volo.config import read_size
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class EvaluateOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A run folder (its best.pt), a checkpoint, published weights such as volo_d1.224, or a weight file of timm's or the original's."""
     data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """Class folders, a folder with val/, shards or npz files; the images held out from the training if left out."""
+    """Class folders, a folder with val/, shards, npz files or a table; the images held out from the training if left out."""
     real: Annotated[Path | None, tyro.conf.arg(metavar="real.json")] = None
     """ReaL labels of ImageNet's validation images; scored beside the folders' own."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -55,6 +57,8 @@ class EvaluateOptions:
 
 def evaluate(options: EvaluateOptions) -> int:
     """Score a model on labelled images: top-1, top-5, mean class accuracy, calibration, every class, confusion.
+
+    Models of task "table" on a table with the same columns: mAP and F1 of labels, MAE, RMSE and R2 of numbers.
 
     Segmentation models on images with masks: mean IoU, IoU and accuracy of every class, boundary IoU, confusion.
 
@@ -124,7 +128,7 @@ def evaluate(options: EvaluateOptions) -> int:
     if options.json:
         print(report.decode())
     else:
-        show = show_segmentation if loaded.task == "segment" else show_evaluation
+        show = {"segment": show_segmentation, "table": show_table}.get(loaded.task, show_evaluation)
         how = [result[key] for key in ("data", "test") if key in result]
         show(console, result, loaded.classes, ", ".join([*how, f"by {loaded.origin}"]))
         for _, wrong in mistakes:
@@ -159,6 +163,8 @@ def _claim(folder: Path, overwrite: bool, wrong: bool) -> None:
 
 def _draw(folder: Path, result: dict[str, Any], loaded: Any) -> list[Path]:
     is_segment = loaded.task == "segment"
+    if not result["confusion"]:
+        return []
     files = [folder / name for name in FIGURES][: 1 + is_segment]
     with optional(" and ".join(path.name for path in files)):
         from volo.explain.plots import class_bars, confusion_matrix
@@ -265,6 +271,44 @@ def show_evaluation(
             Text("━" * round(20 * share), style="cyan"),
         )
     console.print(table, highlight=False)
+
+
+def show_table(console: Console, result: dict[str, Any], classes: Sequence[str], what: str, most: int = 60) -> None:
+    """Figures of each output of a model of task "table"; of labels and classes the worst `most`."""
+    console.print(Text(f"{result['count']:,} images, {what}", style="bold"), soft_wrap=True)
+    figures = Table(show_header=False, box=None)
+    figures.add_column()
+    figures.add_column(justify="right")
+    for name, its in result["outputs"].items():
+        for key, value in its.items():
+            if key in LABELS:
+                figures.add_row(Text(f"{name}: {LABELS[key]}"), figure_text(key, value))
+    figures.add_row("loss", f"{result['loss']:.4f}")
+    console.print(figures, highlight=False)
+    for name, its in result["outputs"].items():
+        key, label = next(
+            (
+                (k, text)
+                for k, text in (("per_class_ap", "average precision"), ("per_class_accuracy", "accuracy"))
+                if k in its
+            ),
+            ("", ""),
+        )
+        if not key:
+            continue
+        own = its["classes"]
+        seen = sorted((i for i, value in enumerate(its[key]) if value is not None), key=lambda i: its[key][i])
+        shown = sorted(seen) if len(seen) <= most else seen[:20]
+        worst = f" (the 20 worst of {len(seen)}: all of them with --json or --out)" if len(seen) > most else ""
+        console.print(Text(f"\n{name}: {label}{worst}", style="bold"), soft_wrap=True)
+        table = Table(show_header=False, box=None, padding=(0, 1))
+        table.add_column(max_width=40, no_wrap=True, overflow="ellipsis")
+        table.add_column(justify="right")
+        table.add_column("")
+        for i in shown:
+            value = its[key][i]
+            table.add_row(Text(own[i]), f"{100 * value:.1f} %", Text("━" * round(20 * value), style="cyan"))
+        console.print(table, highlight=False)
 
 
 def show_segmentation(console: Console, result: dict[str, Any], classes: Sequence[str], what: str) -> None:

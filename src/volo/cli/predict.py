@@ -31,6 +31,8 @@ class PredictOptions:
     """The model by an option: everything that is no option is an image then."""
     top: int = 3
     """So many classes for each image."""
+    threshold: float = 0.5
+    """Of a model that gives several labels an image: labels with a probability of at least this."""
     format: Literal["table", "json", "csv"] = "table"
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write there instead of standard output; the file appears when it is complete."""
@@ -50,6 +52,8 @@ MAX_SHEET = 48
 def predict(options: PredictOptions) -> int:
     """Name what is in images. The class names come with the model.
 
+    Models of task "table" say what they have learned: numbers, classes, all labels above --threshold.
+
     Examples:
       volo predict runs/photos holiday.jpg
       volo predict runs/photos new_pictures/ "more/**/*.png" --top 1 --format csv --out answers.csv
@@ -58,13 +62,17 @@ def predict(options: PredictOptions) -> int:
       volo predict pictures/ --checkpoint runs/photos/last.pt
     """
     from volo.data.files import write_atomically
+    from volo.inference.predictor import CSV_HEAD, TABLE_HEAD, to_csv, to_json
     from volo.inference.predictor import predict as run_prediction
-    from volo.inference.predictor import to_csv, to_json
     from volo.inference.spread import Spread
 
     model, pictures = model_and_pictures(options.model, options.pictures, options.checkpoint)
     for option, path, is_ours in (
-        ("--out", options.out, begins_with('[\n{"picture": ', "picture,rank,class,probability,error\n")),
+        (
+            "--out",
+            options.out,
+            begins_with('[\n{"picture": ', *(",".join(head) + "\n" for head in (CSV_HEAD, TABLE_HEAD))),
+        ),
         ("--sheet", options.sheet, is_figure("prediction sheet")),
     ):
         if path is not None:
@@ -72,7 +80,12 @@ def predict(options: PredictOptions) -> int:
                 raise ValueError(f"{option} would replace the image {path}")
             claim(path, is_ours, overwrite=options.overwrite, option=option)
     device = open_device(options.how.device, options.how.threads)
-    classifier = load_model(model, options.how, device, "classify")
+    classifier = load_model(model, options.how, device)
+    if classifier.task == "segment":
+        raise ValueError(f"{model} is a segmentation model, which names pixels: use `volo segment` or `volo evaluate`")
+    is_table = classifier.task == "table"
+    if is_table and options.sheet is not None:
+        raise ValueError("--sheet draws images with their class; for a model of task 'table' take --format csv or json")
     # Only one of the two streams may draw: a bar and lines on the same terminal must know of each other.
     to_terminal = options.out is None and sys.stdout.isatty()
     output = results()
@@ -86,6 +99,7 @@ def predict(options: PredictOptions) -> int:
             classifier,
             pictures,
             top=options.top,
+            threshold=options.threshold,
             batch_size=options.how.batch_size or 32,
             device=device,
             amp=options.how.amp,
@@ -110,7 +124,9 @@ def predict(options: PredictOptions) -> int:
             else:
                 yield line.plain.rstrip() + "\n"
 
-    lines = {"table": table, "json": lambda: to_json(watched()), "csv": lambda: to_csv(watched())}[options.format]()
+    lines = {"table": table, "json": lambda: to_json(watched()), "csv": lambda: to_csv(watched(), is_table)}[
+        options.format
+    ]()
     with bar:
         if options.out is not None:
             write_atomically(
@@ -150,6 +166,10 @@ def prediction_line(prediction: Prediction, name_width: int, class_width: int) -
     for rank, (label, probability) in enumerate(prediction.top):
         label = label if len(label) <= class_width else label[: class_width - 1] + "…"
         line.append(f"{label:<{class_width}} {100 * probability:5.1f} %  ", style="bold" if rank == 0 else "dim")
+    for its in prediction.outputs:
+        named = [f"{name} {100 * p:.1f} %" for name, p in (its.labels[:1] if its.kind == "class" else its.labels)]
+        line.append(f"{its.output} ", style="dim")
+        line.append(f"{f'{its.number:.4g}' if its.number is not None else ', '.join(named) or 'none'}  ", style="bold")
     line.rstrip()
     return line
 

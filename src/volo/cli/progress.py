@@ -13,15 +13,29 @@ from volo.cli.console import Bar, duration, millions
 from volo.training.report import NullReporter, RunInfo, StepReport, TrainResult
 
 FIGURES = {
+    "score": "score",
     "top1": "top-1",
     "top5": "top-5",
     "miou": "mIoU",
     "pixel_accuracy": "pixels",
     "mean_class_accuracy": "classes",
     "boundary_iou": "boundary",
+    "map": "mAP",
+    "f1_micro": "micro F1",
+    "f1_macro": "macro F1",
+    "r2": "R²",
+    "mae": "MAE",
+    "rmse": "RMSE",
     "ece": "ECE",
 }
-"""What the figures of an evaluation are called in a table, in this order; all are shares in 0..1."""
+"""What the figures of an evaluation are called in a table, in this order."""
+
+PLAIN = frozenset(("score", "r2", "mae", "rmse", "ece"))
+"""Figures that are no shares in 0..1, or small ones."""
+
+
+def figure_text(key: str, value: float) -> str:
+    return f"{value:.4g}" if key in ("mae", "rmse") else f"{value:.4f}" if key in PLAIN else f"{100 * value:.2f} %"
 
 
 class TrainReporter(NullReporter):
@@ -54,7 +68,7 @@ class TrainReporter(NullReporter):
             Text.assemble(
                 (name, "bold"),
                 f" ({millions(run.num_parameters)} parameters) on {data.path or data.kind}: {run.num_train:,} training and "
-                f"{run.num_val:,} held-out images of {len(run.classes)} classes\n"
+                f"{run.num_val:,} held-out images of {len(run.classes)} {'outputs' if run.recipe.task == 'table' else 'classes'}\n"
                 f"{run.total_steps:,} steps of {run.recipe.train.batch_size} images, {run.steps_per_epoch:,} an epoch; "
                 f"{where}; everything goes to {run.out}",
             )
@@ -83,7 +97,7 @@ class TrainReporter(NullReporter):
             self._say(Text(f"{'epoch':>7}{'step':>9}{'loss':>9}{'held out':>10}{head}{'time':>9}", style="dim"))
         loss = sum(self._since_eval) / len(self._since_eval) if self._since_eval else float("nan")
         self._since_eval.clear()
-        figures = "".join(f"{metrics[k]:>9.4f}" if k == "ece" else f"{100 * metrics[k]:>7.2f} %" for k in columns)
+        figures = "".join(f"{figure_text(key, metrics[key]):>9}" for key in columns)
         row = (
             f"{metrics['epoch']:>7.1f}{metrics['step']:>9,}{loss:>9.4f}{metrics['loss']:>10.4f}{figures}"
             f"{duration(time.monotonic() - self._started):>9}"
@@ -102,10 +116,11 @@ def show_result(console: Console, result: TrainResult) -> None:
     best = result.best
     if best:
         more = [f"mean of classes {100 * best['mean_class_accuracy']:.2f} %"] if "mean_class_accuracy" in best else []
+        more += [f"{FIGURES[key]} {figure_text(key, best[key])}" for key in ("f1_micro", "mae", "rmse") if key in best]
         more += [f"ECE {best['ece']:.4f}"] if "ece" in best else []
         console.print(
             Text.assemble(
-                (f"best {FIGURES[result.score]} {100 * best[result.score]:.2f} %", "bold green"),
+                (f"best {FIGURES[result.score]} {figure_text(result.score, best[result.score])}", "bold green"),
                 f" at epoch {best['epoch']:g}" + (f" ({', '.join(more)})" if more else ""),
             ),
             soft_wrap=True,

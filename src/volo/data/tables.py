@@ -290,15 +290,16 @@ def _read(path: Path, config: DataConfig, single: bool, known: TableTargets | No
     root = Path(config.root).expanduser() if config.root else path.parent
     roles = _roles(table, split, config.splits) if split else [TRAIN] * len(table.rows)
     if TRAIN not in roles and not everything:
-        values = ", ".join(sorted(set(table.column(split)))[:8])
+        cells = _few(sorted(set(table.column(split))))
         raise ValueError(
-            f"the column {split!r} of {path} has no training images: its cells are {values}. Say which is which with --data.splits "
+            f"the column {split!r} of {path} has no training images: its cells are {cells}. Say which is which with --data.splits "
             '"TRAINING,HELD_OUT", or that there is no split: --data.splits none'
         )
     held = next((its for its in HELD_OUT if its in roles), "")
     used = [its == held if everything and held else its in (TRAIN, held) for its in roles]
     unused_parts = Counter(cell for cell, flag in zip(table.column(split) if split else (), used) if not flag)
-    table = _Table(path, table.columns, *([x for x, f in zip(its, used) if f] for its in (table.rows, table.lines)))
+    chosen = [i for i, flag in enumerate(used) if flag]
+    table = _Table(path, table.columns, [table.rows[i] for i in chosen], [table.lines[i] for i in chosen])
     roles = [TRAIN if everything else its for its, flag in zip(roles, used) if flag]
     names = _image_names(table, image, root, skip=config.on_bad_image == "skip")
     outputs = known.outputs if known is not None else _outputs(table, labels, roles, config, single)

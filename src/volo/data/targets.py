@@ -52,6 +52,10 @@ class TableTargets:
         return sum(output.width for output in self.outputs)
 
     @property
+    def target_width(self) -> int:
+        return sum(output.target_width for output in self.outputs)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """A name for each logit."""
         if len(self.outputs) == 1 and self.outputs[0].classes:
@@ -94,9 +98,11 @@ class TableTargets:
 
     @classmethod
     def from_list(cls, described: Sequence[Mapping[str, Any]]) -> TableTargets:
-        return cls(
-            tuple(Output(**{k: tuple(v) if isinstance(v, list) else v for k, v in o.items()}) for o in described)
-        )
+        values: list[dict[str, Any]] = [
+            {name: tuple(value) if isinstance(value, list) else value for name, value in its.items()}
+            for its in described
+        ]
+        return cls(tuple(Output(**its) for its in values))
 
 
 def as_labels(targets: Tensor) -> Tensor:

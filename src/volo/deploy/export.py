@@ -115,7 +115,8 @@ def export(
     if with_preprocessing:
         if loaded.task != "classify":
             raise ValueError(
-                "preprocessing goes into the files of classifiers; a segmentation model sees windows of images"
+                "preprocessing goes into the files of classifiers; a segmentation model sees windows of images, and one of task "
+                "'table' gives no probabilities"
             )
         free -= {"size"}
     multiple = _multiple(loaded.model)
@@ -138,6 +139,7 @@ def export(
         "wnids": list(loaded.wnids),
         "colours": loaded.colours if loaded.task == "segment" else [],
         **({"object_value": loaded.object_value} if loaded.task == "segment" else {}),
+        "targets": loaded.extras.get("targets", []),
         "preprocessing": {
             name: getattr(loaded.preprocessing, name)
             for name in ("img_size", "crop_pct", "interpolation", "mean", "std")

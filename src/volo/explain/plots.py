@@ -73,7 +73,15 @@ class SheetItem:
     """Where it is known the answer is shown in green or red."""
 
 
-SCORES = {"top1": "top-1", "miou": "mIoU", "mean_class_accuracy": "mean of classes"}
+SCORES = {
+    "score": "score",
+    "top1": "top-1",
+    "miou": "mIoU",
+    "map": "mAP",
+    "r2": "R²",
+    "mean_class_accuracy": "mean of classes",
+    "f1_macro": "macro F1",
+}
 """Figures of an evaluation that are drawn as curves; the first that a run has is its score."""
 
 

@@ -27,6 +27,7 @@ from torch import nn
 from volo.config import DataConfig, Recipe, SegmentConfig, Size, load_recipe, nearest, recipe_from_dict
 from volo.data.imagenet import imagenet_classes
 from volo.data.mask_values import Colour, default_colours
+from volo.data.targets import TableTargets
 from volo.data.transforms import height_width
 from volo.inference.exported import FORMATS, open_exported
 from volo.models.checkpoint import check_format, find_checkpoint, is_checkpoint, model_of_checkpoint
@@ -34,7 +35,7 @@ from volo.models.factory import create_model, model_of_shapes
 from volo.models.hub import CONFIG, HUB_PREFIX, PRETRAINED, WEIGHTS, fetch_from_hub, list_pretrained, shipped
 from volo.models.loading import read_file, read_state_dict, state_dict_in
 
-Task = Literal["classify", "segment"]
+Task = Literal["classify", "segment", "table"]
 Crop = float | Literal["original", "timm"]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,6 +74,11 @@ class LoadedModel(Generic[Model]):
         return self.recipe.segment if self.recipe else SegmentConfig()
 
     @property
+    def targets(self) -> TableTargets:
+        """What a model of task "table" says of an image."""
+        return TableTargets.from_list(self.extras["targets"])
+
+    @property
     def colours(self) -> tuple[Colour, ...]:
         """Of the classes, for a segmentation model."""
         return tuple(
@@ -102,7 +108,7 @@ def load(
         source: a run folder, a checkpoint, a weight file, published weights, "hf-hub:user/name", or a model of timm: see
             the table at the head of this module. What lies at that path comes first. A weight file that does not say
             what it is of is known by its names and shapes; its classes are ImageNet's if there are 1000, else numbers.
-        task: "classify" or "segment", if only such a model will do.
+        task: "classify", "segment" or "table", if only such a model will do.
         img_size: another size than the one it was made for; for classifiers.
         crop: another crop_pct, or the preset of the original code or of timm (for models and sizes that are published;
             timm's is the default); for classifiers.
@@ -116,11 +122,12 @@ def load(
     """
     loaded = _find(source, task, img_size, device, use_ema, timm, weights)
     if task is not None and loaded.task != task:
-        raise ValueError(
-            f"{source} is a segmentation model, which names pixels: use `volo segment` or `volo evaluate`"
-            if task == "classify"
-            else f"{source} is a classifier, which names whole images: use `volo predict` or `volo evaluate`"
-        )
+        what = {
+            "segment": "a segmentation model, which names pixels: use `volo segment` or `volo evaluate`",
+            "classify": "a classifier, which names whole images: use `volo predict` or `volo evaluate`",
+            "table": "a model of task 'table' (several labels, numbers, several outputs): use `volo predict` or `volo evaluate`",
+        }
+        raise ValueError(f"{source} is {what[loaded.task]}")
     if loaded.task == "segment":
         if img_size is not None or crop is not None:
             raise ValueError(f"img_size and crop are for classifiers; {source} is a segmentation model")
@@ -213,7 +220,7 @@ def _from_exported(path: Path) -> LoadedModel[Any]:
         preprocessing=DataConfig(**how),
         origin=f"{path}, exported from {described['origin']}",
         wnids=tuple(described["wnids"]),
-        extras={key: described[key] for key in ("colours", "object_value") if key in described},
+        extras={key: described[key] for key in ("colours", "object_value", "targets") if described.get(key) not in (None, [])},
     )
 
 
@@ -233,7 +240,7 @@ def _from_content(content: Any, origin: str, device: torch.device | str, use_ema
     recipe = recipe_from_dict(content["recipe"])
     return LoadedModel(
         model=model_of_checkpoint(content, origin, use_ema=use_ema, device=device),
-        task="segment" if "backbone" in content["model_config"] else "classify",
+        task=_task_of(content),
         classes=tuple(content["classes"]),
         preprocessing=recipe.data,
         origin=f"{origin}, step {content['step']}" if content["step"] else origin,
@@ -245,6 +252,12 @@ def _from_content(content: Any, origin: str, device: torch.device | str, use_ema
     )
 
 
+def _task_of(checkpoint: Mapping[str, Any]) -> Task:
+    if "backbone" in checkpoint["model_config"]:
+        return "segment"
+    return "table" if "targets" in checkpoint.get("extras", {}) else "classify"
+
+
 def _with_place_of_data(loaded: LoadedModel[Any], recipe: Path) -> LoadedModel[Any]:
     """A checkpoint knows where the data of its run lay then; the run's recipe beside it, where it lies now."""
     try:
@@ -253,7 +266,7 @@ def _with_place_of_data(loaded: LoadedModel[Any], recipe: Path) -> LoadedModel[A
         now = None
     if now is None or loaded.recipe is None or (now.task, now.model) != (loaded.recipe.task, loaded.recipe.model):
         return loaded
-    data = dataclasses.replace(loaded.preprocessing, path=now.data.path, kind=now.data.kind)
+    data = dataclasses.replace(loaded.preprocessing, path=now.data.path, kind=now.data.kind, root=now.data.root)
     return dataclasses.replace(loaded, preprocessing=data, recipe=dataclasses.replace(loaded.recipe, data=data))
 
 

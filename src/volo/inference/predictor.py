@@ -22,6 +22,7 @@ from volo.data.transforms import PixelPipeline, eval_transform
 from volo.data.walk import images_below
 from volo.inference.evaluate import AMP_DTYPES, not_finite
 from volo.inference.model_source import LoadedModel, load
+from volo.inference.table import Answer, read_answers
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Prediction:
     name: str
     top: tuple[tuple[str, float], ...]
     error: str | None = None
+    outputs: tuple[Answer, ...] = ()
+    """Of a model of task "table", in place of `top`."""
 
 
 def find_pictures(inputs: Sequence[str], lines: Iterable[str] = ()) -> list[Path]:
@@ -73,6 +76,7 @@ def predict(
     images: str | Path | Iterable[str | Path],
     *,
     top: int = 5,
+    threshold: float = 0.5,
     batch_size: int = 32,
     device: torch.device | str | None = None,
     amp: str = "off",
@@ -85,6 +89,7 @@ def predict(
         model: a classifier as `volo.inference.model_source.load` gives it, or what that takes.
         images: paths of files; a single string or path may be a folder or a glob, too (`find_pictures`).
         top: classes for each image.
+        threshold: of several labels an image (task "table"): those with a probability of at least this are named.
         device: where the model is to run; None: where it is, and the CPU for one that is loaded here.
         amp: "off", "bf16" or "fp16": the type of autocast.
 
@@ -95,8 +100,10 @@ def predict(
         raise ValueError(
             f"top and batch_size are at least 1 and amp is one of {', '.join(AMP_DTYPES)}; given: {top}, {batch_size}, {amp!r}"
         )
-    classifier = model if isinstance(model, LoadedModel) else load(model, task="classify", device=device or "cpu")
-    if classifier.task != "classify":
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is a probability between 0 and 1; given: {threshold}")
+    classifier = model if isinstance(model, LoadedModel) else load(model, device=device or "cpu")
+    if classifier.task == "segment":
         raise ValueError(f"{classifier.origin} is a segmentation model: use `volo segment`")
     if isinstance(images, str | Path):
         images = find_pictures([str(images)])
@@ -104,6 +111,7 @@ def predict(
     transform = eval_transform(classifier.preprocessing)
     pixels = PixelPipeline(classifier.preprocessing).to(device).eval()
     top = min(top, len(classifier.classes))
+    targets = classifier.targets if classifier.task == "table" else None
 
     takes_pixels = getattr(classifier.model, "takes_pixels", False)  # an exported file with its preprocessing inside
 
@@ -116,22 +124,31 @@ def predict(
 
     def classify(batch: list[tuple[str | Path, Tensor | str]]) -> Iterator[Prediction]:
         decoded = [image for _, image in batch if isinstance(image, Tensor)]
-        answers: Iterator[tuple[list[float], list[int], bool]] = iter(())
+        answers: Iterator[tuple[tuple[tuple[str, float], ...], tuple[Answer, ...], bool]] = iter(())
         if decoded:
             with torch.inference_mode(), torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
                 if takes_pixels:
                     given = torch.cat([classifier.model(image.permute(1, 2, 0)[None]) for image in decoded])
                 else:
                     given = classifier.model(pixels(torch.stack(decoded).to(device))).float()
+            none: list[tuple[Any, ...]] = [()] * len(given)
+            names, outputs = none, none
+            if targets is not None:
+                outputs = list(read_answers(given, targets, top, threshold))
+            else:
                 best = (given if takes_pixels else given.softmax(dim=1)).topk(top, dim=1)
-            answers = zip(best.values.tolist(), best.indices.tolist(), given.isfinite().all(dim=1).tolist())
+                names = [
+                    tuple((classifier.classes[i], p) for i, p in zip(indices, values))
+                    for values, indices in zip(best.values.tolist(), best.indices.tolist())
+                ]
+            answers = zip(names, outputs, given.isfinite().all(dim=1).tolist())
         for path, image in batch:
             if isinstance(image, str):
                 yield Prediction(str(path), (), image)
                 continue
-            values, indices, is_finite = next(answers)
+            names_of_it, outputs_of_it, is_finite = next(answers)
             if is_finite:
-                yield Prediction(str(path), tuple((classifier.classes[i], p) for i, p in zip(indices, values)))
+                yield Prediction(str(path), names_of_it, outputs=outputs_of_it)
             else:
                 yield Prediction(str(path), (), f"{path}: {not_finite(amp)}")
 
@@ -160,27 +177,56 @@ def prepared_batches(
 
 
 def to_json(predictions: Iterable[Prediction]) -> Iterator[str]:
-    """One JSON array, an image a line: {"picture", "predictions": [{"class", "probability"}]} or {"picture", "error"}."""
+    """One JSON array, an image a line: {"picture", "predictions": [{"class", "probability"}]} or {"picture", "error"}.
+
+    Of a model of task "table": {"picture", "outputs": {NAME: ...}}, where a number is one, a class is such a list, most
+    probable first, and several labels are one of those above the threshold.
+    """
     separator = "[\n"
     for prediction in predictions:
-        answer = (
-            {"error": prediction.error}
-            if prediction.error
-            else {"predictions": [{"class": name, "probability": round(p, 6)} for name, p in prediction.top]}
-        )
+        answer: dict[str, Any]
+        if prediction.error:
+            answer = {"error": prediction.error}
+        elif prediction.outputs:
+            answer = {
+                "outputs": {
+                    its.output: _listed(its.labels) if its.number is None else its.number for its in prediction.outputs
+                }
+            }
+        else:
+            answer = {"predictions": _listed(prediction.top)}
         yield separator + json.dumps({"picture": prediction.name} | answer, ensure_ascii=False)
         separator = ",\n"
     yield "[]\n" if separator == "[\n" else "\n]\n"
 
 
-def to_csv(predictions: Iterable[Prediction]) -> Iterator[str]:
-    """Lines of CSV: picture, rank (from 1), class, probability, error."""
-    yield _csv_line(["picture", "rank", "class", "probability", "error"])
+def _listed(top: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"class": name, "probability": round(p, 6)} for name, p in top]
+
+
+CSV_HEAD = ("picture", "rank", "class", "probability", "error")
+TABLE_HEAD = ("picture", "output", "value", "probability", "error")
+
+
+def to_csv(predictions: Iterable[Prediction], is_table: bool = False) -> Iterator[str]:
+    """Lines of CSV: picture, rank (from 1), class, probability, error.
+
+    Of a model of task "table" (`is_table`): picture, output, value, probability, error, a line for every number, class and
+    label; an image without a label has one without value.
+    """
+    yield _csv_line(TABLE_HEAD if is_table else CSV_HEAD)
     for prediction in predictions:
         if prediction.error:
             yield _csv_line([prediction.name, "", "", "", prediction.error])
         for rank, (name, probability) in enumerate(prediction.top, start=1):
             yield _csv_line([prediction.name, rank, name, f"{probability:.6f}", ""])
+        for its in prediction.outputs:
+            if its.number is not None:
+                yield _csv_line([prediction.name, its.output, f"{its.number:g}", "", ""])
+            for name, probability in its.labels:
+                yield _csv_line([prediction.name, its.output, name, f"{probability:.6f}", ""])
+            if its.number is None and not its.labels:
+                yield _csv_line([prediction.name, its.output, "", "", ""])
 
 
 def _csv_line(values: Sequence[object]) -> str:

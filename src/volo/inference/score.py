@@ -10,18 +10,20 @@ from typing import Any, Literal
 
 import torch
 
-from volo.config import Size
+from volo.config import DataConfig, Size
 from volo.data.classes import match_classes
 from volo.data.decode import BadImage
 from volo.data.loader import EvalLoader, MaskEvalLoader
 from volo.data.masks import open_split
-from volo.data.sources import ImageSource
+from volo.data.sources import FolderSource, ImageSource, Progress
+from volo.data.tables import open_all_table, open_targets
 from volo.data.transforms import PixelPipeline
 from volo.inference.evaluate import MirrorAveraged, open_labelled, read_real_labels
 from volo.inference.evaluate import evaluate as evaluate_classifier
 from volo.inference.model_source import LoadedModel, load
 from volo.inference.segment import how_to_test
 from volo.inference.segment_evaluate import HowToTest, evaluate_segmentation
+from volo.inference.table import MirrorMean, evaluate_table
 from volo.inference.wrong import WrongAnswer, WrongAnswers
 
 OnProgress = Callable[[str, int, int], None]
@@ -53,8 +55,9 @@ def evaluate(
 
     Args:
         model: as `volo.load` gives it, or what that takes.
-        data: as in `open_labelled` for classifiers, a segmentation data set for segmentation models; None: the images
-            held out from the training.
+        data: as in `open_labelled` for classifiers, a segmentation data set for segmentation models, a table with the
+            same columns for models of task "table" (of a split column the held-out part); None: the images held out from
+            the training.
         real: ReaL labels of ImageNet (`read_real_labels`), scored beside the others; for classifiers.
         split: which images, "test" for instance; for segmentation models, as are `window`, `stride` and `scales`
             (`volo.inference.segment.how_to_test`).
@@ -70,7 +73,8 @@ def evaluate(
         on_wrong: is called with the images and this list.
 
     Returns a report of plain numbers, strings and lists: "model", "data" and "classes", how images were prepared, and the
-    figures of `ClassificationMetrics.compute` or `SegmentationMetrics.compute`; with `wrong`, "wrong" as well.
+    figures of `ClassificationMetrics.compute`, `SegmentationMetrics.compute` or `volo.inference.table.table_figures`; with
+    `wrong`, "wrong" as well.
     Raises ValueError for options of the other task, data that does not fit, and answers that are not finite;
     FileNotFoundError.
     """
@@ -134,15 +138,30 @@ def evaluate(
             raise ValueError(
                 f"split, window, stride and scales are for segmentation models, which {loaded.origin} is not"
             )
+        described |= {"img_size": preprocessing.img_size, "crop_pct": preprocessing.crop_pct, "flip": flip}
+    if loaded.task == "table":
+        if real is not None:
+            raise ValueError("ReaL labels are for classifiers of ImageNet")
+        if wrong:
+            raise ValueError(f"wrong answers are listed for classifiers, and {loaded.origin} is a model of task 'table'")
+        rows, skipped, what = _open_rows(data, preprocessing, loaded, checking)
+        count = len(rows)
+        described["data"] = what
+        score = partial(
+            evaluate_table,
+            MirrorMean(loaded.model) if flip else loaded.model,
+            EvalLoader(rows, preprocessing, batch_size=batch_size or 32),
+            PixelPipeline(preprocessing).to(device),
+            targets=loaded.targets,
+            device=device,
+            amp=amp,
+            number_loss=loaded.recipe.table.number_loss if loaded.recipe else "huber",
+        )
+    elif loaded.task == "classify":
         labelled = open_labelled(data, preprocessing, loaded.classes, loaded.wnids, on_progress=checking)
         source, skipped, count = labelled.source, labelled.skipped, len(labelled.source)
         answers = WrongAnswers(wrong) if wrong else None
-        described |= {
-            "data": labelled.what,
-            "img_size": preprocessing.img_size,
-            "crop_pct": preprocessing.crop_pct,
-            "flip": flip,
-        }
+        described["data"] = labelled.what
         score = partial(
             evaluate_classifier,
             MirrorAveraged(loaded.model) if flip else loaded.model,
@@ -162,3 +181,20 @@ def evaluate(
         if on_wrong is not None:
             on_wrong(source, listed)
     return {**described, "classes": list(loaded.classes), **figures}
+
+
+def _open_rows(
+    data: str | Path | None, config: DataConfig, loaded: LoadedModel[Any], on_progress: Progress
+) -> tuple[FolderSource, list[BadImage], str]:
+    """Images of a table to score a model of task "table" on, those left out, and what part of which table that is."""
+    given = config.path if data is None else str(data)
+    if data is None and not given:
+        raise ValueError("this model comes without images; give a table with --data")
+    if data is None or Path(given).expanduser().resolve() == Path(config.path).expanduser().resolve():
+        splits = open_targets(config, loaded.targets, on_progress)
+        return splits.val, splits.skipped, f"held-out part of {given}"
+    config = dataclasses.replace(
+        config, path=given, kind="auto", splits=config.splits if config.splits == "none" else "auto"
+    )
+    source, skipped = open_all_table(config, loaded.targets, on_progress)
+    return source, skipped, given

@@ -144,7 +144,7 @@ def described(loaded: LoadedModel[Any]) -> dict[str, Any]:
 def _card(loaded: LoadedModel[Any], source: str) -> dict[str, str]:
     config = loaded.model.config
     is_segmenter = loaded.task == "segment"
-    figures = {"top1": "top-1", "miou": "mean IoU"}
+    figures = {"top1": "top-1", "miou": "mean IoU", "map": "mAP", "r2": "R²"}
     found = [f"{label} {100 * loaded.metrics[key]:.2f} %" for key, label in figures.items() if key in loaded.metrics]
     some = ", ".join(loaded.classes[:8]) + (", ..." if len(loaded.classes) > 8 else "")
     return {

@@ -20,8 +20,8 @@ from volo.training.workloads.workload import Workload
 
 def check_probe(recipe: Recipe) -> None:
     """Raises ValueError where `model.probe` makes no sense in a recipe."""
-    if recipe.task == "segment":
-        raise ValueError("model.probe fits the head of a classifier; leave it out for task 'segment'")
+    if recipe.task in ("segment", "table"):
+        raise ValueError(f"model.probe fits the head of a classifier; leave it out for task {recipe.task!r}")
     if not recipe.model.weights:
         raise ValueError(
             "model.probe fits a head to what pretrained weights see, and model.weights is empty: name them (--model.weights "

@@ -56,6 +56,7 @@ from volo.training.report import NullReporter, Reporter, RunInfo, RunLog, StepRe
 from volo.training.settings import Interrupted, StopSignals, torch_settings
 from volo.training.workloads.classification import Classification
 from volo.training.workloads.segmentation import Segmentation
+from volo.training.workloads.table import Table
 from volo.training.workloads.token_labeling import TokenLabeling
 from volo.training.workloads.workload import OpenWorkload, Workload
 
@@ -63,6 +64,7 @@ WORKLOADS: dict[str, OpenWorkload] = {
     "classify": Classification,
     "token_label": TokenLabeling,
     "segment": Segmentation,
+    "table": Table,
 }
 """Who opens the workload of a recipe, by its `task`."""
 
@@ -430,7 +432,7 @@ class Run:
                 f"the evaluation after step {self.step:,} met outputs that are NaN or infinite: its figures mean little, and it is not taken for "
                 f"the best one"
             )
-        is_best = is_finite and self.metrics[score] > self.best.get(score, -1.0)
+        is_best = is_finite and self.metrics[score] > self.best.get(score, -math.inf)
         if is_best:
             self.best, self.confusion = self.metrics, confusion
         if self.log is not None:
