@@ -97,6 +97,29 @@ def scenes(make_scenes: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     return make_scenes(tmp_path_factory.mktemp("scenes"), train=10, val=5, test=3)
 
 
+@pytest.fixture(scope="session")
+def make_table() -> Callable[..., Path]:
+    """make_table(folder, count=120) -> folder/labels.csv: images of 20 x 16 pixels whose brightness is the number in the
+    column "age" (20 to 80) and whose colour is the class in "gender" and one of the labels in "tags"; "bright" is another."""
+
+    def make(folder: Path, count: int = 120) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        rows = ["path,age,gender,tags"]
+        for i in range(count):
+            age, kind = rng.uniform(20, 80), int(rng.integers(3))
+            pixels = np.full((16, 20, 3), age, np.float64)
+            pixels[:, :, kind] += 100
+            pixels += rng.normal(0, 8, pixels.shape)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03}.png")
+            tags = ";".join([("red", "green", "blue")[kind]] + ["bright"] * (age > 50))
+            rows.append(f"{i:03}.png,{age:.3f},{'abc'[kind]},{tags}")
+        (folder / "labels.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        return folder / "labels.csv"
+
+    return make
+
+
 # Runs that take a second: a VOLO of 26,000 parameters on the handwritten digits, one thread, 26 steps
 
 RUN_SCRIPT = Path(__file__).with_name("run_recipe.py")
