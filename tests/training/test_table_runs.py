@@ -6,7 +6,9 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from PIL import Image
 
 from volo.cli.main import main
 from volo.config import Recipe, load_recipe, recipe_to_toml
+from volo.deploy.export import export
 from volo.inference.model_source import load
 from volo.inference.predictor import predict
 from volo.inference.score import evaluate
+from volo.inference.sharing import save_pretrained
 from volo.models.checkpoint import load_checkpoint
 from volo.training.loop import train
 from volo.training.report import NullReporter, StepReport
@@ -65,9 +69,6 @@ class StopAt(NullReporter):
 
     def on_step(self, report: StepReport) -> None:
         if report.step == self.step:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -96,7 +97,7 @@ def test_learns_more_than_chance_and_is_loaded_again(finished, table) -> None:
 
 
 def test_predictions_are_in_the_units_of_the_table(finished, table) -> None:
-    kind, result = finished
+    _, result = finished
     rows = {row["path"]: row for row in csv.DictReader(io.StringIO(table.read_text()))}
     names = [line.split(",")[0] for line in (result.out / "held_out.csv").read_text().splitlines()[1:]]
     answers = list(predict(str(result.out), [table.parent / name for name in names]))
@@ -231,7 +232,8 @@ def test_command_line_from_end_to_end(tiny, table, tmp_path, capsys) -> None:
 
 def test_a_class_column_goes_through_the_ordinary_classifier(tiny, table, tmp_path, capsys) -> None:
     recipe = dataclasses.replace(
-        recipe_of(tiny, table, "mixed", **{"data.label_columns": ("gender",), "augment.mix_token": 1.0}), task="classify"
+        recipe_of(tiny, table, "mixed", **{"data.label_columns": ("gender",), "augment.mix_token": 1.0}),
+        task="classify",
     )
     result = train(recipe, tmp_path / "run")
     assert result.score == "top1"
@@ -245,6 +247,8 @@ REFUSED = {
     "mixing": ({"augment.mixup": 0.5}, "augment.mixup has no effect in task 'table'"),
     "probe": ({"model.probe": True}, "leave it out for task 'table'"),
     "channels": ({"model.options": {"in_chans": 4}}, "in_chans is 4"),
+    "kind": ({"data.kind": "digits"}, "data.kind is 'digits'"),
+    "folder": ({"data.path": "/tmp"}, "labels from a table need a file"),
     "weights": ({"table.weights": (1.0,)}, "for each of the outputs.*age, gender"),
 }
 
@@ -271,3 +275,40 @@ def test_first_evaluation_is_the_best_so_far_however_bad(tiny, table, tmp_path) 
     result = train(recipe, tmp_path / "run")
     assert (result.out / "best.pt").exists()
     assert result.best["r2"] <= 1
+
+
+def test_an_exported_or_shared_model_says_the_same(finished, table, tmp_path) -> None:
+    kind, result = finished
+    loaded = load(result.out)
+    picture = table.parent / "000.png"
+    (expected,) = predict(loaded, [picture], threshold=0.0)
+    save_pretrained(loaded, tmp_path / "shared")
+    assert load(tmp_path / "shared").targets == loaded.targets
+    (shared,) = predict(str(tmp_path / "shared"), [picture], threshold=0.0)
+    assert shared.outputs == expected.outputs
+    if kind == "mixed":
+        pytest.importorskip("onnxruntime")
+        export(result.out, tmp_path / "model.onnx")
+        (exported,) = predict(str(tmp_path / "model.onnx"), [picture])
+        assert exported.outputs[0].number == pytest.approx(expected.outputs[0].number, rel=1e-4)
+        assert exported.outputs[1].labels[0][0] == expected.outputs[1].labels[0][0]
+        with pytest.raises(ValueError, match="preprocessing goes into the files of classifiers"):
+            export(result.out, tmp_path / "pixels.onnx", with_preprocessing=True)
+
+
+def test_weights_of_a_classifier_are_a_start(tiny, table, tmp_path) -> None:
+    """Other heads are new, everything below them is kept."""
+    columns = {"data.label_columns": ("gender",), "schedule.epochs": 1}
+    first = train(
+        dataclasses.replace(recipe_of(tiny, table, "mixed", **columns), task="classify"), tmp_path / "classes"
+    )
+    recipe = recipe_of(
+        tiny, table, "mixed", **{"model.weights": str(first.out), "schedule.epochs": 1, "optim.lr": 1e-9}
+    )
+    train(recipe, tmp_path / "table")
+    a, b = (load_checkpoint(out / "last.pt") for out in (first.out, tmp_path / "table"))
+    key = "patch_embed.proj.weight"
+    start = (a["ema"] or a["model"])[key]
+    torch.testing.assert_close(b["model"][key], start, rtol=0, atol=1e-4)
+    assert b["model"]["head.weight"].shape[0] == 4
+    assert a["model"]["head.weight"].shape[0] == 3

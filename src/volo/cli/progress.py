@@ -63,12 +63,13 @@ class TrainReporter(NullReporter):
         self.run = run
         self._started, self._first = time.monotonic(), run.start_step
         data, name = run.recipe.data, run.recipe.model.name
+        of_classes = "" if run.recipe.task == "table" else f" of {len(run.classes)} classes"  # the notes say of what
         where = f"{run.device}, {run.world_size} processes" if run.world_size > 1 else str(run.device)
         self._say(
             Text.assemble(
                 (name, "bold"),
                 f" ({millions(run.num_parameters)} parameters) on {data.path or data.kind}: {run.num_train:,} training and "
-                f"{run.num_val:,} held-out images of {len(run.classes)} {'outputs' if run.recipe.task == 'table' else 'classes'}\n"
+                f"{run.num_val:,} held-out images{of_classes}\n"
                 f"{run.total_steps:,} steps of {run.recipe.train.batch_size} images, {run.steps_per_epoch:,} an epoch; "
                 f"{where}; everything goes to {run.out}",
             )

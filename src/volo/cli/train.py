@@ -64,6 +64,8 @@ def train(options: TrainOptions) -> int:
       volo train photos --data photos                      your own photos in five minutes; --minutes 20 for more
       volo train photos_probe --data photos                a linear probe, in seconds
       volo train photos_cpu --data photos --out runs/photos --schedule.epochs 60
+      volo train photos_cpu --data labels.csv              classes by a table: path,label
+      volo train table_cpu --data labels.csv --data.label_columns age gender     numbers, several labels, several outputs
       volo train camvid_cpu --data camvid --out runs/camvid
       volo train runs/photos --resume                      after Ctrl-C or a power cut: the same weights, bit for bit
       volo train imagenet_volo_d1_384 --data imagenet --train.accumulation 8     8 micro batches of 64 a step

@@ -126,6 +126,8 @@ def _open(
 
 def _table_path(config: DataConfig) -> Path:
     path = Path(config.path).expanduser()
+    if config.kind not in ("auto", "table"):
+        raise ValueError(f'data.kind is {config.kind!r}, which is no table; leave it at "auto" for labels from a table')
     if not config.path or not is_table(path):
         raise ValueError(
             f"data.path is {config.path or 'empty'}, but labels from a table need a file that ends in {', '.join(ENDINGS)}.\n{LAYOUTS}"
