@@ -302,9 +302,8 @@ def test_weights_of_a_classifier_are_a_start(tiny, table, tmp_path) -> None:
     first = train(
         dataclasses.replace(recipe_of(tiny, table, "mixed", **columns), task="classify"), tmp_path / "classes"
     )
-    recipe = recipe_of(
-        tiny, table, "mixed", **{"model.weights": str(first.out), "schedule.epochs": 1, "optim.lr": 1e-9}
-    )
+    slow = {"optim.lr": 1e-9, "schedule.min_lr": 0.0, "schedule.warmup_lr": 0.0, "schedule.epochs": 1}
+    recipe = recipe_of(tiny, table, "mixed", **slow, **{"model.weights": str(first.out)})
     train(recipe, tmp_path / "table")
     a, b = (load_checkpoint(out / "last.pt") for out in (first.out, tmp_path / "table"))
     key = "patch_embed.proj.weight"

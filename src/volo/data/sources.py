@@ -232,7 +232,9 @@ def split_by_seed(
         source.names, source.targets.tolist() if strata is None else strata, config.val_fraction, config.split_seed
     )
     if not val:
-        raise ValueError(f"{len(train)} images, one a class: none can be held out. Add images, or a val/ folder.")
+        raise ValueError(
+            f"{len(train)} images, one a class: none can be held out. Add images, or a val/ folder (in a table a split column)."
+        )
     return source.select(train), source.select(val)
 
 
