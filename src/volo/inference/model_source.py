@@ -220,7 +220,11 @@ def _from_exported(path: Path) -> LoadedModel[Any]:
         preprocessing=DataConfig(**how),
         origin=f"{path}, exported from {described['origin']}",
         wnids=tuple(described["wnids"]),
-        extras={key: described[key] for key in ("colours", "object_value", "targets") if described.get(key) not in (None, [])},
+        extras={
+            key: described[key]
+            for key in ("colours", "object_value", "targets")
+            if described.get(key) not in (None, [])
+        },
     )
 
 

@@ -143,7 +143,9 @@ def evaluate(
         if real is not None:
             raise ValueError("ReaL labels are for classifiers of ImageNet")
         if wrong:
-            raise ValueError(f"wrong answers are listed for classifiers, and {loaded.origin} is a model of task 'table'")
+            raise ValueError(
+                f"wrong answers are listed for classifiers, and {loaded.origin} is a model of task 'table'"
+            )
         rows, skipped, what = _open_rows(data, preprocessing, loaded, checking)
         count = len(rows)
         described["data"] = what
