@@ -99,7 +99,7 @@ def test_learns_more_than_chance_and_is_loaded_again(finished, table) -> None:
 def test_predictions_are_in_the_units_of_the_table(finished, table) -> None:
     _, result = finished
     rows = {row["path"]: row for row in csv.DictReader(io.StringIO(table.read_text()))}
-    names = [line.split(",")[0] for line in (result.out / "held_out.csv").read_text().splitlines()[1:]]
+    names = [row["image"] for row in csv.DictReader(io.StringIO((result.out / "held_out.csv").read_text()))]
     answers = list(predict(str(result.out), [table.parent / name for name in names]))
     assert not any(answer.error for answer in answers)
     outputs = [{its.output: its for its in answer.outputs} for answer in answers]
@@ -119,7 +119,7 @@ def test_numbers_are_kept_standardised_in_the_checkpoint(finished, table) -> Non
     kind, result = finished
     if kind == "labels":
         pytest.skip("no numbers")
-    held = {line.split(",")[0] for line in (result.out / "held_out.csv").read_text().splitlines()[1:]}
+    held = {row["image"] for row in csv.DictReader(io.StringIO((result.out / "held_out.csv").read_text()))}
     rows = list(csv.DictReader(io.StringIO(table.read_text())))
     ages = torch.tensor([float(row["age"]) for row in rows if row["path"] not in held], dtype=torch.float64)
     age = load_checkpoint(result.out / "best.pt")["extras"]["targets"][0]
