@@ -33,7 +33,7 @@ def main() -> None:
         english = tuple(names[wnids.index(wnid)] for wnid in loaded.classes)
         loaded = dataclasses.replace(loaded, classes=english, wnids=loaded.classes)
     weights = {
-        name: tensor.half() if tensor.is_floating_point() else tensor
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in loaded.model.state_dict().items()
     }
     if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
