@@ -104,7 +104,7 @@ class DataConfig:
     num_workers: int = -1
     """Processes that decode and augment; -1 chooses from the data and the cores; 0: in the training process."""
     timeout: float = 600.0
-    """Seconds that a batch may take to come from these processes before the run ends with a message; 0: no end."""
+    """Seconds that a batch may take to come from these processes before the run ends with a message; 0: no limit."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class LossConfig:
     """What is minimised."""
 
     label_smoothing: float = 0.1
-    """Mass that is spread over all classes."""
+    """Probability mass spread over all classes."""
     token_weight: float = 0.0
     """Weight of the loss of the aux head on every token, with the image's own (mixed) label as the token's target;
     0: the token logits are trained only through the maximum that joins the class logits."""
@@ -177,7 +177,7 @@ class SegmentConfig:
     scale: tuple[float, float] = (0.5, 2.0)
     """Training images are scaled by a random factor in this range, before the crop."""
     cat_max_ratio: float = 0.75
-    """A crop in which one class has a larger share is drawn anew, up to ten times; 1: off."""
+    """A crop in which one class has a larger share is redrawn up to ten times; 1: off."""
     photometric: float = 1.0
     """Strength of random brightness, contrast, saturation and hue; 1: as torchvision's RandomPhotometricDistort after SSD (but
     channels keep their places), 0: off."""
@@ -189,13 +189,13 @@ class SegmentConfig:
     ohem: float = 0.0
     """Online hard example mining: only pixels whose true class has a probability below this count (usual: 0.7); 0: off."""
     ohem_min_kept: int = 100_000
-    """But at least so many pixels of each image, the hardest."""
+    """Minimum number of pixels kept per image, the hardest ones."""
     test: Literal["whole", "slide"] = "whole"
     """Score images in one piece, or by overlapping windows."""
     window: Size = 0
     """Window of "slide": side in pixels, or height and width; 0: data.img_size."""
     stride: Size = 0
-    """From window to window; 0: two thirds of the window."""
+    """Step between windows, in pixels; 0: two thirds of the window."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class TokenLabelConfig:
     """Label maps of `volo annotate`. With an [annotator]: generated there first, if they are not there yet; empty: in the
     run folder."""
     crop_order: Literal["corrected", "original"] = "corrected"
-    """"original" exchanges rows and columns of a crop, as the tool of the paper did, and crops after flip and RandAugment."""
+    """"original" swaps rows and columns of a crop, as the paper's tool did, and crops after flip and RandAugment."""
     cls_weight: float = 1.0
     """Weight of the class token's loss."""
     dense_weight: float = 0.5
@@ -260,13 +260,13 @@ class AnnotatorConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How weights move. Optimizers are timm's (`timm.optim.list_optimizers()`)."""
+    """Optimizer settings. Optimizers are timm's (`timm.optim.list_optimizers()`)."""
 
     name: str = "adamw"
     lr: float = 0.0
     """Peak learning rate; 0: base_lr * batch_size / base_batch_size."""
     base_lr: float = 1.6e-3
-    """Peak learning rate at a global batch of `base_batch_size`; it goes with the batch, and so do warmup_lr and min_lr."""
+    """Peak learning rate at a global batch of `base_batch_size`; scales with the batch, as do warmup_lr and min_lr."""
     base_batch_size: int = 1024
     weight_decay: float = 0.05
     layer_decay: float = 1.0
@@ -288,7 +288,7 @@ class ScheduleConfig:
     epochs: float = 300
     """Passes over the training images, warm-up included, cool-down not; with `minutes` the most there will be."""
     minutes: float = 0.0
-    """End after so many minutes, preparation included: speed is measured once, and the epochs that fit go into the run's
+    """Time limit in minutes, preparation included: speed is measured once, and the epochs that fit go into the run's
     recipe, so that a continued run is the same run. 0: no limit."""
     warmup_epochs: float = 20
     cooldown_epochs: float = 10
@@ -304,7 +304,7 @@ class ScheduleConfig:
     """Where the decay counts from. "at_start": from the first step, so that the warm-up ends on a curve that has come down
     already; timm's scheduler and the original's ImageNet runs count so."""
     changes: Literal["every_step", "every_epoch"] = "every_step"
-    """When the learning rate changes. "every_epoch": it stays through an epoch as its first step has it, as in the
+    """When the learning rate changes. "every_epoch": constant within an epoch, at the value of its first step, as in the
     original's ImageNet runs."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""

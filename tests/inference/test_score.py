@@ -24,7 +24,7 @@ DIGITS = DataConfig(kind="digits", img_size=16, num_workers=0)
 
 def test_a_classifier_on_its_held_out_images() -> None:
     torch.manual_seed(0)
-    model = volo.create_model("volo_nano", img_size=16, **TINY).eval()
+    model = volo.create_model("volo_nano", img_size=16, num_classes=10, **TINY).eval()
     loaded = LoadedModel(model, "classify", tuple("0123456789"), DIGITS, "a test")
     stages: set[str] = set()
     report = volo.evaluate(loaded, batch_size=64, on_progress=lambda what, done, total: stages.add(what))

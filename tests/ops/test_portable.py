@@ -111,7 +111,7 @@ def largest_rank(program: torch.export.ExportedProgram) -> int:
     return max(value.dim() for value in values if isinstance(value, Tensor))
 
 
-TINY = {"depths": (1, 1), "embed_dims": (12, 16), "num_heads": (2, 2), "stem_dim": 8}
+TINY = {"depths": (1, 1), "embed_dims": (12, 16), "num_heads": (2, 2), "stem_dim": 8, "patch_size": 4, "img_size": 32}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from volo.tasks.classify import ClassifyTask
 from volo.tasks.segment import SegmentTask
 from volo.tasks.token_label import TokenLabelTask
 
-SMALL = {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2), "stem_dim": 8}
+SMALL = {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2), "stem_dim": 8, "patch_size": 4, "img_size": 32}
 
 
 def classify(**augment: float) -> nn.Module:

@@ -16,7 +16,14 @@ from volo.tasks.token_label import TokenLabelTargets, TokenLabelTask, token_labe
 def model() -> volo.VOLO:
     torch.manual_seed(0)
     return volo.create_model(
-        "volo_nano", depths=(1, 1), embed_dims=(32, 64), num_heads=(1, 2), stem_dim=8, num_classes=5
+        "volo_nano",
+        depths=(1, 1),
+        embed_dims=(32, 64),
+        num_heads=(1, 2),
+        stem_dim=8,
+        patch_size=4,
+        img_size=32,
+        num_classes=5,
     )
 
 

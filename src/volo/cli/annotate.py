@@ -44,7 +44,7 @@ class AnnotateOptions(AnnotatorConfig):
     on_bad_image: Literal["error", "skip"] = "error"
     """Images that cannot be decoded are named either way: stop, or leave them out."""
     resume: bool = False
-    """Go on with --out where it stopped; damaged files of a finished store are generated again."""
+    """Continue --out where it stopped; damaged files of a finished store are regenerated."""
     overwrite: bool = False
     """Replace the label maps in --out."""
     workers: int = -1
@@ -109,7 +109,9 @@ def annotate(options: AnnotateOptions) -> int:
         }
         if options.import_original is not None:
             if options.model:
-                raise ValueError(f"--import-original takes maps that are there; {options.model} has nothing to do")
+                raise ValueError(
+                    f"--import-original imports existing maps and takes no annotator; leave {options.model} out"
+                )
             report = import_original(
                 options.import_original,
                 DataConfig(path=options.data or "", **given),

@@ -26,25 +26,25 @@ class ExportOptions:
     dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """What it computes in. int8 needs --data."""
     dynamic: Annotated[str, tyro.conf.arg(metavar="batch|size|batch,size|none")] = "batch"
-    """What one file leaves open: the batch, height and width."""
+    """Dynamic axes: the batch, or height and width."""
     opset: int | None = None
     """Of ONNX, 17 (widest support) to 23; 20 if left out."""
     img_size: tuple[int, ...] | None = None
     """Another size in pixels, or height and width."""
     batch_size: int = 1
-    """Of a file whose batch is fixed."""
+    """Batch size if the batch axis is not dynamic."""
     with_preprocessing: bool = False
     """uint8 pixels of any size in, probabilities out: resize, crop, normalisation and softmax are in the file."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Images to compare on, and to calibrate int8 with; in class folders, accuracy is compared too."""
     max_drop: float = 1.0
-    """So many per cent of the answers (or of the accuracy) int8 may lose."""
+    """Percent of the predictions (or accuracy points) that int8 may lose."""
     licence: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """Of the weights; kept inside the file."""
     overwrite: bool = False
     """Replace a file that is there."""
     web_runtime: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Of a page: where ONNX Runtime Web lies, if not in an installed npm package."""
+    """For a page: the folder with ONNX Runtime Web, if not in an installed npm package."""
     threads: int = 0
     """CPU threads; 0: torch's choice."""
     json: bool = False

@@ -23,7 +23,7 @@ COMMANDS = {
     "evaluate": ("MODEL", "how good a model is: top-1, top-5, every class, calibration, confusion; mIoU, boundaries"),
     "predict": ("MODEL ...", "name what is in images"),
     "embed": ("MODEL ...", "images as vectors; near-duplicates and wrong labels of a data set"),
-    "segment": ("MODEL ...", "name every pixel of images: masks, overlays, areas"),
+    "segment": ("MODEL ...", "classify every pixel of images: masks, overlays, areas"),
     "annotate": ("MODEL", "generate label maps for token labeling, with any classifier of ours or timm's; check them"),
     "export": ("MODEL", "a file for other runtimes: ONNX, OpenVINO, torch.export; checked before it is there"),
     "info": ("", "versions, devices, backends of the operator; --models lists models, weights and recipes"),
@@ -106,14 +106,16 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def share_cores() -> None:
-    """Let OpenMP's threads sleep while they wait, unless the environment says how they wait (`WAITING`).
+    """Let OpenMP's threads spin only briefly while they wait, unless the environment says how they wait (`WAITING`).
 
-    By default they spin, and where another process takes one of the cores, each parallel loop waits until the scheduler lets
-    the last thread go on: training falls to a twentieth of its speed (benchmarks/busy_machine.py). OpenMP reads this when it
-    is loaded, which is with torch.
+    By default they spin long, and where another process takes one of the cores, each parallel loop waits until the scheduler
+    lets the last thread continue: training falls to a third of its speed, with larger steps to a twentieth. Threads that sleep
+    at once (OMP_WAIT_POLICY=PASSIVE) cost a tenth of the speed on an idle machine; this count costs next to nothing there
+    and keeps half of the speed beside another process (benchmarks/busy_machine.py). OpenMP reads it when it is loaded, which
+    is with torch.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = "1500"
 
 
 def _give_up_output() -> None:

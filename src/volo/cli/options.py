@@ -79,9 +79,9 @@ class WindowOptions:
     """What a segmentation model sees of an image; `flip` is for classifiers too."""
 
     window: tuple[int, ...] | None = None
-    """Overlapping windows of so many pixels (side, or height and width); 0: the whole image at once."""
+    """Size of the overlapping windows in pixels (side, or height and width); 0: the whole image at once."""
     stride: tuple[int, ...] | None = None
-    """From window to window; two thirds of the window if left out."""
+    """Step between windows, in pixels; two thirds of the window if left out."""
     scales: tuple[float, ...] = ()
     """Average the answers at these scales, for example 0.5 0.75 1 1.25 1.5 1.75."""
     flip: bool = False

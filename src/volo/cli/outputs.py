@@ -20,7 +20,7 @@ def claim(path: Path, is_ours: Callable[[Path], bool], *, overwrite: bool = Fals
         raise ValueError(f"{option}: {path} is a folder; give the name of a file")
     if path.exists() and not overwrite and not is_ours(path):
         raise ValueError(
-            f"{path} is there already and is no earlier result of this command: choose another {option}, or replace the "
+            f"{path} already exists and is not an earlier result of this command: choose another {option}, or replace the "
             "file with --overwrite"
         )
     try_folder(path.parent, option)

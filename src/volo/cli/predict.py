@@ -26,11 +26,11 @@ class PredictOptions:
     """A run folder (its best.pt), a checkpoint, published weights such as volo_d1.224, or a weight file of timm's or the
     original's. With --checkpoint, an image."""
     pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
-    """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
+    """Files, folders (searched recursively), globs in quotes, or - for paths on standard input, one per line."""
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """The model by an option: everything that is no option is an image then."""
+    """The model, given as an option; all positional arguments are then images."""
     top: int = 3
-    """So many classes for each image."""
+    """Number of classes shown per image."""
     threshold: float = 0.5
     """Of a model that gives several labels an image: labels with a probability of at least this."""
     format: Literal["table", "json", "csv"] = "table"
@@ -40,7 +40,7 @@ class PredictOptions:
     """Draw up to 48 images, spread over the predicted classes, with their answers; if all lie in folders named like classes,
     right and wrong show."""
     overwrite: bool = False
-    """Replace what is at --out and --sheet already and is no earlier result."""
+    """Replace existing files at --out and --sheet even if they are not earlier results."""
     on_bad_image: Literal["error", "skip"] = "error"
     """Images that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
     how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -50,7 +50,7 @@ MAX_SHEET = 48
 
 
 def predict(options: PredictOptions) -> int:
-    """Name what is in images. The class names come with the model.
+    """Classify images. The class names come with the model.
 
     Models of task "table" say what they have learned: numbers, classes, all labels above --threshold.
 

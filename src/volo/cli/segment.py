@@ -21,9 +21,9 @@ class SegmentOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A run folder (its best.pt) or a checkpoint of a recipe of task "segment". With --checkpoint, an image."""
     pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
-    """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
+    """Files, folders (searched recursively), globs in quotes, or - for paths on standard input, one per line."""
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """The model by an option: everything that is no option is an image then."""
+    """The model, given as an option; all positional arguments are then images."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("segmented")
     """NAME.png (classes by number, shown in colours), NAME_overlay.png and areas.json go there. Nothing else is ever replaced."""
     overlays: bool = True
@@ -44,7 +44,7 @@ class SegmentOptions:
 
 
 def segment(options: SegmentOptions) -> int:
-    """Name every pixel of images: masks, coloured overlays with a legend, areas as JSON.
+    """Classify every pixel of images: masks, coloured overlays with a legend, areas as JSON.
 
     Images of more than a megapixel are seen by overlapping windows, blended smoothly, in bounded memory; --scales and
     --flip then look at each window several times.
@@ -82,7 +82,9 @@ def segment(options: SegmentOptions) -> int:
     classifier = load(model, task="segment", device=device)
     names, colours = classifier.classes, classifier.colours
     if options.cityscapes and names != tuple(name for name, _, _ in CITYSCAPES):
-        raise ValueError(f"--cityscapes needs a model of Cityscapes' 19 classes; {model} knows {len(names)} others")
+        raise ValueError(
+            f"--cityscapes needs a model of Cityscapes' 19 classes; {model} has {len(names)} other classes"
+        )
     # A submission is made as it was scored; other images are of any size.
     trained = (
         HowToTest.from_config(classifier.segment, classifier.preprocessing.img_size) if options.cityscapes else None

@@ -38,7 +38,7 @@ class TrainOptions:
     on_bad_image: Literal["error", "skip"] | None = None
     """Images that cannot be decoded: stop and name them all, or leave them out. Short for --data.on_bad_image."""
     minutes: float | None = None
-    """End after so many minutes: the epochs that fit are chosen from measured speed. Short for --schedule.minutes."""
+    """Time limit in minutes: the epochs that fit are chosen from measured speed. Short for --schedule.minutes."""
     resume: bool = False
     """Continue the run in --out where it stopped (or begin it, if there is none)."""
     overwrite: bool = False
@@ -105,7 +105,7 @@ def train(options: TrainOptions) -> int:
     if result.status == "interrupted":
         if options.json:  # of the annotator's training, if it was that
             print((result.out / "summary.json").read_text(encoding="utf-8"))
-        note(f"stopped after step {result.step:,} of {result.total_steps:,}; go on with: {resume_command}")
+        note(f"stopped after step {result.step:,} of {result.total_steps:,}; continue with: {resume_command}")
         return 128 + result.signal
 
     if options.json:
@@ -116,7 +116,7 @@ def train(options: TrainOptions) -> int:
         path = out / name
         with optional(str(path)):
             if path.exists() and not is_figure(FIGURES[name])(path):
-                raise ValueError("a file of that name is there, and it is no earlier figure of a training")
+                raise ValueError("a file of that name exists and is not a figure of an earlier training")
             draw(path)
             if not options.json:
                 console.print(f"  {path}", style="cyan", soft_wrap=True, markup=False, highlight=False)
@@ -216,16 +216,16 @@ KEYS_THAT_MATTER = {
     "model.weights": "start from these: published ones (volo_d1.224), a run folder, a file; empty: from scratch",
     "data.img_size": "side of the images in pixels, or height and width: time grows with its square",
     "schedule.epochs": "how long: passes over the training images",
-    "train.batch_size": "images in a step; the learning rate goes with it unless optim.lr is set",
+    "train.batch_size": "images per step; the learning rate scales with it unless optim.lr is set",
     "optim.lr": "peak learning rate; 0: by the batch size",
-    "train.accumulation": "split each step into so many micro batches, for less memory",
+    "train.accumulation": "number of micro batches per step, for less memory",
     "train.amp": "off, bf16, fp16: bf16 is about twice as fast on today's GPUs",
     "train.device": "cpu, cuda, cuda:1; auto: cuda where there is one",
 }
 HABITS = {
     "--pretrained": "--model.weights pretrained starts from the weights that come with the package or are published",
     "--weights": "--model.weights takes published weights, a run folder or a file to start from",
-    "--checkpoint": "--model.weights RUN starts from its weights; `volo train RUN --resume` goes on with it",
+    "--checkpoint": "--model.weights RUN starts from its weights; `volo train RUN --resume` continues it",
     "--epochs": "--schedule.epochs",
     "--lr": "--optim.lr",
     "--learning-rate": "--optim.lr",

@@ -57,7 +57,9 @@ def open_folders(
         )
     classes = tuple(train.files)
     if len(classes) < 2:
-        raise ValueError(f"{train.root} has one class folder only, {classes[0]}; telling apart needs two.\n{LAYOUTS}")
+        raise ValueError(
+            f"{train.root} has one class folder only, {classes[0]}; classification needs at least two.\n{LAYOUTS}"
+        )
     for scan in scans[1:]:
         _require_known(scan, classes)
     source, skipped = _check(scans, path, classes, config, on_progress, share)
@@ -155,7 +157,7 @@ def _require_known(scan: _Scan, classes: Sequence[str]) -> None:
 
 def _ignored_note(scan: _Scan) -> str:
     shown = ", ".join(scan.ignored[:5]) + (", ..." if len(scan.ignored) > 5 else "")
-    return f"ignored {len(scan.ignored)} files in {scan.root} that are no images or lie in no class folder: {shown}"
+    return f"ignored {len(scan.ignored)} files in {scan.root} that are not images or are not in a class folder: {shown}"
 
 
 def _check(

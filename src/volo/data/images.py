@@ -63,7 +63,7 @@ def data_kind(config: DataConfig) -> str:
     """`config.kind`, or what lies at `config.path` where that is "auto". Raises ValueError for what is not understood."""
     if config.kind == "digits" and config.path:
         raise ValueError(
-            f"data.path is {config.path}, but data.kind is 'digits', which are scikit-learn's own; leave the path away, or "
+            f"data.path is {config.path}, but data.kind is 'digits', which are scikit-learn's own; leave data.path empty, or "
             "have it read with --data.kind auto"
         )
     if config.kind != "auto":

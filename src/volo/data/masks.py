@@ -179,7 +179,7 @@ def _require_classes(values: np.ndarray, counts: np.ndarray, classes: ClassList,
         if void
         else "Masks hold the number of a class at every pixel"
     )
-    raise ValueError(f"the training masks of {root} hold the values {shown}: {only} is there to be learned. {advice}")
+    raise ValueError(f"the training masks of {root} hold the values {shown}: there is {only} to learn. {advice}")
 
 
 def open_split(
@@ -668,9 +668,7 @@ def _notes(parts: list[Pairs], good: list[tuple[str, str, _About]]) -> list[str]
     """What a person should know about the files, each sentence once."""
     notes = [note for pairs in parts for note in pairs.notes]
     if renamed := [mask for pairs in parts for mask in pairs.renamed]:
-        notes.append(
-            f"{len(renamed)} masks are found by a name that is more than that of their image, such as {renamed[0]}"
-        )
+        notes.append(f"{len(renamed)} masks have names that extend their image's name, such as {renamed[0]}")
     if differs := [name for name, _, about in good if about.differs]:
         notes.append(
             f"{len(differs)} images have an EXIF orientation and their masks none, such as {differs[0]}: images are turned as "

@@ -289,7 +289,9 @@ def _classes(
     if listed is not None:
         names = list(listed)
     elif labels.max() >= MAX_UNLISTED_CLASSES:
-        raise ValueError(f"a class of the shards in {folder} is {labels.max()}; so many need a classes.txt beside them")
+        raise ValueError(
+            f"the shards in {folder} have class numbers up to {labels.max()}; this many classes need a classes.txt next to them"
+        )
     elif not is_called.any():
         names = [str(i) for i in range(int(labels.max()) + 1)]
     elif (labels < 0).all():
@@ -310,7 +312,7 @@ def _classes(
             "classes.txt beside the shards, a name on each line from class 0 on"
         )
     if len(names) < 2:
-        raise ValueError(f"the shards in {folder} have one class only, {names[0]}; telling apart needs two")
+        raise ValueError(f"the shards in {folder} have one class only, {names[0]}; classification needs at least two")
     known = {name: i for i, name in enumerate(names)}
     by_name = np.array([known.get(text, -1) for text in texts], np.int64)[number]
     targets = np.where(labels >= 0, labels, by_name)

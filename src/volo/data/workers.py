@@ -102,8 +102,8 @@ class _Worker:
             while not self.connection.poll(1.0):
                 if end is not None and time.monotonic() > end:
                     raise TimeoutError(
-                        f"no batch has come for {timeout:g} seconds: the disk or network that the images lie on does not answer, or "
-                        "is very slow. Wait longer with --data.timeout SECONDS, or have the images nearer (volo pack)"
+                        f"no batch has come for {timeout:g} seconds: the disk or network that the images are on does not answer, or "
+                        "is very slow. Wait longer with --data.timeout SECONDS, or move the images to faster storage (volo pack)"
                     )
             answer = self.connection.recv()
         except (EOFError, ConnectionError, FileNotFoundError):

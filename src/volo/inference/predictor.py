@@ -37,7 +37,7 @@ class Prediction:
 
 
 def find_pictures(inputs: Sequence[str], lines: Iterable[str] = ()) -> list[Path]:
-    """Images behind files, folders (searched to the bottom, sorted), globs ("in/*.jpg", "in/**/*.png") and "-".
+    """Images behind files, folders (searched recursively, sorted), globs ("in/*.jpg", "in/**/*.png") and "-".
 
     "-" stands for the paths in `lines`, one a line: those are not looked at here, so that one that is gone is reported
     among the predictions. An image that is named twice is listed once.

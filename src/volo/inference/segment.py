@@ -336,7 +336,7 @@ def output_names(pictures: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):  # a.jpg beside a.png
         names = [path.name.replace(".", "_") if names.count(name) > 1 else name for name, path in zip(names, pictures)]
     if len(set(names)) < len(names):
-        raise ValueError("some images differ in nothing their results could be named after; segment them separately")
+        raise ValueError("the results of some images would have identical names; segment them separately")
     return names
 
 

@@ -161,7 +161,7 @@ def fetch(tag: str) -> Path:
         return _fetch_release(weights)
     except DownloadError as error:
         raise DownloadError(
-            f"{tag} cannot be had here; fetch the file by other means, and give its path in place of {tag}:\n{from_hub}\n{error}"
+            f"{tag} cannot be downloaded here; obtain the file another way, and give its path in place of {tag}:\n{from_hub}\n{error}"
         ) from error
 
 

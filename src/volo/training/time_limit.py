@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from volo.config import Recipe, recipe_from_dict
@@ -48,7 +51,8 @@ def fit_into_time(
 
     epochs = main_only(world, chosen_before)
     if epochs is None and schedule.epochs:
-        measured = probe(recipe, most_pictures=None, reporter=_ProgressAlone(reporter))
+        with _said_later():
+            measured = probe(recipe, most_pictures=None, reporter=_ProgressAlone(reporter))
         epochs = main_only(world, lambda: epochs_that_fit(recipe, measured, time.monotonic() - started))
         step = measured.seconds_a_step
         reporter.on_message(
@@ -56,6 +60,18 @@ def fit_into_time(
             + (f", of {schedule.epochs:g} at most" if epochs < schedule.epochs else ", all that the recipe asks for")
         )
     return with_epochs(recipe, epochs or 0.0)
+
+
+@contextlib.contextmanager
+def _said_later() -> Iterator[None]:
+    """Keep quiet of what loading weights has to say: it is loaded again for the run."""
+    logger = logging.getLogger("volo")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class _ProgressAlone(NullReporter):
