@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ["README.md", "docs/operator.md", "docs/gpu.md"]
+DOCUMENTS = ["README.md", "docs/cli.md", "docs/operator.md", "docs/gpu.md"]
 
 
 def result(name: str) -> dict[str, Any]:
@@ -70,6 +70,33 @@ def trainings() -> str:
             line(f"CamVid, {camvid['count']} test images", "camvid", camvid["miou"], "mIoU", "two CPU cores"),
         ],
     )  # fmt: skip
+
+
+def photos() -> str:
+    def line(what: str, asked: str, name: str, cores: str = "") -> list[str]:
+        run = result(name)
+        folder = name.partition("/")[0]
+        top1 = f"{100 * run['final']['top1']:.1f} %"
+        time = minutes(run.get("command_seconds", run["seconds"])) + cores
+        return [what, top1, asked, time, f"[{folder}](benchmarks/results/{folder})"]
+
+    return table(
+        ["ten classes of photos, 280 held out", "top-1", "aimed at", "minutes on two CPU cores", "files"],
+        [
+            line("`photos`: from the weights that come along", "98 %", "photos_pretrained/summary"),
+            line("`photos_probe`: the linear probe alone", "97.5 %", "photos_pretrained/probe"),
+            line("`photos_cpu`: from scratch", "", "photos/summary", " (one core)"),
+        ],
+    )
+
+
+def waiting() -> str:
+    rows = []
+    for name, figures in result("busy_machine")["settings"].items():
+        alone, beside = figures["alone"], figures["beside_one_busy_process"]
+        shares = figures["alone_over_best"], figures["beside_over_alone"]
+        rows.append([name, f"{alone:.0f} ({shares[0]:.2f} of the best)", f"{beside:.0f} ({shares[1]:.2f} of alone)"])
+    return table(["images/s of training, 2 cores", "alone", "beside one busy process"], rows)
 
 
 def speed() -> str:
@@ -139,6 +166,8 @@ def gpu_goals() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "trainings": trainings,
+    "photos": photos,
+    "waiting": waiting,
     "speed": speed,
     "operator": operator,
     "against timm": against_timm,
