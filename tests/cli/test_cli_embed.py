@@ -107,12 +107,12 @@ def test_files_of_others_stay(
     monkeypatch.setattr("volo.inference.embed.for_features", lambda *given: pytest.fail("the work began"))
     words = ["embed", "model.pt", "photos/train"]
     for path, content in theirs.items():
-        assert "no earlier result of this command" in complaint([*words, "--out", str(path)], capsys)
+        assert "not an earlier result of this command" in complaint([*words, "--out", str(path)], capsys)
         assert path.read_bytes() == content
     image = Path("photos/train/cat/00.png")
     before = image.read_bytes()
     assert "would replace" in complaint([*words, "--neighbours", str(image), "--overwrite"], capsys)
-    assert "no earlier result" in complaint([*words, "--neighbours", "photos/val/cat/00.png"], capsys)
+    assert "not an earlier result" in complaint([*words, "--neighbours", "photos/val/cat/00.png"], capsys)
     assert image.read_bytes() == before
     assert "ends in .npz or .parquet; given: photos" in complaint([*words, "--out", "photos/"], capsys)
     Path("folder.npz").mkdir()
@@ -130,7 +130,7 @@ def test_parquet_of_others_stays(inside: Path, capsys: pytest.CaptureFixture[str
     words = ["embed", "model.pt", "photos/train", "--out"]
     parquet.write_table(pyarrow.table({"vector": [1.0, 2.0]}), "own.parquet")
     content = Path("own.parquet").read_bytes()
-    assert "no earlier result of this command" in complaint([*words, "own.parquet"], capsys)
+    assert "not an earlier result of this command" in complaint([*words, "own.parquet"], capsys)
     assert Path("own.parquet").read_bytes() == content
     for _ in range(2):
         assert main([*words, "vectors.parquet"]) == 0
@@ -171,7 +171,7 @@ def test_check_finds_what_is_planted(inside: Path, capsys: pytest.CaptureFixture
     assert is_png("check/duplicates.png") and is_png("check/labels.png")
     assert main([*words[:2], *words[4:], "--out", "check", "--pool", "token"]) == 0, "ours; and the training's own data"
     Path("check/check.csv").write_text("my,notes\n")
-    assert "no earlier result of this command" in complaint([*words, "--out", "check"], capsys)
+    assert "not an earlier result of this command" in complaint([*words, "--out", "check"], capsys)
     assert Path("check/check.csv").read_text() == "my,notes\n"
 
 
@@ -245,7 +245,7 @@ def test_wrong_answers(inside: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "true class" in said and "predicted class" in said and Path(wrong[0]["image"]).name in said
     assert main([*words, "--wrong", "5", "--out", "report"]) == 0, "ours"
     Path("report/wrong.csv").write_text("mine\n")
-    assert "wrong.csv is there already" in complaint([*words, "--wrong", "5", "--out", "report"], capsys)
+    assert "wrong.csv already exists" in complaint([*words, "--wrong", "5", "--out", "report"], capsys)
     assert main([*words, "--out", "report"]) == 0, "not asked for, not touched"
     assert Path("report/wrong.csv").read_text() == "mine\n"
     assert "0 for none; given: -1" in complaint([*words, "--wrong", "-1"], capsys)

@@ -239,7 +239,7 @@ def test_interrupted_runs_say_how_to_go_on_and_end_like_others(inside: Path) -> 
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=100)
     assert child.returncode == 130, out + err
-    assert "go on with: volo train runs/cut --resume" in err
+    assert "continue with: volo train runs/cut --resume" in err
     assert "\x1b" not in out + err, "control characters, though this is not a terminal"
 
     assert main(["train", "runs/cut", "--resume", "--quiet"]) == 0

@@ -58,7 +58,7 @@ def test_predict_replaces_its_own_files_alone(inside: Path, capsys: pytest.Captu
     assert "would replace the image" in complaint([*words, "--sheet", "./photos/../photos/cat/0.png"], capsys)
     assert picture.read_bytes() == before
     Path("notes.csv").write_text("my,notes\n")
-    assert "no earlier result of this command" in complaint([*words, "--out", "notes.csv"], capsys)
+    assert "not an earlier result of this command" in complaint([*words, "--out", "notes.csv"], capsys)
     assert "is a folder" in complaint([*words, "--out", "photos"], capsys)
     assert "there is a file of that name" in complaint([*words, "--out", "notes.csv/answers.csv"], capsys)
     assert Path("notes.csv").read_text() == "my,notes\n"
@@ -90,9 +90,9 @@ def test_evaluate_replaces_its_own_files_alone(
     Path("run").mkdir()
     Path("run/confusion.png").write_bytes(figure)  # of a training
     capsys.readouterr()
-    assert "run/confusion.png is there already" in complaint([*words[:-1], "run"], capsys)
+    assert "run/confusion.png already exists" in complaint([*words[:-1], "run"], capsys)
     Path("run/evaluation.json").write_text("{}")
-    assert "run/evaluation.json is there already" in complaint([*words[:-1], "run"], capsys)
+    assert "run/evaluation.json already exists" in complaint([*words[:-1], "run"], capsys)
     assert Path("run/confusion.png").read_bytes() == figure
     assert main([*words[:-1], "run", "--overwrite"]) == 0
     report = json.loads(Path("run/evaluation.json").read_text())

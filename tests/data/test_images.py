@@ -356,7 +356,7 @@ def test_digits_are_asked_for_by_name(pictures: Path) -> None:
     """A forgotten path must not train on something else, nor a path be passed over."""
     with pytest.raises(ValueError, match="name the images with --data PATH; --data.kind digits"):
         open_data(config())
-    with pytest.raises(ValueError, match="data.kind is 'digits'.*leave the path away"):
+    with pytest.raises(ValueError, match="data.kind is 'digits'.*leave data.path empty"):
         open_data(config(pictures, kind="digits"))
 
 

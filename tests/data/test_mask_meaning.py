@@ -248,9 +248,9 @@ def test_masks_may_say_that_they_are_masks(own: Path) -> None:
     splits = open_there(own)
     assert [Path(name).stem for name in splits.train.masks] == others
     assert all(torch.equal(splits.train.load(i)[1], plain.train.load(i)[1]) for i in range(10))
-    (note,) = [note for note in splits.notes if "by a name" in note]
+    (note,) = [note for note in splits.notes if "extend their image" in note]
     assert note.startswith("10 masks") and "annotations/train/00_mask.png" in note
-    assert not any("by a name" in note for note in plain.notes)
+    assert not any("extend their image" in note for note in plain.notes)
 
 
 def test_the_very_name_comes_first_and_two_others_are_refused(own: Path) -> None:

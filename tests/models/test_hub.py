@@ -130,7 +130,7 @@ def test_names_that_no_repository_has() -> None:
 
 
 def test_table() -> None:
-    assert len(list_pretrained()) == 11
+    assert list_pretrained() == [*PRETRAINED, "volo_nano"] and len(PRETRAINED) == 11
     assert list_pretrained("volo_d5") == ["volo_d5.224", "volo_d5.448", "volo_d5.512"]
     assert list_pretrained("volo_tiny") == []
     assert all(w.variant in VARIANTS and w.tag == tag for tag, w in PRETRAINED.items())

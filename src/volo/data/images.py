@@ -64,7 +64,7 @@ def data_kind(config: DataConfig) -> str:
     if config.kind == "digits" and config.path:
         raise ValueError(
             f"data.path is {config.path}, but data.kind is 'digits', which are scikit-learn's own; leave data.path empty, or "
-            "have it read with --data.kind auto"
+            "read it with --data.kind auto"
         )
     if config.kind != "auto":
         return config.kind
