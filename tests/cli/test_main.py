@@ -356,3 +356,18 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "imagenet_volo_d1_224" in facts["recipes"]
     assert main(["info", "--models"]) == 0
     assert "volo_d5.512" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8_are_named(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a text file has to hold them; elsewhere they are just names."""
+    folder = inside / os.fsdecode(b"Fotos_\xf6")
+    for kind in ("ant", "bee"):
+        (folder / kind).mkdir(parents=True)
+        for i in range(100):
+            Image.new("RGB", (16, 16), (i, 2 * i, 100)).save(folder / kind / f"{i}.png")
+    assert main(["train", "tiny.toml", "--data", str(folder), "--data.kind", "auto", "--out", "runs/latin"]) == 2
+    err = capsys.readouterr().err
+    assert r"Fotos_\xf6 is not UTF-8" in err and "Rename it" in err
+    (folder / "ant").rename(folder / os.fsdecode(b"caf\xe9"))
+    assert main(["pack", str(folder), "--out", "shards"]) == 2
+    assert r"caf\xe9" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -142,6 +143,16 @@ class _StderrHandler(logging.Handler):
 
 def _message(error: Exception) -> str:
     """What an error says, without Python's decoration of OSErrors, and what was added to it on its way."""
+    if isinstance(error, UnicodeEncodeError):
+        # A name in bytes that are not UTF-8, as Python has it, was to be written into a text file.
+        around = (
+            re.split(r'["\n\t]', error.object[: error.start])[-1] + re.split(r'["\n\t]', error.object[error.start :])[0]
+        )
+        shown = around.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return (
+            f"{shown} is not UTF-8, and the text file that it has to be written into would be none either. Rename it "
+            "(for a whole folder: convmv -r -f latin1 -t utf8 --notest FOLDER), or go by a link with a plain name"
+        )
     said = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
