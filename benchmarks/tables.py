@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ["README.md", "docs/cli.md", "docs/operator.md", "docs/gpu.md"]
+DOCUMENTS = ["README.md", "docs/cli.md", "docs/data_check.md", "docs/operator.md", "docs/gpu.md"]
 
 
 def result(name: str) -> dict[str, Any]:
@@ -99,6 +99,17 @@ def waiting() -> str:
     return table(["images/s of training, 2 cores", "alone", "beside one busy process"], rows)
 
 
+def copies() -> str:
+    report = result("data_check")
+    rows = [
+        [name, f"{copy['lowest_similarity']:.3f}", f"{copy['lowest_correlation']:.3f}", f"{100 * copy['found']:.0f} %"]
+        for name, copy in report["copies"].items()
+    ]
+    others = report["pairs_of_different_photos"]
+    rows.append([f"pairs of different photos, of {others['of']:,}", "", "", f"{others['listed']} listed"])
+    return table(["copy", "lowest similarity", "lowest correlation", "found"], rows)
+
+
 def speed() -> str:
     def link(name: str) -> str:
         return f"[{name}](benchmarks/results/{name}.json)"
@@ -168,6 +179,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trainings": trainings,
     "photos": photos,
     "waiting": waiting,
+    "copies": copies,
     "speed": speed,
     "operator": operator,
     "against timm": against_timm,
