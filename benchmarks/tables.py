@@ -15,7 +15,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ["README.md", "docs/cli.md", "docs/data_check.md", "docs/operator.md", "docs/gpu.md"]
+DOCUMENTS = [
+    "README.md",
+    "docs/cli.md",
+    "docs/data_check.md",
+    "docs/models/volo_nano.md",
+    "docs/operator.md",
+    "docs/gpu.md",
+]
 
 
 def result(name: str) -> dict[str, Any]:
@@ -110,6 +117,27 @@ def copies() -> str:
     return table(["copy", "lowest similarity", "lowest correlation", "found"], rows)
 
 
+def transfer() -> str:
+    def cell(of_set: dict[str, Any]) -> str:
+        draws = of_set["draws"]
+        small = f"{100 * draws['mean']:.1f} ± {100 * draws['stdev']:.1f}"
+        return f"{100 * of_set['all']['top1']:.1f}; {small}" if "all" in of_set else small
+
+    rows = [
+        [name.replace(" lite0.pth", " ImageNet-1k"), f"{network['parameters'] / 1e6:.1f} M"]
+        + [cell(network[kind]) for kind in ("photos", "cifar10", "camvid")]
+        for name, network in result("transfer").items()
+    ]
+    head = [
+        "linear probe, top-1 in %",
+        "parameters",
+        "photos: all; 20 a class",
+        "CIFAR-10: 200 a class",
+        "CamVid windows: all; 30 a class",
+    ]
+    return table(head, rows)
+
+
 def speed() -> str:
     def link(name: str) -> str:
         return f"[{name}](benchmarks/results/{name}.json)"
@@ -180,6 +208,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "photos": photos,
     "waiting": waiting,
     "copies": copies,
+    "transfer": transfer,
     "speed": speed,
     "operator": operator,
     "against timm": against_timm,
