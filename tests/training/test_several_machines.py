@@ -186,7 +186,8 @@ def test_a_host_that_dies_amid_a_run_costs_no_more_than_the_steps_since_the_chec
         code, printed = survivor.finish()
         assert code != 0, printed  # it notices, and does not wait for ever
         victim.finish()
-        assert load_checkpoint(out / "last.pt")["step"] == 12
+        # That of the last evaluation, or the last whole step where the survivor was still able to save it.
+        assert load_checkpoint(out / "last.pt")["step"] >= 12
 
         continued = complete(hosts, recipe, "--resume")
         assert steps_of(out) == list(range(1, 27))
