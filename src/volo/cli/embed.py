@@ -41,7 +41,7 @@ class EmbedOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A VOLO classifier: a run folder (its best.pt), a checkpoint, or published weights such as volo_d1.224."""
     pictures: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE")]] = ()
-    """Files, folders (searched to the bottom), globs in quotes, or - for paths on standard input, one a line."""
+    """Files, folders (searched recursively), globs in quotes, or - for paths on standard input, one per line."""
     data: Annotated[str | None, tyro.conf.arg(metavar="DATASET")] = None
     """A data set as for training, in place of single images: class folders, train/ and val/, shards, npz files. With --check
     it may be left out for the model's own training data."""
@@ -60,7 +60,7 @@ class EmbedOptions:
     json: bool = False
     """Print one JSON object instead of tables; the rest goes to standard error."""
     overwrite: bool = False
-    """Replace what is at --out and --neighbours already and is no earlier result."""
+    """Replace existing files at --out and --neighbours even if they are not earlier results."""
     on_bad_image: Literal["error", "skip"] = "error"
     """Images that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
     how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)

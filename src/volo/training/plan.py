@@ -19,7 +19,7 @@ from volo.training.pipeline import annotator_recipe, trains_annotator
 from volo.training.probe import Probe, probe
 from volo.training.report import Reporter
 from volo.training.settings import torch_settings
-from volo.training.time_limit import check_limit, epochs_that_fit, with_epochs
+from volo.training.time_limit import EVALUATION_SHARE, check_limit, epochs_that_fit, with_epochs
 
 MOST_PICTURES = 16
 """In a micro batch that is tried out: enough to tell the time, and room for them is nearly everywhere."""
@@ -27,8 +27,6 @@ LABEL_MAP_BYTES = {"exact": 3.2, "compact": 2.1}
 """Of a label map, for each class kept at a position, by encoding; surer annotators and few classes take less."""
 INDEX_BYTES = 60
 """For each image: its name, checksums, and where its map is."""
-EVALUATION_SHARE = 1 / 3
-"""Time of an image in an evaluation, which has no backward pass, as a share of that in a training step."""
 
 
 def plan_training(

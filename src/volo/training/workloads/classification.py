@@ -12,7 +12,7 @@ from torch import nn
 from volo.config import Recipe
 from volo.data.images import data_kind, open_data
 from volo.data.loader import EvalLoader, TrainLoader
-from volo.data.sources import DataSplits, Progress, Share
+from volo.data.sources import DataSplits, ImageSource, Progress, Share
 from volo.data.token_labels import LabelMapReader
 from volo.data.transforms import PixelPipeline
 from volo.distributed import World, gather_from_all, in_step, main_first
@@ -35,7 +35,6 @@ class Classification:
     score = "top1"
 
     def __init__(self, recipe: Recipe, world: World, on_progress: Progress | None = None) -> None:
-        config = recipe.train
         self.recipe, self.world = recipe, world
         model_options(recipe, recipe.model.name)  # what is wrong with them is said before the images are tried
         # One process downloads, and the others find it; images are tried by all together.
@@ -44,14 +43,18 @@ class Classification:
             splits = open_data(recipe.data, on_progress=on_progress, share=share_of(world))
         self.classes = splits.classes
         self.extras: dict[str, Any] = {}
-        self.num_train, self.num_val = len(splits.train), len(splits.val)
         self.notes = [f"left out: {bad}" for bad in splits.skipped] + splits.notes
+        self._make_loaders(splits.train, splits.val, self.open_label_maps(splits))
+
+    def _make_loaders(self, train: ImageSource, val: ImageSource, label_maps: LabelMapReader | None = None) -> None:
+        recipe, config, world = self.recipe, self.recipe.train, self.world
+        self.num_train, self.num_val = len(train), len(val)
         batch_size, slices = config.batch_size, config.accumulation * world.size
         if recipe.model.probe and self.num_train < batch_size and self.num_train >= slices:
             batch_size = self.num_train // slices * slices
             self.notes.append(f"batches of {batch_size} images, since there are only {self.num_train} for training")
         self.loader = TrainLoader(
-            splits.train,
+            train,
             recipe.data,
             recipe.augment,
             batch_size=batch_size,
@@ -60,14 +63,14 @@ class Classification:
             rank=world.rank,
             world_size=world.size,
             pin_memory=world.device.type == "cuda",
-            label_maps=self.open_label_maps(splits),
+            label_maps=label_maps,
             crop_order=recipe.token_label.crop_order,
             small_size=recipe.schedule.small_size,
             small_epochs=recipe.schedule.small_epochs,
         )
         self.steps_per_epoch, self.num_workers = self.loader.steps_per_epoch, self.loader.num_workers
         self.val_loader = EvalLoader(
-            splits.val,
+            val,
             recipe.data,
             batch_size=config.eval_batch_size or max(1, config.batch_size // config.accumulation // world.size),
             rank=world.rank,

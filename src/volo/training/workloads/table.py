@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from torch import nn
 
 from volo.config import AugmentConfig, LossConfig, Recipe
-from volo.data.loader import EvalLoader, TrainLoader
 from volo.data.sources import Progress
 from volo.data.tables import open_targets
 from volo.data.targets import as_labels
-from volo.data.transforms import PixelPipeline
 from volo.distributed import World, in_step
 from volo.inference.table import evaluate_table, score_of
-from volo.models.checkpoint import model_config_dict
-from volo.models.volo import VOLO, VOLOConfig
+from volo.models.volo import VOLO
 from volo.tasks.table import TableTask, output_weights
-from volo.training.workloads.classification import build_model, share_of
+from volo.training.workloads.classification import Classification, build_model, share_of
 from volo.training.workloads.workload import Batch, image_list, model_options
 
 
-class Table:
+class Table(Classification):
     """The `Workload` of task "table": outputs of every kind side by side, so that one workload is enough."""
 
     def __init__(self, recipe: Recipe, world: World, on_progress: Progress | None = None) -> None:
-        config = recipe.train
         self.recipe, self.world = recipe, world
         check_recipe(recipe)
         model_options(recipe, recipe.model.name)  # what is wrong with them is said before the images are tried
@@ -37,31 +33,8 @@ class Table:
         self.score = score_of(self.targets)
         self.classes = self.targets.names
         self.extras: dict[str, Any] = {"targets": self.targets.to_list()}
-        self.num_train, self.num_val = len(splits.train), len(splits.val)
         self.notes = [f"left out: {bad}" for bad in splits.skipped] + splits.notes
-        self.loader = TrainLoader(
-            splits.train,
-            recipe.data,
-            recipe.augment,
-            batch_size=config.batch_size,
-            accumulation=config.accumulation,
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.size,
-            pin_memory=world.device.type == "cuda",
-            small_size=recipe.schedule.small_size,
-            small_epochs=recipe.schedule.small_epochs,
-        )
-        self.steps_per_epoch, self.num_workers = self.loader.steps_per_epoch, self.loader.num_workers
-        self.val_loader = EvalLoader(
-            splits.val,
-            recipe.data,
-            batch_size=config.eval_batch_size or max(1, config.batch_size // config.accumulation // world.size),
-            rank=world.rank,
-            world_size=world.size,
-            pin_memory=world.device.type == "cuda",
-        )
-        self.pixels = PixelPipeline(recipe.data, recipe.augment).to(world.device)
+        self._make_loaders(splits.train, splits.val)
 
     def list_images(self) -> dict[str, Any]:
         sources = {"training": self.loader.source, "held-out": self.val_loader.source}
@@ -73,19 +46,10 @@ class Table:
     def create_model(self) -> VOLO:
         return build_model(self.recipe, self.targets.width)
 
-    def restore_model(self, config: dict[str, Any]) -> VOLO:
-        return VOLO(VOLOConfig(**config))
-
-    def model_config(self, model: nn.Module) -> dict[str, Any]:
-        return model_config_dict(cast(VOLO, model))
-
     def create_task(self, model: nn.Module) -> nn.Module:
         model = cast(VOLO, model)
         model.set_grad_checkpointing(self.recipe.train.grad_checkpointing)
         return TableTask(model, self.targets, self.recipe.loss, self.recipe.table)
-
-    def batches(self, start_step: int, stop_step: int, most: int | None = None) -> Iterator[Batch]:
-        return self.loader.batches(start_step, stop_step, most)
 
     def prepare(self, batch: Batch) -> Batch:
         device = self.world.device
