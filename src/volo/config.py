@@ -44,7 +44,7 @@ class ModelConfig:
     name: str = "volo_d1"
     """Name of `volo.list_models()`; for task "segment" of `volo.list_segmenters()`."""
     weights: str = ""
-    """Start from these: "pretrained" (those that come with the package, else the published ones at 224), a tag
+    """Start from these: "pretrained" (our own of volo_nano and volo_tiny, else the published ones at 224), a tag
     ("volo_d1.224"), a run folder, or a file; empty: from scratch."""
     probe: bool = False
     """Fit the class head to frozen features of the training images first, by a regression whose penalty is chosen in

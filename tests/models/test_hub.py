@@ -18,7 +18,16 @@ from huggingface_hub import constants
 from local_hub import LocalHub, serving
 
 from volo.data.files import cache_folder
-from volo.models.hub import PRETRAINED, DownloadError, cached_path, fetch, fetch_from_hub, find, list_pretrained
+from volo.models.hub import (
+    PRETRAINED,
+    SHIPPED_FOLDER,
+    DownloadError,
+    cached_path,
+    fetch,
+    fetch_from_hub,
+    find,
+    list_pretrained,
+)
 from volo.models.volo import VARIANTS
 
 
@@ -124,15 +133,39 @@ def test_without_a_home_the_variables_are_named(monkeypatch: pytest.MonkeyPatch)
         fetch_from_hub("user/name", "model.safetensors")
 
 
+def test_our_own_weights_from_where_they_are_released(hub: LocalHub, tmp_path: Path) -> None:
+    hub.files["/own/volo_nano.safetensors"] = b"other weights"
+    hub.files["/whole/volo_nano.safetensors"] = (SHIPPED_FOLDER / "volo_nano.safetensors").read_bytes()
+    code = """
+import os
+from pathlib import Path
+import volo.models.hub as hub
+hub.SHIPPED_FOLDER = hub.CHECKOUT_FOLDER = Path("nowhere")
+told = []
+for url in (None, "/own", "/whole/", None):
+    os.environ.pop("VOLO_WEIGHTS_URL", None)
+    if url:
+        os.environ["VOLO_WEIGHTS_URL"] = os.environ["HF_ENDPOINT"] + url
+    told.append([attempt("volo_nano"), [p.name for p in cache_folder().glob("*")]])
+print(json.dumps(told))
+"""
+    nowhere, wrong, fetched, again = run(TRY + code, hub, tmp_path)
+    assert (
+        "VOLO_WEIGHTS_URL" in nowhere[0] and "volo_nano.safetensors into $VOLO_CACHE" in nowhere[0] and nowhere[1] == []
+    )
+    assert "another file" in wrong[0] and wrong[1] == [], "not the one that we released"
+    assert fetched == again == [str(tmp_path / "volo/volo_nano.safetensors"), ["volo_nano.safetensors"]]
+
+
 def test_names_that_no_repository_has() -> None:
     with pytest.raises(DownloadError, match="a/b/c"):
         fetch_from_hub("a/b/c", "model.safetensors")
 
 
 def test_table() -> None:
-    assert list_pretrained() == [*PRETRAINED, "volo_nano"] and len(PRETRAINED) == 11
+    assert list_pretrained() == [*PRETRAINED, "volo_nano", "volo_tiny"] and len(PRETRAINED) == 11
     assert list_pretrained("volo_d5") == ["volo_d5.224", "volo_d5.448", "volo_d5.512"]
-    assert list_pretrained("volo_tiny") == []
+    assert list_pretrained("volo_tiny") == ["volo_tiny"] and list_pretrained("volo_small") == []
     assert all(w.variant in VARIANTS and w.tag == tag for tag, w in PRETRAINED.items())
 
 

@@ -1,7 +1,8 @@
-"""Weights that come with the package: small, whole, usable by their name alone."""
+"""Weights of our own: small, whole, usable by their name alone."""
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import volo
-from volo.models.hub import SHIPPED_FOLDER, list_pretrained, list_shipped
+from volo.models.hub import OWN, SHIPPED_FOLDER, find, list_pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,10 +23,16 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def test_nano_comes_along_and_the_files_are_small() -> None:
-    assert list_shipped() == ["volo_nano"] and list_pretrained("volo_nano") == ["volo_nano"]
-    assert (SHIPPED_FOLDER / "volo_nano.safetensors").stat().st_size <= 3_000_000
-    assert (ROOT / "docs/models/volo_nano.md").is_file(), "its card"
+def test_their_files_are_small_and_those_we_know() -> None:
+    assert (
+        list_pretrained("volo_nano") == ["volo_nano"] and find("volo_nano") == SHIPPED_FOLDER / "volo_nano.safetensors"
+    )
+    for name, bound in {"volo_nano": 3_000_000, "volo_tiny": 13_000_000}.items():
+        path = find(name)
+        assert path is not None and path.stat().st_size <= bound
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == OWN[name]
+        assert (ROOT / f"docs/models/{name}.md").is_file(), "its card"
+    assert [path.name for path in SHIPPED_FOLDER.iterdir()] == ["volo_nano.safetensors"], "what the wheel holds"
 
 
 def test_every_way_leads_to_the_same_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

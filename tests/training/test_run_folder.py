@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -77,6 +78,15 @@ def test_a_run_killed_at_once_may_begin_again(tiny, tmp_path) -> None:
     assert look_into(tmp_path, tiny(), resume=True, overwrite=False) is None
     with pytest.raises(FileExistsError, match="already holds a run"):
         look_into(tmp_path, tiny(), resume=False, overwrite=False)
+
+    # By Python people give whole epochs as integers, and files keep them so.
+    recipe = tiny()
+    recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, epochs=3))
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))
+    assert look_into(tmp_path, recipe, resume=True, overwrite=False) is None
+    (tmp_path / "recipe.toml").write_text("# of mine\n" + recipe_to_toml(recipe))
+    with pytest.raises(FileExistsError, match="not a run of volo"):
+        look_into(tmp_path, recipe, resume=True, overwrite=False)
 
 
 def test_resume_without_last_pt_keeps_the_best(tiny, finished, tmp_path) -> None:

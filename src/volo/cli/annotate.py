@@ -83,6 +83,7 @@ def annotate(options: AnnotateOptions) -> int:
     from volo.annotation.generate import annotate as generate
     from volo.annotation.original_maps import import_original
     from volo.distributed import join_world
+    from volo.training.settings import keep_freed_memory
 
     if options.check is not None:
         return _check_label_maps(options)
@@ -127,6 +128,7 @@ def annotate(options: AnnotateOptions) -> int:
                 raise ValueError(
                     "volo annotate needs an annotator: a model of timm, a run folder, a checkpoint, or a tag such as volo_d1.224"
                 )
+            keep_freed_memory()
             # A process that is done waits for the others, which may have a slow shard before them.
             with join_world(options.device, patience=timedelta(days=1)) as world:
                 set_threads(options.threads)

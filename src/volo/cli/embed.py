@@ -80,6 +80,7 @@ def embed(options: EmbedOptions) -> int:
     from volo.inference.embed import data_config, volo_classifier
     from volo.inference.embed import embed as embed_files
     from volo.inference.predictor import find_pictures
+    from volo.training.settings import keep_freed_memory
 
     _refuse(options)
     pictures: list[Path] = []
@@ -87,6 +88,7 @@ def embed(options: EmbedOptions) -> int:
         pictures = find_pictures(options.pictures, sys.stdin if "-" in options.pictures else ())
     _claim(options, pictures)
     device = open_device(options.how.device, options.how.threads)
+    keep_freed_memory()
     loaded = volo_classifier(
         options.model,
         img_size=read_size("--img-size", options.how.img_size),

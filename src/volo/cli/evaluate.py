@@ -79,6 +79,7 @@ def evaluate(options: EvaluateOptions) -> int:
     from volo.inference.model_source import refuse_published
     from volo.inference.score import evaluate as score
     from volo.inference.wrong import to_csv
+    from volo.training.settings import keep_freed_memory
 
     if options.wrong < 0:
         raise ValueError(f"--wrong is a number of images, 0 for none; given: {options.wrong}")
@@ -90,6 +91,8 @@ def evaluate(options: EvaluateOptions) -> int:
         )
     device = open_device(options.how.device, options.how.threads)
     loaded = load_model(options.model, options.how, device)
+    if loaded.task != "segment":  # its windows and scales are of many sizes, and its memory is bounded
+        keep_freed_memory()
     console = results(options.json)
     mistakes: list[tuple[ImageSource, list[WrongAnswer]]] = []
     with Bar(console) as bar:

@@ -50,7 +50,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
     import torch
 
     from volo.models.factory import create_model, list_segmenters
-    from volo.models.hub import PRETRAINED, find, list_shipped
+    from volo.models.hub import OWN, PRETRAINED, find
     from volo.models.volo import VARIANTS
     from volo.ops.outlook_attention import list_backends
 
@@ -117,7 +117,7 @@ def _facts(with_models: bool) -> dict[str, Any]:
             }
             for tag, w in PRETRAINED.items()
         }
-        facts["shipped"] = list_shipped()
+        facts["own"] = {name: find(name) is not None for name in OWN}
         facts["segmentation"] = list_segmenters()
         facts["recipes"] = {path.stem: _title(path) for path in list_recipes()}
     return facts
@@ -180,10 +180,9 @@ def show_info(console: Console, facts: dict[str, Any]) -> None:
             figures = (f"{w[key]:.2f}" for key in ("top1", "real", "v2", "crop_original", "crop_timm"))
             made.add_row(tag, *figures, "yes" if w["cached"] else "")
         show(made)
-        if facts["shipped"]:
-            names = ", ".join(facts["shipped"])
-            console.print(Text("weights that come with the package", style="bold"))
-            console.print(f"{names} (volo_nano: docs/models/volo_nano.md)\n", highlight=False)
+        console.print(Text("weights of our own (docs/models)", style="bold"))
+        own = (f"{name} ({'here' if here else 'not on this machine'})" for name, here in facts["own"].items())
+        console.print(", ".join(own) + "\n", highlight=False)
         console.print(Text("segmentation models", style="bold"))
         console.print(", ".join(facts["segmentation"]) + "\n", highlight=False)
         made = table("recipes", "", "what")

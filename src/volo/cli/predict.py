@@ -65,6 +65,7 @@ def predict(options: PredictOptions) -> int:
     from volo.inference.predictor import CSV_HEAD, TABLE_HEAD, to_csv, to_json
     from volo.inference.predictor import predict as run_prediction
     from volo.inference.spread import Spread
+    from volo.training.settings import keep_freed_memory
 
     model, pictures = model_and_pictures(options.model, options.pictures, options.checkpoint)
     for option, path, is_ours in (
@@ -80,6 +81,7 @@ def predict(options: PredictOptions) -> int:
                 raise ValueError(f"{option} would replace the image {path}")
             claim(path, is_ours, overwrite=options.overwrite, option=option)
     device = open_device(options.how.device, options.how.threads)
+    keep_freed_memory()
     classifier = load_model(model, options.how, device)
     if classifier.task == "segment":
         raise ValueError(f"{model} is a segmentation model, which names pixels: use `volo segment` or `volo evaluate`")

@@ -223,7 +223,7 @@ KEYS_THAT_MATTER = {
     "train.device": "cpu, cuda, cuda:1; auto: cuda where there is one",
 }
 HABITS = {
-    "--pretrained": "--model.weights pretrained starts from the weights that come with the package or are published",
+    "--pretrained": "--model.weights pretrained starts from our own weights (volo_nano, volo_tiny) or the published ones (volo_d1 to d5)",
     "--weights": "--model.weights takes published weights, a run folder or a file to start from",
     "--checkpoint": "--model.weights RUN starts from its weights; `volo train RUN --resume` continues it",
     "--epochs": "--schedule.epochs",
@@ -238,6 +238,10 @@ HABITS = {
     "--device": "--train.device",
     "--seed": "--train.seed",
     "--workers": "--data.num_workers",
+    "--output": "--out, the run folder",
+    "--output-dir": "--out, the run folder",
+    "--save-dir": "--out, the run folder",
+    "--num-classes": "the classes are those of the images in --data; nothing to say",
 }
 
 

@@ -5,7 +5,7 @@
 | a folder | a run of `volo train` (its best.pt, else its last.pt), or a model saved for the hub |
 | a file | a checkpoint of `volo train`, or weights of the original, of timm, of Lightning: .pt, .pth.tar, .safetensors |
 | a file | what `volo export` wrote: .onnx, .xml (OpenVINO), .pt2 (torch.export); it runs on the CPU |
-| volo_nano | weights that come with the package |
+| volo_nano, volo_tiny | weights of our own: those of volo_nano come with the package |
 | volo_d1.224, volo_d1 | published weights; without a size those at 224 |
 | hf-hub:user/name | a repository of the Hugging Face hub, with @revision if need be |
 | resnet50.a1_in1k | a classifier of timm, where one is asked for (annotators) |
@@ -32,7 +32,7 @@ from volo.data.transforms import height_width
 from volo.inference.exported import FORMATS, open_exported
 from volo.models.checkpoint import check_format, find_checkpoint, is_checkpoint, model_of_checkpoint
 from volo.models.factory import create_model, model_of_shapes
-from volo.models.hub import CONFIG, HUB_PREFIX, PRETRAINED, WEIGHTS, fetch_from_hub, list_pretrained, shipped
+from volo.models.hub import CONFIG, HUB_PREFIX, OWN, PRETRAINED, WEIGHTS, fetch, fetch_from_hub, list_pretrained
 from volo.models.loading import read_file, read_state_dict, state_dict_in
 
 Task = Literal["classify", "segment", "table"]
@@ -171,8 +171,8 @@ def _find(
 ) -> LoadedModel[Any]:
     name, path = str(source), Path(source)
     tag = name if name in PRETRAINED else f"{name}.224"
-    own = None if path.exists() else shipped(name)
-    is_ours = path.exists() or tag in PRETRAINED or own is not None
+    is_own = not path.exists() and name in OWN
+    is_ours = path.exists() or tag in PRETRAINED or is_own
     if weights is not None and is_ours:
         raise ValueError(f"{name} has weights of its own; a weight file beside it is for models of timm")
     if path.is_dir() and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
@@ -184,8 +184,8 @@ def _find(
         return _with_place_of_data(
             _from_content(read_file(path), str(path), device, use_ema), path.with_name("recipe.toml")
         )
-    if own is not None:
-        return _from_content(read_file(own), f"{name}, weights that come with the package", device, use_ema)
+    if is_own:
+        return _from_content(read_file(fetch(name)), f"the weights of {name}", device, use_ema)
     if name.startswith(HUB_PREFIX):
         repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
         files = [fetch_from_hub(repository, file, revision or None) for file in (CONFIG, WEIGHTS)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from volo.config import nearest
 from volo.models.checkpoint import find_checkpoint
-from volo.models.hub import PRETRAINED, WEIGHTS, fetch, known_tag, list_pretrained, list_shipped, shipped
+from volo.models.hub import OWN, PRETRAINED, WEIGHTS, fetch, known_tag, list_pretrained
 from volo.models.loading import load_weights, read_file, state_dict_in
 from volo.models.segmenter import HEAD_DEFAULTS, Segmenter, SegmenterConfig
 from volo.models.volo import VARIANTS, VOLO, VOLOConfig
@@ -39,8 +39,7 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
 
     Args:
         name: one of `list_models()`.
-        pretrained: False for random weights; True (or "pretrained") for the weights that come with the package
-            (volo_nano), else the published ones of `name` (at `img_size`, or at 224 where none are published at that
+        pretrained: False for random weights; True (or "pretrained") for our own weights (volo_nano, volo_tiny), else the published ones of `name` (at `img_size`, or at 224 where none are published at that
             size); a tag such as "volo_d1.384"; or a run folder or the path of a weight file.
         **overrides: fields of `VOLOConfig`: num_classes, img_size (int or (H, W)), in_chans, patch_size, depths,
             embed_dims, num_heads, mlp_ratios, stem_dim, outlook_kernel, outlook_stride, drop_path_rate, ...
@@ -152,19 +151,19 @@ def _read_pretrained(name: str, pretrained: bool | str | Path, overrides: Mappin
         if not tags:
             variants = sorted({weights.variant for weights in PRETRAINED.values()})
             raise ValueError(
-                f"no weights of {name} are published, only of {', '.join([*list_shipped(), *variants])}; "
+                f"no weights of {name} are published, only of {', '.join([*OWN, *variants])}; "
                 "give pretrained the path of a checkpoint"
             )
-        if (own := shipped(name)) is not None:
-            return read_file(own), f"the weights of {name} that come with the package"
+        if name in OWN:
+            return read_file(fetch(name)), f"the weights of {name}"
         size = dataclasses.replace(VARIANTS[name], **overrides).img_size
         given = f"{name}.{size[0]}" if size[0] == size[1] and f"{name}.{size[0]}" in tags else f"{name}.224"
     if given not in PRETRAINED and Path(given).exists():
         saved = Path(given) / WEIGHTS  # of save_pretrained
         path = saved if saved.is_file() else find_checkpoint(given)
         return read_file(path), str(path)
-    if given == name and (own := shipped(name)) is not None:
-        return read_file(own), f"the weights of {name} that come with the package"
+    if given == name and name in OWN:
+        return read_file(fetch(name)), f"the weights of {name}"
     weights = known_tag(given)
     if weights.variant != name:
         raise ValueError(

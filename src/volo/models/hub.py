@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import re
 import sys
 import urllib.error
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,26 +85,31 @@ PRETRAINED: dict[str, PretrainedWeights] = {
 }
 
 
+OWN = {
+    "volo_nano": "67bfdefe7fd92edc8f89a6f0f426c1235984443b710d9cb59338371bde1d5535",
+    "volo_tiny": "TINY",
+}
+"""SHA-256 of NAME.safetensors, the weights that we trained ourselves for the model of that name. Those of volo_nano come with
+the package, those of volo_tiny lie in the repository. They say themselves what they are; docs/models has a card for each."""
 SHIPPED_FOLDER = Path(__file__).resolve().parents[1] / "weights"
-"""Weights of our own that come with the package: NAME.safetensors for the model of that name. They say themselves what they
-are; docs/models has a card for each."""
+CHECKOUT_FOLDER = Path(__file__).resolve().parents[3] / "weights"
 
 
-def shipped(name: str) -> Path | None:
-    """The file of the weights that come with the package for a model of that name; None: there are none."""
-    path = SHIPPED_FOLDER / f"{name}.safetensors"
-    return path if re.fullmatch(r"\w+", name) and path.is_file() else None
-
-
-def list_shipped() -> list[str]:
-    """Models whose weights come with the package."""
-    return sorted(path.stem for path in SHIPPED_FOLDER.glob("*.safetensors"))
+def find_own(name: str) -> Path | None:
+    """The file of our own weights for a model of that name if it is on this machine: in the package, in a checkout of the
+    repository around it, or in $VOLO_CACHE. None: it is not, or there are none."""
+    if name not in OWN:
+        return None
+    folders = [SHIPPED_FOLDER, CHECKOUT_FOLDER]
+    with contextlib.suppress(ValueError):  # no home directory, hence no cache
+        folders.append(cache_folder())
+    return next((path for folder in folders if (path := folder / f"{name}.safetensors").is_file()), None)
 
 
 def list_pretrained(variant: str | None = None) -> list[str]:
-    """Names of weights, of one variant or of all: tags of the published ones, and models whose weights come with the package."""
+    """Names of weights, of one variant or of all: tags of the published ones, and models that have weights of our own."""
     published = [tag for tag, weights in PRETRAINED.items() if variant in (None, weights.variant)]
-    return published + [name for name in list_shipped() if variant in (None, name)]
+    return published + [name for name in OWN if variant in (None, name)]
 
 
 def known_tag(tag: str) -> PretrainedWeights:
@@ -114,10 +121,10 @@ def known_tag(tag: str) -> PretrainedWeights:
 
 
 def cached_path(tag: str, source: Source = "hub") -> Path:
-    """Where the file of a tag may be put by hand; the release's is kept there when it is fetched. What comes with the package
-    lies in it."""
-    if (own := shipped(tag)) is not None:
-        return own
+    """Where the file of a tag may be put by hand; the release's is kept there when it is fetched. Our own lie where
+    `find_own` finds them."""
+    if tag in OWN:
+        return find_own(tag) or cache_folder() / f"{tag}.safetensors"
     suffix = ".safetensors" if source == "hub" else ".pth.tar"
     return cache_folder() / f"{known_tag(tag).tag}{suffix}"
 
@@ -125,8 +132,8 @@ def cached_path(tag: str, source: Source = "hub") -> Path:
 def find(tag: str) -> Path | None:
     """The file of a tag if it is on this machine: come with the package, put there by hand, fetched by us, or by timm; the
     network is not used."""
-    if (own := shipped(tag)) is not None:
-        return own
+    if tag in OWN:
+        return find_own(tag)
     weights = known_tag(tag)
     by_hand: tuple[Source, ...] = ("hub", "release")
     for source in by_hand:
@@ -145,12 +152,15 @@ def find(tag: str) -> Path | None:
 
 
 def fetch(tag: str) -> Path:
-    """The file of published weights: what is on this machine, else from the hub, else from the authors' release.
+    """The file of published weights: what is on this machine, else from the hub, else from the authors' release; of our own
+    weights, from where VOLO_WEIGHTS_URL says.
 
     Raises ValueError for an unknown tag, DownloadError if neither source delivers.
     """
     if (found := find(tag)) is not None:
         return found
+    if tag in OWN:
+        return _fetch_own(tag)
     weights = known_tag(tag)
     try:
         return _checked(fetch_from_hub(weights.hub_repo, WEIGHTS))
@@ -208,20 +218,50 @@ def _checked(path: Path) -> Path:
     )
 
 
+def _fetch_own(name: str) -> Path:
+    """Our weights, into our cache, once their SHA-256 is right."""
+    base = os.environ.get("VOLO_WEIGHTS_URL")
+    file = f"{name}.safetensors"
+    if not base:
+        raise DownloadError(
+            f"the weights of {name} are not on this machine: they lie in weights/ of the repository. Put {file} into $VOLO_CACHE, "
+            f"or let VOLO_WEIGHTS_URL say where to download it from (the address before /{file})"
+        )
+
+    def check(part: Path) -> None:
+        with part.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if digest != OWN[name]:
+            raise ValueError(f"it is another file: its SHA-256 is {digest}, not {OWN[name]}")
+
+    return _download(f"{base.rstrip('/')}/{file}", cached_path(name), check)
+
+
 def _fetch_release(weights: PretrainedWeights) -> Path:
     """The authors' file, in our own cache; only whole weight files get there."""
+
+    def check(part: Path) -> None:
+        read_file(part)  # the release announces no hashes; what was cut off, or is a page of a proxy, does not open
+
+    try:
+        path = cached_path(weights.tag, "release")
+    except ValueError as error:  # no home directory
+        raise DownloadError(f"could not download {weights.release_url}: {error}") from error
+    return _download(weights.release_url, path, check)
+
+
+def _download(url: str, path: Path, check: Callable[[Path], None]) -> Path:
+    """`url` as the file `path`, which appears when `check` has raised no ValueError. Raises DownloadError."""
     import torch
 
-    url = weights.release_url
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise DownloadError(f"did not try {url}: HF_HUB_OFFLINE is set")
     try:
-        path = cached_path(weights.tag, "release")
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
-            read_file(part)  # the release announces no hashes; what was cut off, or is a page of a proxy, does not open
+            check(part)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -187,7 +187,7 @@ VARIANTS: dict[str, VOLOConfig] = {
     # Ours, for less compute.
     "volo_small": VOLOConfig(depths=(3, 3, 5, 1), embed_dims=(160, 320), num_heads=(5, 10)),
     "volo_tiny": VOLOConfig(
-        depths=(2, 2, 3, 1), embed_dims=(128, 256), num_heads=(4, 8), stem_dim=32, num_class_blocks=1
+        depths=(2, 2, 3, 1), embed_dims=(128, 256), num_heads=(4, 8), stem_dim=32, num_class_blocks=1, img_size=(64, 64)
     ),
     "volo_nano": VOLOConfig(
         depths=(2, 3), embed_dims=(96, 160), num_heads=(3, 5), stem_dim=24, num_class_blocks=1, img_size=(64, 64)

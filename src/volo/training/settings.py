@@ -1,5 +1,5 @@
 """What a training changes in the process that it runs in, and puts back at its end: switches of torch, generators,
-signals. What cannot be put back, `keep_freed_memory`, is for programs that do nothing but train."""
+signals. What cannot be put back, `keep_freed_memory`, is for programs that do nothing else."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed activations for the next step instead of returning them to the system, from now on.
 
     By default every large tensor is mapped and zeroed anew, page by page, which costs small models up to a third of a
-    step on a CPU. It cannot be undone, so the command line calls this and `train` does not. Elsewhere than on glibc there
-    is no mallopt, and nothing changes.
+    training step on a CPU, and a network of many depthwise convolutions half of its inference. It cannot be undone, so
+    the command line calls this and `train` does not. Elsewhere than on glibc there is no mallopt, and nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
