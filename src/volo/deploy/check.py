@@ -80,6 +80,10 @@ def compare(
         where = f"on images {' x '.join(map(str, batch.shape))}"
         for (name, expected), given in zip(wanted.items(), got, strict=True):
             expected = expected.float()
+            if not expected.isfinite().all():
+                raise ValueError(
+                    f"the model itself gives values that are not finite (NaN or infinity) {where}: its weights are damaged"
+                )
             if given.shape != expected.shape or not given.isfinite().all():
                 what = "values that are not finite" if given.shape == expected.shape else f"shape {tuple(given.shape)}"
                 raise MismatchError(

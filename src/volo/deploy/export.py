@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -29,6 +31,7 @@ from volo.models.volo import VOLO
 
 Format = Literal["onnx", "openvino", "torch", "html"]
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -300,17 +303,54 @@ def _multiple(model: nn.Module) -> int:
 
 
 class _scratch:
-    """A folder that goes again, whatever happens. Raises OSError where none can be made."""
+    """A folder that goes again, whatever happens.
+
+    Raises OSError where none can be made, and where what went wrong inside went wrong because the disk is full: other
+    libraries report that in their own words, or not before the file is read back.
+    """
 
     def __init__(self, parent: Path) -> None:
         self.parent = parent
 
     def __enter__(self) -> Path:
-        self.folder = Path(tempfile.mkdtemp(prefix=".volo-export-", dir=self.parent))
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix=".volo-export-", dir=self.parent))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot be written to ({error.strerror}); choose another place with --out",
+                str(self.parent),
+            ) from error
         return self.folder
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        reason = _no_room(self.folder, error) if isinstance(error, Exception) else None
         shutil.rmtree(self.folder, ignore_errors=True)
+        if reason is not None:
+            raise reason from error
+
+
+def _no_room(folder: Path, error: BaseException | None) -> OSError | None:
+    """Why nothing more can be written to `folder`, if that is so."""
+    full: OSError | None = None
+    while error is not None and full is None:
+        full = error if isinstance(error, OSError) and error.errno in _FULL else None
+        error = error.__cause__ or error.__context__
+    if full is None:
+        try:
+            with (folder / "room").open("wb") as file:
+                file.write(bytes(2**16))
+                os.fsync(file.fileno())
+        except OSError as refused:
+            full = refused if refused.errno in _FULL else None
+    if full is None:
+        return None
+    free = shutil.disk_usage(folder).free / 1e6
+    return OSError(
+        full.errno,
+        f"{full.strerror} ({free:.1f} MB free there). No file was written. Make room, or choose another place with --out",
+        str(folder.parent),
+    )
 
 
 def _publish(folder: Path, target: Path) -> None:
@@ -389,7 +429,9 @@ def _write_openvino(
 def _write_program(
     program: Any, path: Path, names: tuple[str, ...], description: dict[str, Any], **how: Any
 ) -> dict[str, Any]:
-    torch.export.save(program, path, extra_files={f"{KEY}.json": json.dumps(description, ensure_ascii=False)})
+    content = io.BytesIO()  # where PyTorch's own writer meets a full disk, it ends the process
+    torch.export.save(program, content, extra_files={f"{KEY}.json": json.dumps(description, ensure_ascii=False)})
+    path.write_bytes(content.getbuffer())
     return {"operators": sorted({str(node.target) for node in program.graph.nodes if node.op == "call_function"})}
 
 

@@ -103,14 +103,16 @@ class WithPreprocessing(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         H, W = pixels.shape[1:3]
-        height, width = (torch.ones(n, dtype=torch.int64).sum() for n in (H, W))
+        sides = [torch.ones(n, dtype=torch.int64).sum() for n in (H, W)]
+        most = ResizeAndCenterCrop.MAX_ASPECT * torch.minimum(*sides)  # of a longer image the middle is seen
+        height, width = (torch.minimum(side, most) for side in sides)
         # The factor by which both sides are covered, as a fraction: cover / side of the axis that needs the larger one.
         is_rows = self.cover[0] * width >= self.cover[1] * height
         above = torch.where(is_rows, self.cover[0], self.cover[1])
         below = torch.where(is_rows, height, width)
         rows, columns = (
-            self._axis(n, torch.div(above * length, below, rounding_mode="floor"), length, size)
-            for n, length, size in ((H, height, self.size[0]), (W, width, self.size[1]))
+            self._axis(n, torch.div(above * length, below, rounding_mode="floor"), length, size, side - length)
+            for n, length, size, side in ((H, height, self.size[0], sides[0]), (W, width, self.size[1], sides[1]))
         )
         x = pixels.permute(0, 3, 1, 2).float()
         # Whole levels after each axis, columns first, as the kernel for uint8 has it.
@@ -119,21 +121,23 @@ class WithPreprocessing(nn.Module):
         outputs = named_outputs(self.model(x * self.factor + self.offset))
         return tuple(logits.softmax(dim=-1) for logits in outputs.values())
 
-    def _axis(self, n: Any, scaled: Tensor, length: Tensor, size: int) -> Tensor:
-        """[size, n]: what each pixel of the crop takes from an axis of n pixels that is resized to `scaled`."""
+    def _axis(self, n: Any, scaled: Tensor, length: Tensor, size: int, left_out: Tensor) -> Tensor:
+        """[size, n]: what each pixel of the crop takes from an axis of n pixels, the middle `length` of which (all but
+        `left_out`) are resized to `scaled`."""
         # torchvision's rounding: half to even where something is cut off, down where black is added.
         cut = ((scaled - size).float() / 2).round()
         first = torch.where(scaled >= size, cut, -torch.div(size - scaled, 2, rounding_mode="floor").float())
         i = torch.arange(size).float() + first
         scale = length.float() / scaled.float()
         wide = scale.clamp(min=1.0)
-        j = torch.arange(n).float()
+        j = torch.arange(n).float() - (left_out.float() / 2).round()
         d = ((j[None] + 0.5 - (i[:, None] + 0.5) * scale) / wide).abs()
         if self.is_bicubic:  # a = -0.5
             near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
             weights = torch.where(d <= 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
         else:
             weights = (1 - d).clamp(min=0)
+        weights = weights * ((j >= 0) & (j < length)).float()
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
         return torch.where(((i >= 0) & (i < scaled))[:, None], weights, torch.zeros_like(weights))
 
