@@ -33,6 +33,14 @@ OPTIONS = [
     "--host-resolver-rules=MAP * ~NOTFOUND",  # no name leads anywhere
     "--remote-debugging-pipe",
 ]
+# The browser reads from descriptor 3 and writes to 4.
+AS_3_AND_4 = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(given), fcntl.F_DUPFD, 10) for given in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find_browser() -> Path | None:
@@ -64,8 +72,7 @@ class Browser:
             env["LD_LIBRARY_PATH"] = str(path.parent / "lib")
             env["FONTCONFIG_FILE"] = str(path.parent / "fonts.conf")
         command = [str(path), *OPTIONS, f"--user-data-dir={profile}", *options, "about:blank"]
-        # The browser reads from descriptor 3 and writes to 4.
-        line = ["sh", "-c", f'exec "$@" 3<&{told[0]} 4>&{tells[1]}', "sh", *command]
+        line = [sys.executable, "-c", AS_3_AND_4, str(told[0]), str(tells[1]), *command]
         self._log = profile.with_suffix(".log").open("wb")
         self._process = subprocess.Popen(
             line, pass_fds=(told[0], tells[1]), env=env, stdout=self._log, stderr=self._log
