@@ -76,9 +76,14 @@ def bare(model: Path, pictures: list[Path]) -> list[dict[str, float]]:
     return [answers[str(path)] for path in pictures]
 
 
-def test_the_answers_of_predict_without_volo(pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = tmp_path / "nano.onnx"
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "nano.onnx"
     assert main(["export", "volo_nano", "--with-preprocessing", "--out", str(path)]) == 0
+    return path
+
+
+def test_the_answers_of_predict_without_volo(exported: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
     assert main(["predict", "volo_nano", *map(str, pictures), "--top", "202", "--format", "json"]) == 0
     expected = [
