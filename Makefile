@@ -4,10 +4,11 @@ VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.volo-ready
+WEB := $(VENV)/web
 CONSTRAINTS := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-lowest lint format demo constraints clean
+.PHONY: help setup browser test test-slow test-lowest lint format demo constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -27,10 +28,22 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	  || $(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
+# Both are needed by tests alone: ONNX Runtime Web goes into the page, Chromium opens it. The newest Chromium of that package
+# asks for a newer Node than is widespread, in its scripts, which are not used.
+$(WEB)/browser/chromium: tests/get_browser.mjs
+	@command -v npm > /dev/null || { echo "the tests of the page need npm and node, which are not here; they will be skipped"; exit 1; }
+	npm install --prefix $(WEB) --no-audit --no-fund --ignore-scripts --loglevel=error onnxruntime-web@1.30.0 @sparticuz/chromium@153.0.0
+	node tests/get_browser.mjs $(WEB)
+	@touch $@
+
+browser: setup $(WEB)/browser/chromium ## a browser and ONNX Runtime Web for the tests of the page, in .venv/web
+
 test: setup lint ## lint, then all tests but the slow ones
+	-@$(MAKE) --no-print-directory browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slow: setup ## the tests that take minutes
+	-@$(MAKE) --no-print-directory browser
 	$(BIN)/python -m pytest -m slow
 
 # Bounds become versions: torch>=2.11 means torch 2.11 with whatever follows a further dot.

@@ -93,6 +93,19 @@ def test_model_rows_compare_the_same_weights():
     assert result["rows"][1]["memory_times_timm_eager"] == 1.0
 
 
+def test_a_checkpoint_and_an_exported_file_are_measured_alone(tmp_path: Path):
+    loaded = volo.load("volo_nano")
+    volo.save_pretrained(loaded, tmp_path / "saved")
+    volo.export(loaded, tmp_path / "nano.pt2", format="torch", dynamic=(), batch_size=2)
+    for name, expected in (("saved", ["volo float32", "volo bfloat16"]), ("nano.pt2", ["file fp32"])):
+        result = bench_model(str(tmp_path / name), batch_size=3, rounds=2)
+        assert result["model"] == name and result["img_size"] == [64, 64]
+        assert [row["candidate"] for row in result["rows"]] == expected
+        assert all(row["images_per_second"] * row["milliseconds"] == pytest.approx(3000) for row in result["rows"])
+    with pytest.raises(FileNotFoundError, match="gone.onnx"):
+        bench_model(str(tmp_path / "gone.onnx"))
+
+
 def test_train_rows():
     result = bench_train(batch_size=2, img_size=32, rounds=1)
     assert [row["candidate"] for row in result["rows"]] == ["volo", "timm eager"]

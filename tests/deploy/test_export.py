@@ -163,7 +163,7 @@ def test_preprocessing_as_matrices(crop_pct: float, img_size: int | tuple[int, i
     seen = nn.Identity()
     seen.register_forward_hook(lambda module, args, out: levels.append(out * 255))
     preprocessing = WithPreprocessing(seen, data)
-    for seed, (height, width) in enumerate([(16, 16), (50, 33), (33, 50), (9, 12), (64, 200)]):
+    for seed, (height, width) in enumerate([(16, 16), (50, 33), (33, 50), (9, 12), (64, 200), (5, 171)]):
         pixels = check.made_pixels(height, width, seed)
         preprocessing(pixels)
         expected = eval_transform(data)(pixels[0].permute(2, 0, 1)).float()

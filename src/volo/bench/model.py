@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from volo.bench.timing import alternate, copy_bandwidth, matrix_rate, peak_memory, setting, speedup
+from volo.config import height_width
+from volo.inference.exported import ExportedModel
+from volo.inference.model_source import load
 from volo.models.factory import create_model
 from volo.models.fuse import use_training_kernels
 from volo.models.volo import VOLO
@@ -35,8 +40,12 @@ def bench_model(
     the measured matrix rate that the model's products make, the fraction of the copy bandwidth that reading weights and
     images once makes (of use at batch 1 and on GPUs; otherwise the products are the limit), and the memory that a call
     takes at its peak.
+
+    Where `name` is a path (a run folder, a checkpoint, an exported file), that model is measured alone, at its own size.
     """
     where = torch.device(device)
+    if Path(name).exists() or Path(name).suffix:
+        return _bench_path(name, batch_size, dtypes, rounds, where)
     ours, theirs = _twins(name, img_size, where)
     images = torch.randn(batch_size, 3, img_size, img_size, device=where)
     candidates: dict[str, Callable[[], object]] = {}
@@ -61,6 +70,47 @@ def bench_model(
     flops = _flops(name, img_size)
     report = _report("inference", name, batch_size, img_size, candidates, rounds, where, flops, least=least)
     return report | {"largest_logit_difference": difference}
+
+
+def _bench_path(name: str, batch_size: int, dtypes: Sequence[str], rounds: int, device: torch.device) -> dict[str, Any]:
+    """What `volo predict` runs for this path, and for checkpoints the other `dtypes`."""
+    loaded = load(name, device=device)
+    model, size = loaded.model, height_width(loaded.preprocessing.img_size)
+    images = torch.randn(batch_size, 3, *size, device=device)
+    candidates: dict[str, Callable[[], object]] = {}
+    if isinstance(model, ExportedModel):
+        if device.type != "cpu":
+            raise ValueError(f"exported files run on the CPU here; given: {device}")
+        x = torch.randint(256, (batch_size, *size, 3), dtype=torch.uint8) if model.takes_pixels else images
+        candidates[f"file {model.description['dtype']}"] = _inference(model, x)
+    else:
+        for dtype_name in dtypes:
+            fast = copy.deepcopy(model).to(DTYPES[dtype_name])
+            for part in fast.modules():
+                if isinstance(part, VOLO):
+                    part.fuse_for_inference()
+            x = images.to(DTYPES[dtype_name]).contiguous(memory_format=torch.channels_last)
+            candidates[f"volo {dtype_name}"] = _inference(fast, x)
+    rows = []
+    for candidate, timing in alternate(candidates, rounds=rounds, device=device).items():
+        fast_one, slow_one = timing.quartiles
+        rows.append(
+            {
+                "candidate": candidate,
+                "images_per_second": batch_size / timing.median,
+                "quartiles": [batch_size / slow_one, batch_size / fast_one],
+                "milliseconds": 1000 * timing.median,
+            }
+        )
+    return {
+        "what": "inference",
+        "model": Path(name).name,
+        "batch_size": batch_size,
+        "img_size": list(size),
+        "rounds": rounds,
+        **setting(device),
+        "rows": rows,
+    }
 
 
 def bench_train(

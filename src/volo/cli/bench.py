@@ -70,10 +70,12 @@ class Op(OfModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Model(OfModel):
-    """Inference of a whole model against timm's VOLO with the same weights.
+    """Inference of a whole model against timm's VOLO with the same weights; of a run folder, a checkpoint or an exported
+    file alone.
 
     Examples:
       volo bench model --batch-size 8
+      volo bench model --model photos.onnx --batch-size 1
       volo bench model --model volo_d4 --img-size 448 --device cuda --compiled
     """
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from volo.config import DataConfig
 from volo.data.decode import decode_image
 from volo.data.transforms import PixelPipeline, eval_transform, height_width
-from volo.inference.exported import ExportedModel
+from volo.inference.exported import ExportedModel, named_outputs
 from volo.inference.predictor import find_pictures
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": None}
@@ -43,11 +43,11 @@ def read_images(paths: Sequence[Path], data: DataConfig) -> Tensor:
     return pixels(torch.stack([transform(decode_image(path)) for path in paths]))
 
 
-def made_images(count: int, height: int, width: int) -> Tensor:
-    """float32 [count, 3, height, width]: coarse blobs and fine noise, the same every time."""
+def made_images(count: int, height: int, width: int, channels: int = 3) -> Tensor:
+    """float32 [count, channels, height, width]: coarse blobs and fine noise, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(count, 3, 5, 5, generator=generator)
-    fine = torch.randn(count, 3, height, width, generator=generator)
+    coarse = torch.randn(count, channels, 5, 5, generator=generator)
+    fine = torch.randn(count, channels, height, width, generator=generator)
     return F.interpolate(coarse, (height, width), mode="bicubic") + 0.3 * fine
 
 
@@ -65,36 +65,46 @@ def compare(
     Raises MismatchError for an error above `TOLERANCE`, where more answers differ than `least_agreement` allows (an answer
     that the error could turn is not counted), and for values that are not finite.
     """
-    rows, kept, tolerance = [], [], TOLERANCE[dtype]
+    kept: list[Tensor] = []
+    rows, tolerance = [], TOLERANCE[dtype]
     for batch in images:
         with torch.inference_mode():
-            expected = model(batch).float()
-        given = exported(batch)
-        where = " x ".join(map(str, batch.shape))
-        if given.shape != expected.shape or not given.isfinite().all():
-            what = "values that are not finite" if given.shape == expected.shape else f"shape {tuple(given.shape)}"
-            raise MismatchError(
-                f"the exported file gives {what} for images {where}; the model gives {tuple(expected.shape)}"
-            )
-        error, scale = float((given - expected).abs().max()), float(expected.abs().max())
-        top = expected.topk(min(2, expected.shape[1]), dim=1).values
-        margin = top[:, 0] - top[:, -1]
-        is_same = given.argmax(1) == expected.argmax(1)
-        allowed = 2 * (tolerance or 0.0) * scale
-        kept.append((is_same | (margin < allowed)).flatten())
-        rows.append(
-            {
-                "shape": list(batch.shape),
-                "max_error": error,
-                "relative_error": error / max(scale, 1e-12),
-                "top1_agreement": float(is_same.float().mean()),
-            }
-        )
-        if tolerance is not None and error > tolerance * scale:
-            raise MismatchError(
-                f"the exported file differs from the model by {error:.3g} on images {where}, {error / scale:.2g} of the largest "
-                f"logit; {dtype} allows {tolerance:g}. No file was written"
-            )
+            wanted = named_outputs(model(batch))
+        got = named_outputs(exported(batch)).values()
+        row: dict[str, Any] = {
+            "shape": list(batch.shape),
+            "max_error": 0.0,
+            "relative_error": 0.0,
+            "top1_agreement": 1.0,
+        }
+        where = f"on images {' x '.join(map(str, batch.shape))}"
+        for (name, expected), given in zip(wanted.items(), got, strict=True):
+            expected = expected.float()
+            if not expected.isfinite().all():
+                raise ValueError(
+                    f"the model itself gives values that are not finite (NaN or infinity) {where}: its weights are damaged"
+                )
+            if given.shape != expected.shape or not given.isfinite().all():
+                what = "values that are not finite" if given.shape == expected.shape else f"shape {tuple(given.shape)}"
+                raise MismatchError(
+                    f"the exported file gives {what} as {name} {where}; the model gives {tuple(expected.shape)}"
+                )
+            if expected.dim() == 1:
+                expected, given = expected[:, None], given[:, None]
+            error, scale = float((given - expected).abs().max()), float(expected.abs().max())
+            top = expected.topk(min(2, expected.shape[1]), dim=1).values
+            margin = top[:, 0] - top[:, -1]
+            is_same = given.argmax(1) == expected.argmax(1)
+            kept.append((is_same | (margin < 2 * (tolerance or 0.0) * scale)).flatten())
+            row["max_error"] = max(row["max_error"], error)
+            row["relative_error"] = max(row["relative_error"], error / max(scale, 1e-12))
+            row["top1_agreement"] = min(row["top1_agreement"], float(is_same.float().mean()))
+            if tolerance is not None and error > tolerance * scale:
+                raise MismatchError(
+                    f"the exported file differs from the model by {error:.3g} in {name} {where}, {error / max(scale, 1e-12):.2g} of "
+                    f"the largest; {dtype} allows {tolerance:g}. No file was written"
+                )
+        rows.append(row)
     agreement = float(torch.cat(kept).float().mean())
     if agreement < least_agreement:
         raise MismatchError(
@@ -112,10 +122,11 @@ def compare_pixels(
     worst, same, count, shapes = 0.0, 0, 0, []
     for picture in pictures:
         with torch.inference_mode():
-            expected = model(pixels(transform(picture[0].permute(2, 0, 1))[None])).float().softmax(1)
-        given = exported(picture)
-        worst = max(worst, float((given - expected).abs().max()))
-        same += int(given.argmax() == expected.argmax())
+            wanted = named_outputs(model(pixels(transform(picture[0].permute(2, 0, 1))[None])))
+        got = list(named_outputs(exported(picture)).values())
+        for expected, given in zip(wanted.values(), got, strict=True):
+            worst = max(worst, float((given - expected.float().softmax(-1)).abs().max()))
+        same += int(got[0].argmax() == next(iter(wanted.values())).argmax())
         count += 1
         shapes.append(list(picture.shape))
         if not worst <= tolerance:
@@ -126,7 +137,7 @@ def compare_pixels(
     return {"shapes": shapes[:5], "images": count, "max_error": worst, "top1_agreement": same / max(count, 1)}
 
 
-def milliseconds(candidates: dict[str, Callable[[Tensor], Tensor]], images: Tensor) -> dict[str, float]:
+def milliseconds(candidates: dict[str, Callable[[Tensor], Any]], images: Tensor) -> dict[str, float]:
     """Median time of one call of each, in turns. An indication: nobody keeps the machine quiet meanwhile."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.inference_mode():
@@ -140,14 +151,14 @@ def milliseconds(candidates: dict[str, Callable[[Tensor], Tensor]], images: Tens
 
 
 def example_images(
-    data: DataConfig, free: frozenset[str], multiple: int, batch: int, real: Tensor | None
+    data: DataConfig, free: frozenset[str], multiple: int, batch: int, real: Tensor | None, channels: int = 3
 ) -> list[Tensor]:
     """Batches to compare on: real images if there are any, batch 1 and 8, and another size that is not square."""
     height, width = height_width(data.img_size)
-    images = made_images(8, height, width) if real is None else real
+    images = made_images(8, height, width, channels) if real is None else real
     if "batch" not in free:
         return [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)][:8]
     batches = [images[:1], *images.split(8)]
     if "size" in free:
-        batches.append(made_images(2, height + 2 * multiple, max(width - multiple, 2 * multiple)))
+        batches.append(made_images(2, height + 2 * multiple, max(width - multiple, 2 * multiple), channels))
     return batches

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -22,12 +24,14 @@ from volo.config import DataConfig, Size, nearest
 from volo.data.decode import decode_image
 from volo.data.transforms import height_width
 from volo.deploy import check
-from volo.deploy.program import DTYPES, InDtype, Shape, WithPreprocessing, make_program, prepare
-from volo.inference.exported import FORMAT, FORMATS, KEY, ExportedModel, open_exported, require
+from volo.deploy.program import DTYPES, InDtype, Shape, WithPreprocessing, WithTokens, make_program, prepare
+from volo.inference.exported import FORMAT, FORMATS, KEY, ExportedModel, named_outputs, open_exported, require
 from volo.inference.model_source import LoadedModel, load
+from volo.models.volo import VOLO
 
 Format = Literal["onnx", "openvino", "torch", "html"]
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def export(
     dynamic: Sequence[str] = ("batch",),
     opset: int | None = None,
     img_size: Size | None = None,
+    in_chans: int = 3,
     batch_size: int = 1,
     with_preprocessing: bool = False,
     data: str | Path | None = None,
@@ -77,7 +82,8 @@ def export(
 
     Args:
         model: a run folder, checkpoint, published weights or weight file, as `volo predict` takes it; what `volo.load` gave; or
-            a module that maps images [B, 3, H, W] to logits, with `img_size`. Modules of timm's VOLO: `volo.fuse(model, portable=True)` first.
+            a module that maps images [B, in_chans, H, W] to logits, or to a tuple or dict of tensors, with `img_size`. Timm's
+            VOLO and what is built on it becomes portable by itself (`volo.fuse`).
         out: the file; by default the model's name with the ending of the format, in this folder.
         format: "onnx" (.onnx), "openvino" (.xml with .bin), "torch" (.pt2, an ExportedProgram) or "html", a page that
             classifies images in the browser.
@@ -86,6 +92,7 @@ def export(
         dynamic: what one file leaves open: "batch", "size" (height and width, multiples of the model's), both, or nothing.
         opset: of ONNX, 17 to 23; 20 if None.
         img_size: another size than the model was made for.
+        in_chans: channels of the images that a module takes.
         batch_size: of a file whose batch is fixed.
         with_preprocessing: uint8 pixels [B, H, W, 3] of any size in, probabilities out; classifiers only.
         data: images to compare on, and to calibrate with: a folder, file or glob. Where they lie in class folders named like
@@ -110,9 +117,14 @@ def export(
         from volo.deploy.html import find_web_runtime
 
         web_runtime, with_preprocessing = find_web_runtime(web_runtime), True
-    loaded = _load(model, img_size)
+    loaded, outputs = _load(model, img_size, in_chans)
     target = _target(model, out, kind, overwrite)
     if with_preprocessing:
+        if outputs != ("logits",) or in_chans != 3:
+            raise ValueError(
+                f"preprocessing goes into the files of classifiers of RGB images; this module takes {in_chans} channels and "
+                f"gives {', '.join(outputs)}"
+            )
         if loaded.task != "classify":
             raise ValueError(
                 "preprocessing goes into the files of classifiers; a segmentation model sees windows of images, and one of task "
@@ -123,14 +135,20 @@ def export(
     height, width = height_width(loaded.preprocessing.img_size)
     real = check.find_images(data) if data is not None else None
 
-    module: nn.Module = prepare(loaded.model)
+    source: nn.Module = loaded.model
+    if format == "html" and isinstance(source, VOLO) and isinstance(source.aux_head, nn.Linear):
+        source, outputs = WithTokens(source), ("probabilities", "tokens")
+    elif with_preprocessing:
+        outputs = ("probabilities",)
+    module: nn.Module = prepare(source)
     computes = DTYPES.get(dtype, torch.float32) if format != "openvino" else torch.float32
     if computes != torch.float32:
         module = InDtype(module, computes)
     if with_preprocessing:
         module = WithPreprocessing(module, loaded.preprocessing)
-    program = make_program(module, Shape(height, width, batch_size, free, multiple), pixels=with_preprocessing)
-    names = ("pixels" if with_preprocessing else "images", "probabilities" if with_preprocessing else "logits")
+    shape = Shape(height, width, batch_size, free, multiple, in_chans)
+    program = make_program(module, shape, pixels=with_preprocessing)
+    names = ("pixels" if with_preprocessing else "images", *outputs)
     description = {
         "format": FORMAT,
         "volo": __version__,
@@ -149,6 +167,8 @@ def export(
         "dtype": dtype,
         "takes": names[0],
         "gives": names[1],
+        "outputs": list(outputs),
+        "in_chans": in_chans,
         "batch": None if "batch" in free else batch_size,
         "size": None if "size" in free or with_preprocessing else [height, width],
     }
@@ -177,7 +197,7 @@ def export(
         )
         # A page is checked by the model inside it.
         exported = open_exported(written.with_suffix(".onnx") if format == "html" else written)
-        values |= _compare(loaded, exported, dtype, free, multiple, batch_size, real, images, max_drop)
+        values |= _compare(dataclasses.replace(loaded, model=source), exported, dtype, shape, real, images, max_drop)
         if dtype == "int8" and data is not None and not with_preprocessing:
             values |= _accuracy(loaded, exported, data, max_drop)
         values["bytes"] = sum((folder / path.name).stat().st_size for path in _files(target) if path.suffix != ".json")
@@ -214,26 +234,43 @@ def _check(format: str, dtype: str, dynamic: Sequence[str], opset: int | None, b
     return kind
 
 
-def _load(model: str | Path | LoadedModel[Any] | nn.Module, img_size: Size | None) -> LoadedModel[Any]:
-    if isinstance(model, LoadedModel):
-        if img_size is None:
-            return model
-        return dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, img_size=img_size))
-    if not isinstance(model, nn.Module):
+def _load(
+    model: str | Path | LoadedModel[Any] | nn.Module, img_size: Size | None, in_chans: int
+) -> tuple[LoadedModel[Any], tuple[str, ...]]:
+    """The model, and the names of its outputs."""
+    if isinstance(model, nn.Module):
+        return _from_module(model, img_size, in_chans)
+    if in_chans != 3:
+        raise ValueError(f"in_chans is for modules; {getattr(model, 'origin', model)} takes images with 3 channels")
+    if not isinstance(model, LoadedModel):
         if Path(model).suffix.lower() in FORMATS:
             raise ValueError(f"{model} is an exported file; export the model that it was made from")
-        return load(model, img_size=img_size)
+        model = load(model, img_size=img_size)
+    elif img_size is not None:
+        model = dataclasses.replace(model, preprocessing=dataclasses.replace(model.preprocessing, img_size=img_size))
+    return model, ("logits",)
+
+
+def _from_module(model: nn.Module, img_size: Size | None, in_chans: int) -> tuple[LoadedModel[Any], tuple[str, ...]]:
     if img_size is None:
         raise ValueError("a module does not say which images it takes: give img_size")
-    height, width = height_width(img_size)
-    mode = model.training
-    with torch.inference_mode():
-        logits = model.eval()(torch.zeros(1, 3, height, width))
-    model.train(mode)
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        raise ValueError(f"{type(model).__name__} does not map images [B, 3, H, W] to logits [B, classes]")
-    classes = tuple(map(str, range(logits.shape[1])))
-    return LoadedModel(model, "classify", classes, DataConfig(img_size=img_size), type(model).__name__)
+    name = type(model).__name__
+    mode, images = model.training, torch.zeros(1, in_chans, *height_width(img_size))
+    try:
+        with torch.inference_mode():
+            outputs = named_outputs(model.eval()(images))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} does not map images {' x '.join(map(str, images.shape))} to logits: {str(error).splitlines()[0]}. Give its "
+            "img_size and in_chans; a module that takes or gives something else needs one around it that does not"
+        ) from error
+    finally:
+        model.train(mode)
+    first = next(iter(outputs.values()))
+    if list(outputs) == ["logits"] and first.dim() != 2:
+        raise ValueError(f"{name} does not map images [B, {in_chans}, H, W] to logits [B, classes]")
+    classes = tuple(map(str, range(first.shape[1]))) if first.dim() == 2 else ()
+    return LoadedModel(model, "classify", classes, DataConfig(img_size=img_size), name), tuple(outputs)
 
 
 def _target(
@@ -266,17 +303,54 @@ def _multiple(model: nn.Module) -> int:
 
 
 class _scratch:
-    """A folder that goes again, whatever happens. Raises OSError where none can be made."""
+    """A folder that goes again, whatever happens.
+
+    Raises OSError where none can be made, and where what went wrong inside went wrong because the disk is full: other
+    libraries report that in their own words, or not before the file is read back.
+    """
 
     def __init__(self, parent: Path) -> None:
         self.parent = parent
 
     def __enter__(self) -> Path:
-        self.folder = Path(tempfile.mkdtemp(prefix=".volo-export-", dir=self.parent))
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix=".volo-export-", dir=self.parent))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot be written to ({error.strerror}); choose another place with --out",
+                str(self.parent),
+            ) from error
         return self.folder
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        reason = _no_room(self.folder, error) if isinstance(error, Exception) else None
         shutil.rmtree(self.folder, ignore_errors=True)
+        if reason is not None:
+            raise reason from error
+
+
+def _no_room(folder: Path, error: BaseException | None) -> OSError | None:
+    """Why nothing more can be written to `folder`, if that is so."""
+    full: OSError | None = None
+    while error is not None and full is None:
+        full = error if isinstance(error, OSError) and error.errno in _FULL else None
+        error = error.__cause__ or error.__context__
+    if full is None:
+        try:
+            with (folder / "room").open("wb") as file:
+                file.write(bytes(2**16))
+                os.fsync(file.fileno())
+        except OSError as refused:
+            full = refused if refused.errno in _FULL else None
+    if full is None:
+        return None
+    free = shutil.disk_usage(folder).free / 1e6
+    return OSError(
+        full.errno,
+        f"{full.strerror} ({free:.1f} MB free there). No file was written. Make room, or choose another place with --out",
+        str(folder.parent),
+    )
 
 
 def _publish(folder: Path, target: Path) -> None:
@@ -291,7 +365,7 @@ def _publish(folder: Path, target: Path) -> None:
 
 
 def _write_onnx(
-    program: Any, path: Path, names: tuple[str, str], description: dict[str, Any], **how: Any
+    program: Any, path: Path, names: tuple[str, ...], description: dict[str, Any], **how: Any
 ) -> dict[str, Any]:
     import onnx
 
@@ -318,7 +392,7 @@ def _write_onnx(
 def _write_html(
     program: Any,
     path: Path,
-    names: tuple[str, str],
+    names: tuple[str, ...],
     description: dict[str, Any],
     *,
     runtime: str | Path | None,
@@ -333,7 +407,7 @@ def _write_html(
 
 
 def _write_openvino(
-    program: Any, path: Path, names: tuple[str, str], description: dict[str, Any], **how: Any
+    program: Any, path: Path, names: tuple[str, ...], description: dict[str, Any], **how: Any
 ) -> dict[str, Any]:
     import openvino
 
@@ -353,9 +427,11 @@ def _write_openvino(
 
 
 def _write_program(
-    program: Any, path: Path, names: tuple[str, str], description: dict[str, Any], **how: Any
+    program: Any, path: Path, names: tuple[str, ...], description: dict[str, Any], **how: Any
 ) -> dict[str, Any]:
-    torch.export.save(program, path, extra_files={f"{KEY}.json": json.dumps(description, ensure_ascii=False)})
+    content = io.BytesIO()  # where PyTorch's own writer meets a full disk, it ends the process
+    torch.export.save(program, content, extra_files={f"{KEY}.json": json.dumps(description, ensure_ascii=False)})
+    path.write_bytes(content.getbuffer())
     return {"operators": sorted({str(node.target) for node in program.graph.nodes if node.op == "call_function"})}
 
 
@@ -366,9 +442,7 @@ def _compare(
     loaded: LoadedModel[Any],
     exported: ExportedModel,
     dtype: str,
-    free: frozenset[str],
-    multiple: int,
-    batch_size: int,
+    shape: Shape,
     real: list[Path] | None,
     images: torch.Tensor | None,
     max_drop: float,
@@ -388,7 +462,9 @@ def _compare(
             "compared_on": what,
             "compared": [check.compare_pixels(model, exported, loaded.preprocessing, pictures, tolerance)],
         }
-    batches = check.example_images(loaded.preprocessing, free, multiple, batch_size, images)
+    batches = check.example_images(
+        loaded.preprocessing, shape.free, shape.multiple, shape.batch, images, shape.channels
+    )
     least = 1 - max_drop / 100 if dtype == "int8" else 1.0 if dtype == "fp32" else 0.0
     rows = check.compare(model, exported, dtype, batches, least)
     first = batches[0]

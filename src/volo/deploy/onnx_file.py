@@ -21,8 +21,9 @@ LARGEST = 2**31 - 1
 """Bytes that one ONNX file holds."""
 
 
-def to_onnx(program: ExportedProgram, opset: int, names: tuple[str, str]) -> onnx.ModelProto:
-    """`program` as an ONNX model of that opset, complete and checked, shapes inferred. Raises ValueError."""
+def to_onnx(program: ExportedProgram, opset: int, names: tuple[str, ...]) -> onnx.ModelProto:
+    """`program` as an ONNX model of that opset, complete and checked, shapes inferred. `names`: of the input, then of the
+    outputs. Raises ValueError."""
     import logging
 
     import onnx
@@ -37,7 +38,7 @@ def to_onnx(program: ExportedProgram, opset: int, names: tuple[str, str]) -> onn
             opset_version=max(opset, 18),  # below, the exporter writes 18 whatever one asks for
             verbose=False,
             input_names=[names[0]],
-            output_names=[names[1]],
+            output_names=list(names[1:]),
         )
     assert written is not None
     model = written.model_proto

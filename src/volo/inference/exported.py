@@ -9,7 +9,7 @@ import importlib.util
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,44 @@ FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
 """By the ending of the file."""
 
 
+Run = Callable[[np.ndarray], list[np.ndarray]]
+"""What a runtime does: from the input to all outputs."""
+
+
+def named_outputs(given: Any) -> dict[str, Tensor]:
+    """The outputs of a model by name: a dict as it is, a tuple by the names of its fields or numbered, one tensor as the
+    logits. Raises TypeError for anything else."""
+    if isinstance(given, Tensor):
+        return {"logits": given}
+    if isinstance(given, (tuple, list)):
+        given = dict(zip(getattr(given, "_fields", [f"output{i}" for i in range(len(given))]), given))
+    if not isinstance(given, Mapping) or not given or not all(isinstance(value, Tensor) for value in given.values()):
+        raise TypeError(
+            f"the model returns {type(given).__name__}; a tensor, or a tuple or dict of tensors, can be kept"
+        )
+    return {str(name): value for name, value in given.items()}
+
+
 class ExportedModel(nn.Module):
     """`forward(images float32 [B, 3, H, W], normalised) -> logits`; of a file with its preprocessing inside,
     `forward(pixels uint8 [B, H, W, 3]) -> probabilities`. On the CPU, without gradients.
 
-    Batches of any size: a file made for a fixed one is given so many images at a time.
+    A file with several outputs gives all of them, by name. Batches of any size: a file made for a fixed one is given so
+    many images at a time.
     """
 
-    def __init__(self, run: Callable[[np.ndarray], np.ndarray], description: dict[str, Any]) -> None:
+    def __init__(self, run: Run, description: dict[str, Any]) -> None:
         super().__init__()
         self._run = run
         self.description = description
+        self.outputs: tuple[str, ...] = tuple(description.get("outputs") or [description["gives"]])
         self.takes_pixels: bool = description["takes"] == "pixels"
         self.batch: int | None = description["batch"]
         self.size: tuple[int, int] | None = tuple(description["size"]) if description["size"] else None  # type: ignore[assignment]
         self.eval()
 
     @torch.inference_mode()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
         """Raises ValueError for images of another size than the file was made for."""
         if self.size is not None and not self.takes_pixels and tuple(images.shape[2:]) != self.size:
             given, made_for = (" x ".join(map(str, size)) for size in (images.shape[2:], self.size))
@@ -51,15 +71,19 @@ class ExportedModel(nn.Module):
             )
         x = images.cpu().numpy() if self.takes_pixels else images.float().cpu().numpy()
         if self.batch is None:
-            return torch.from_numpy(self._run(x)).float()
+            return self._named(self._run(x))
         parts = []
         for first in range(0, len(x), self.batch):
             part = x[first : first + self.batch]
             missing = self.batch - len(part)
             if missing:
                 part = np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)])
-            parts.append(torch.from_numpy(self._run(part)[: self.batch - missing]))
-        return torch.cat(parts).float()
+            parts.append([output[: self.batch - missing] for output in self._run(part)])
+        return self._named([np.concatenate(of_all) for of_all in zip(*parts)])
+
+    def _named(self, outputs: list[np.ndarray]) -> Tensor | dict[str, Tensor]:
+        tensors = [torch.from_numpy(output).float() for output in outputs]
+        return tensors[0] if len(self.outputs) == 1 else dict(zip(self.outputs, tensors))
 
 
 def require(package: str, extra: str = "deploy") -> None:
@@ -89,7 +113,7 @@ def open_exported(path: str | Path) -> ExportedModel:
         ) from error
 
 
-def _open_onnx(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+def _open_onnx(path: Path) -> tuple[Run, str]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -102,10 +126,10 @@ def _open_onnx(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     except Exception as error:
         raise ValueError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
     name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x})[0], session.get_modelmeta().custom_metadata_map.get(KEY, "")
+    return lambda x: session.run(None, {name: x}), session.get_modelmeta().custom_metadata_map.get(KEY, "")
 
 
-def _open_openvino(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+def _open_openvino(path: Path) -> tuple[Run, str]:
     import openvino
 
     core = openvino.Core()
@@ -119,10 +143,10 @@ def _open_openvino(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]
         compiled = core.compile_model(model, "CPU", settings)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} cannot be opened by OpenVINO: {error}") from error
-    return lambda x: compiled(x)[0], text
+    return lambda x: list(compiled(x).values()), text
 
 
-def _open_program(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+def _open_program(path: Path) -> tuple[Run, str]:
     _refuse_code(path)
     described = {f"{KEY}.json": ""}
     try:
@@ -130,9 +154,9 @@ def _open_program(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     except Exception as error:
         raise ValueError(f"{path} cannot be opened by torch.export: {error}") from error
 
-    def run(x: np.ndarray) -> np.ndarray:
+    def run(x: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
-            return module(torch.from_numpy(x)).numpy()
+            return [output.numpy() for output in named_outputs(module(torch.from_numpy(x))).values()]
 
     return run, described[f"{KEY}.json"]
 

@@ -212,6 +212,11 @@ def _from_exported(path: Path) -> LoadedModel[Any]:
     """A file of `volo export`, which says everything itself."""
     model = open_exported(path)
     described = model.description
+    if len(model.outputs) > 1 or described.get("in_chans", 3) != 3:
+        raise ValueError(
+            f"{path} takes {described.get('in_chans', 3)} channels and gives {', '.join(model.outputs)}: that is no classifier of "
+            "images. Run it in its own runtime, or by `volo.inference.exported.open_exported`"
+        )
     how: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described["preprocessing"].items()}
     return LoadedModel(
         model=model,

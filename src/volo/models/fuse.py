@@ -51,7 +51,8 @@ def fuse(model: nn.Module, *, portable: bool = False) -> FuseReport:
     Args:
         portable: make a model to be exported. Outlook attention is then computed by `volo.ops.portable`, slower here but in
             operations that every runtime has, and self-attention and class attention of timm's VOLO and of the original
-            code, whose tensors have five dimensions, become ours, whose have four.
+            code, whose tensors have five dimensions, become ours, whose have four. So do the relative positions of timm's
+            bottleneck attention, with which MiVOLO joins face and body.
 
     Raises ValueError where `model` itself is one outlook attention module: it cannot be replaced from inside.
     """
@@ -173,8 +174,39 @@ def _take_hooks(new: nn.Module, old: nn.Module) -> None:
     vars(new).update({name: value for name, value in vars(old).items() if "_hooks" in name and name in vars(new)})
 
 
+class _RelativePositions(nn.Module):
+    """timm's `PosEmbedRel` with tensors of rank 4: q [B, H * W, C] -> logits [B, H * W, H * W], for each query and key the
+    product of q with the entries for their distance in width and in height."""
+
+    def __init__(self, height_rel: nn.Parameter, width_rel: nn.Parameter) -> None:
+        super().__init__()
+        self.height_rel, self.width_rel = height_rel, width_rel  # [2 H - 1, C], [2 W - 1, C]
+
+    def forward(self, q: Tensor) -> Tensor:
+        H, W = ((len(table) + 1) // 2 for table in (self.height_rel, self.width_rel))
+        q = q.reshape(-1, H, W, q.shape[-1])
+        by_width = _by_distance(q, self.width_rel).reshape(-1, H * W, 1, W)
+        by_height = _by_distance(q.transpose(1, 2), self.height_rel).transpose(1, 2).reshape(-1, H * W, H, 1)
+        return (by_width + by_height).reshape(-1, H * W, H * W)
+
+
+def _by_distance(q: Tensor, table: Tensor) -> Tensor:
+    """q [B, L, N, C], table [2 N - 1, C] -> [B, L, N, N]: of query i and key j, q_i times entry j - i + N - 1."""
+    L, N = q.shape[1:3]
+    products = (q @ table.T).reshape(-1, N, 2 * N - 1)
+    # Row i is wanted from entry N - 1 - i on. Rows that are one entry longer, read as rows of the old length, begin one
+    # entry earlier each time.
+    skewed = F.pad(products, (0, 1)).reshape(-1, 2 * N * N)[:, : N * (2 * N - 1)].reshape(-1, N, 2 * N - 1)
+    return skewed[..., N - 1 :].reshape(-1, L, N, N)
+
+
 def _of_rank_four(module: nn.Module) -> nn.Module | None:
-    """Our layer around the Linear layers of `module`, if that is self-attention or class attention of somebody's VOLO."""
+    """Ours around the layers of `module`, if that is self-attention or class attention of somebody's VOLO, or timm's
+    relative positions."""
+    if type(module).__name__ == "PosEmbedRel" and type(module).__module__ == "timm.layers.bottleneck_attn":
+        positions = _RelativePositions(module.height_rel, module.width_rel)  # type: ignore[arg-type]
+        _take_hooks(positions, module)
+        return positions.train(module.training)
     # Other models have attention with the same attributes and other inputs, [B, N, C] instead of [B, H, W, C].
     if type(module).__module__.rpartition(".")[2] != "volo":
         return None
