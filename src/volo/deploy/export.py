@@ -23,7 +23,7 @@ from volo.data.decode import decode_image
 from volo.data.transforms import height_width
 from volo.deploy import check
 from volo.deploy.formats import aoti, coreml, executorch, litert
-from volo.deploy.program import DTYPES, InDtype, Shape, WithPreprocessing, make_program, prepare
+from volo.deploy.program import DTYPES, InDtype, Shape, WithPreprocessing, at_size, make_program, prepare
 from volo.inference.exported import FORMAT, FORMATS, KEY, ExportedModel, open_exported, require
 from volo.inference.model_source import LoadedModel, load
 
@@ -138,6 +138,8 @@ def export(
 
     # Inductor has fast code for unfold and fold; other runtimes lack fold.
     module: nn.Module = prepare(loaded.model, portable=format != "aoti")
+    if kind.is_fixed:
+        module = at_size(module, height, width)
     # OpenVINO and Core ML change the type while they write the file.
     computes = DTYPES.get(dtype, torch.float32) if format not in ("openvino", "coreml") else torch.float32
     if computes != torch.float32:

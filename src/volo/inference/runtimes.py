@@ -41,7 +41,7 @@ def open_aoti(path: Path) -> Opened:
 
     def run(x: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return compiled(torch.from_numpy(x)).numpy()
+            return compiled(torch.from_numpy(np.ascontiguousarray(x))).numpy()  # it does not look at strides
 
     return run, text
 

@@ -85,6 +85,14 @@ def _avg_pool(
     return F.avg_pool2d(x, kernel_sizes, strides, (top, left), ceil_mode, not exclude_padding_from_average)
 
 
+def _max_pool(
+    x: Tensor, kernel_sizes: list[int], strides: list[int], pad_type: str, pad: Sequence[int], ceil_mode: bool
+) -> Tensor:
+    left, right, top, bottom = _padding(pad_type, pad)
+    assert (left, top) == (right, bottom)
+    return F.max_pool2d(x, kernel_sizes, strides, (top, left), ceil_mode=ceil_mode)
+
+
 def _layer_norm(x: Tensor, axes: Sequence[int], epsilon: float, gamma: Tensor, beta: Tensor) -> Tensor:
     assert [axis % x.dim() for axis in axes] == list(range(x.dim() - len(axes), x.dim()))
     return F.layer_norm(x, gamma.shape, gamma, beta, epsilon)
@@ -165,6 +173,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "layer_norm": _layer_norm,
     "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
     "matmul": _matmul,
+    "max_pool": _max_pool,
     "mul": lambda x, y: x * y,
     "pad": _pad,
     "real_div": lambda x, y: x / y,
