@@ -111,8 +111,8 @@ def summary(path: Path, values: dict[str, Any]) -> str:
     if "not_run" in values:
         lines.append(values["not_run"])
     if values["description"]["batch"] is not None:
-        height, width = values["description"]["size"] or ("any", "any")
-        lines.append(f"fixed: batches of {values['description']['batch']}, images of {height} x {width}")
+        size = " x ".join(map(str, values["description"]["size"] or ["any size"]))
+        lines.append(f"fixed shapes: batches of {values['description']['batch']}, images of {size}")
     if "top1" in values:
         lines.append(f"top-1 {values['top1']['model']:.2f} % before, {values['top1']['exported']:.2f} % after")
     if "milliseconds" in values:

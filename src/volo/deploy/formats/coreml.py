@@ -22,6 +22,12 @@ NOT_RUN = (
     "with PyTorch"
 )
 
+OTHER_NAMES: dict[Any, Any] = {
+    torch.ops.aten.alias.default: torch.ops.aten.clone.default,
+    torch.ops.aten.__and__.Tensor: torch.ops.aten.logical_and.default,
+}
+"""Operations that coremltools knows by another name only (`&` is that of masks: our models have no bits of integers)."""
+
 
 def write(
     program: ExportedProgram, path: Path, names: tuple[str, str], description: dict[str, Any], **how: Any
@@ -29,8 +35,7 @@ def write(
     coremltools = _coremltools()
     program = program.run_decompositions({})
     for node in program.graph.nodes:
-        if node.target is torch.ops.aten.alias.default:  # coremltools knows it by this name only
-            node.target = torch.ops.aten.clone.default
+        node.target = OTHER_NAMES.get(node.target, node.target)
     with contextlib.redirect_stderr(io.StringIO()):  # its bars
         model = coremltools.convert(
             program,
