@@ -10,13 +10,14 @@ import platform
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 KEY = "volo"
 """Under this name the description is in every format."""
+LEVELS = ("DEFAULT", "AVX2", "AVX512")
+"""What PyTorch tells apart among processors of one make, each with all that is before it."""
 Opened = tuple[Callable[[np.ndarray], np.ndarray], str]
 
 
@@ -32,8 +33,9 @@ def holds_native_code(path: Path) -> bool:
 def open_aoti(path: Path) -> Opened:
     """Runs code of the package."""
     text = _entry(path, f"/extra/{KEY}.json")
-    if text:
-        _refuse_processor(path, json.loads(text))
+    made_for = json.loads(text or "{}").get("processor")
+    if made_for is not None:
+        _refuse_processor(path, made_for)
     try:
         compiled = torch._inductor.aoti_load_package(str(path))
     except Exception as error:
@@ -51,17 +53,14 @@ def processor() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _refuse_processor(path: Path, description: dict[str, Any]) -> None:
+def _refuse_processor(path: Path, made_for: str) -> None:
     """Instructions that a processor lacks end the process without a word."""
-    made_for, here = (description.get("processor", processor()).split(" ", 1), processor().split(" ", 1))
-    sets = ["DEFAULT", "AVX2", "AVX512"]
-    is_lacking = all(name in sets for name in (made_for[-1], here[-1])) and sets.index(here[-1]) < sets.index(
-        made_for[-1]
-    )
-    if made_for[0] != here[0] or is_lacking:
+    (machine, level), (own_machine, own_level) = (kind.split(" ", 1) for kind in (made_for, processor()))
+    is_lacking = {level, own_level} <= set(LEVELS) and LEVELS.index(own_level) < LEVELS.index(level)
+    if machine != own_machine or is_lacking:
         raise ValueError(
-            f"{path} was compiled for a processor of the kind {' '.join(made_for)}, and this one is {' '.join(here)}: export the "
-            "model again on this machine"
+            f"{path} was compiled for a processor of the kind {made_for}, and this one is {processor()}: export the model again "
+            "on this machine"
         )
 
 

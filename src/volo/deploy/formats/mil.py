@@ -17,10 +17,14 @@ from torch import Tensor
 def check(function: Any) -> None:
     """Raises ValueError where `function`, a function of a MIL program, has operations that are not here."""
     unknown = {op.op_type for op in function.operations} - {"const", *OPERATIONS}
-    if unknown:
+    _only(not unknown, ", ".join(sorted(unknown)))
+
+
+def _only(is_known: bool, what: str) -> None:
+    if not is_known:
         raise ValueError(
-            f"the package was converted, but cannot be checked outside Apple's systems: {', '.join(sorted(unknown))} is not "
-            "among the operations that volo.deploy.formats.mil computes. No file was written"
+            f"the model was converted, but cannot be checked outside Apple's systems: {what} is not among what "
+            "volo.deploy.formats.mil computes. No file was written"
         )
 
 
@@ -52,10 +56,14 @@ def run(function: Any, x: np.ndarray) -> np.ndarray:
 
 def _padding(pad_type: str, pad: Sequence[int]) -> list[int]:
     """[top, bottom, left, right] as F.pad wants it."""
-    if pad_type not in ("valid", "custom"):
-        raise ValueError(f"padding {pad_type!r} of a Core ML operation cannot be checked. No file was written")
+    _only(pad_type in ("valid", "custom"), f"padding {pad_type}")
     top, bottom, left, right = pad if pad_type == "custom" else (0, 0, 0, 0)
     return [left, right, top, bottom]
+
+
+def _cast(x: Tensor, dtype: str) -> Tensor:
+    _only(dtype in ("fp16", "fp32"), f"cast to {dtype}")
+    return x  # `run` rounds
 
 
 def _conv(
@@ -81,7 +89,7 @@ def _avg_pool(
     ceil_mode: bool,
 ) -> Tensor:
     left, right, top, bottom = _padding(pad_type, pad)
-    assert (left, top) == (right, bottom)
+    _only((left, top) == (right, bottom), "pooling with uneven padding")
     return F.avg_pool2d(x, kernel_sizes, strides, (top, left), ceil_mode, not exclude_padding_from_average)
 
 
@@ -89,12 +97,13 @@ def _max_pool(
     x: Tensor, kernel_sizes: list[int], strides: list[int], pad_type: str, pad: Sequence[int], ceil_mode: bool
 ) -> Tensor:
     left, right, top, bottom = _padding(pad_type, pad)
-    assert (left, top) == (right, bottom)
+    _only((left, top) == (right, bottom), "pooling with uneven padding")
     return F.max_pool2d(x, kernel_sizes, strides, (top, left), ceil_mode=ceil_mode)
 
 
 def _layer_norm(x: Tensor, axes: Sequence[int], epsilon: float, gamma: Tensor, beta: Tensor) -> Tensor:
-    assert [axis % x.dim() for axis in axes] == list(range(x.dim() - len(axes), x.dim()))
+    is_last = [axis % x.dim() for axis in axes] == list(range(x.dim() - len(axes), x.dim()))
+    _only(is_last, f"layer_norm over axes {axes}")
     return F.layer_norm(x, gamma.shape, gamma, beta, epsilon)
 
 
@@ -126,7 +135,7 @@ def _slice(
 
 
 def _pad(x: Tensor, pad: Sequence[int], mode: str, constant_val: float) -> Tensor:
-    assert mode == "constant"
+    _only(mode == "constant", f"padding {mode}")
     pairs = list(zip(pad[::2], pad[1::2]))
     return F.pad(x, [n for pair in reversed(pairs) for n in pair], value=constant_val)
 
@@ -138,7 +147,7 @@ def _split(
 
 
 def _concat(values: list[Tensor], axis: int, interleave: bool) -> Tensor:
-    assert not interleave
+    _only(not interleave, "interleaved concat")
     return torch.cat(values, axis)
 
 
@@ -153,7 +162,7 @@ def _upsample(
     align_corners: bool,
     half_pixel_centers: bool | None = None,
 ) -> Tensor:
-    assert half_pixel_centers in (None, not align_corners)
+    _only(half_pixel_centers in (None, not align_corners), "upsampling between corners and centres")
     size = [int(side * scale) for side, scale in zip(x.shape[2:], (scale_factor_height, scale_factor_width))]
     return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
 
@@ -166,6 +175,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": lambda x, y: x + y,
     "avg_pool": _avg_pool,
     "batch_norm": _batch_norm,
+    "cast": _cast,
     "concat": _concat,
     "conv": _conv,
     "expand_dims": lambda x, axes: x[tuple(None if i in axes else slice(None) for i in range(x.dim() + len(axes)))],
