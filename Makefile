@@ -69,9 +69,10 @@ demo: setup ## train on handwritten digits, then name digits that were held out
 	$(BIN)/volo predict runs/digits runs/digits/held_out --sheet runs/digits/predictions.png
 	@echo "Pictures to look at: runs/digits/predictions.png, runs/digits/curves.png, runs/digits/confusion.png"
 
+# Without the extras of phones, of which litert would pin a typing_extensions of 2024 for everything.
 constraints: setup ## bring constraints.txt in line with pyproject.toml; pins that still fit stay
-	printf 'setuptools\nuv\n' | $(BIN)/uv pip compile pyproject.toml - --all-extras --universal --python-version 3.11 \
-	  --no-header --no-annotate --quiet --output-file constraints.txt
+	printf 'setuptools\nuv\n' | $(BIN)/uv pip compile pyproject.toml - --extra dev --extra quantize --universal \
+	  --python-version 3.11 --no-header --no-annotate --quiet --output-file constraints.txt
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* htmlcov

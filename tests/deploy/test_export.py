@@ -203,8 +203,8 @@ def test_torch_program_and_one_with_code_in_it(loaded: LoadedModel, pictures: li
 
 
 def test_one_changed_weight_leaves_no_file(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def changed(model: nn.Module) -> nn.Module:
-        copy = prepare(model)
+    def changed(model: nn.Module, **how: bool) -> nn.Module:
+        copy = prepare(model, **how)
         with torch.no_grad():
             copy.head.bias[1] += 0.1  # type: ignore[union-attr, operator, index]
         return copy

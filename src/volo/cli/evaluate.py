@@ -52,6 +52,8 @@ class EvaluateOptions:
     object_value: int | None = None
     """Of a segmentation model of two classes: value of the object in the masks, 1 or 255; as in those it learned from if left out."""
     seen: Annotated[WindowOptions, tyro.conf.arg(name="")] = field(default_factory=WindowOptions)
+    trust: bool = False
+    """Open a MODEL that holds native code, a package of AOTInductor; loading it runs that code."""
     how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
 
@@ -90,7 +92,7 @@ def evaluate(options: EvaluateOptions) -> int:
             options.model, "--split, --object-value, --window, --stride and --scales are for segmentation models"
         )
     device = open_device(options.how.device, options.how.threads)
-    loaded = load_model(options.model, options.how, device)
+    loaded = load_model(options.model, options.how, device, trust=options.trust)
     if loaded.task != "segment":  # its windows and scales are of many sizes, and its memory is bounded
         keep_freed_memory()
     console = results(options.json)

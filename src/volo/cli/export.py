@@ -19,14 +19,15 @@ class ExportOptions:
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A run folder (its best.pt), a checkpoint, published weights such as volo_d1.224, or a weight file of timm's or the
     original's."""
-    format: Annotated[str, tyro.conf.arg(metavar="onnx|openvino|torch|html")] = "onnx"
-    """ONNX (.onnx), OpenVINO (.xml and .bin), a program of torch.export (.pt2), or a page that classifies in the browser (.html)."""
+    format: Annotated[str, tyro.conf.arg(metavar="onnx|openvino|torch|html|aoti|executorch|coreml|litert")] = "onnx"
+    """ONNX (.onnx), OpenVINO (.xml and .bin), a program of torch.export (.pt2), a page that classifies in the browser (.html),
+    native code by AOTInductor (.aoti.pt2), or for phones ExecuTorch (.pte), Core ML (.mlpackage), LiteRT (.tflite)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The file; by default the model's name in this folder. A report lies beside it: FILE.json."""
     dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """What it computes in. int8 needs --data."""
-    dynamic: Annotated[str, tyro.conf.arg(metavar="batch|size|batch,size|none")] = "batch"
-    """Dynamic axes: the batch, or height and width."""
+    dynamic: Annotated[str | None, tyro.conf.arg(metavar="batch|size|batch,size|none")] = None
+    """Dynamic axes: the batch (if left out), or height and width. Files of executorch, coreml and litert have none."""
     opset: int | None = None
     """Of ONNX, 17 (widest support) to 23; 20 if left out."""
     img_size: tuple[int, ...] | None = None
@@ -63,6 +64,7 @@ def export(options: ExportOptions) -> int:
       volo export runs/photos --with-preprocessing --data photos/val      pixels in, probabilities out
       volo export runs/photos --format html                               photos.html: opens in any browser, no server
       volo export runs/photos --format openvino --dtype int8 --data photos/val
+      volo export runs/photos --format executorch --batch-size 1          photos.pte: for phones
     """
     from volo.deploy.export import export as run_export
 
@@ -72,7 +74,11 @@ def export(options: ExportOptions) -> int:
         options.out,
         format=options.format,  # type: ignore[arg-type]
         dtype=options.dtype,
-        dynamic=() if options.dynamic == "none" else tuple(options.dynamic.split(",")),
+        dynamic=None
+        if options.dynamic is None
+        else ()
+        if options.dynamic == "none"
+        else tuple(options.dynamic.split(",")),
         opset=options.opset,
         img_size=read_size("--img-size", options.img_size),
         batch_size=options.batch_size,
@@ -102,6 +108,11 @@ def summary(path: Path, values: dict[str, Any]) -> str:
         f"compared on {values['compared_on']}: largest error {max(row['max_error'] for row in rows):.2g}, "
         f"same answer {100 * min(row['top1_agreement'] for row in rows):.1f} %",
     ]
+    if "not_run" in values:
+        lines.append(values["not_run"])
+    if values["description"]["batch"] is not None:
+        size = " x ".join(map(str, values["description"]["size"] or ["any size"]))
+        lines.append(f"fixed shapes: batches of {values['description']['batch']}, images of {size}")
     if "top1" in values:
         lines.append(f"top-1 {values['top1']['model']:.2f} % before, {values['top1']['exported']:.2f} % after")
     if "milliseconds" in values:

@@ -110,7 +110,7 @@ def model_and_pictures(model: str, words: tuple[str, ...], checkpoint: str | Non
     return model, find_pictures(words, sys.stdin if "-" in words else ())
 
 
-def load_model(model: str, how: ModelOptions, device: torch.device, task: Any = None) -> Any:
+def load_model(model: str, how: ModelOptions, device: torch.device, task: Any = None, *, trust: bool = False) -> Any:
     from volo.inference.model_source import load
 
     return load(
@@ -119,6 +119,7 @@ def load_model(model: str, how: ModelOptions, device: torch.device, task: Any = 
         img_size=read_size("--img-size", how.img_size),
         crop=None if how.crop is None else read_crop(how.crop, "original", "timm"),
         device=device,
+        trust=trust,
     )
 
 

@@ -43,6 +43,8 @@ class PredictOptions:
     """Replace existing files at --out and --sheet even if they are not earlier results."""
     on_bad_image: Literal["error", "skip"] = "error"
     """Images that cannot be read are named and left out either way; "error" ends with exit code 1, "skip" with 0."""
+    trust: bool = False
+    """Open a MODEL that holds native code, a package of AOTInductor; loading it runs that code."""
     how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
 
@@ -82,7 +84,7 @@ def predict(options: PredictOptions) -> int:
             claim(path, is_ours, overwrite=options.overwrite, option=option)
     device = open_device(options.how.device, options.how.threads)
     keep_freed_memory()
-    classifier = load_model(model, options.how, device)
+    classifier = load_model(model, options.how, device, trust=options.trust)
     if classifier.task == "segment":
         raise ValueError(f"{model} is a segmentation model, which names pixels: use `volo segment` or `volo evaluate`")
     is_table = classifier.task == "table"

@@ -40,6 +40,8 @@ class SegmentOptions:
     batch_size: int = 1
     """Windows at once."""
     seen: Annotated[WindowOptions, tyro.conf.arg(name="")] = field(default_factory=WindowOptions)
+    trust: bool = False
+    """Open a MODEL that holds native code, a package of AOTInductor; loading it runs that code."""
     how: Annotated[DeviceOptions, tyro.conf.arg(name="")] = field(default_factory=DeviceOptions)
 
 
@@ -79,7 +81,7 @@ def segment(options: SegmentOptions) -> int:
         raise ValueError(f"--alpha is the opacity of the colours, 0 to 1; given: {alpha:g}")
     model, pictures = model_and_pictures(options.model, options.pictures, options.checkpoint)
     device = open_device(options.how.device, options.how.threads)
-    classifier = load(model, task="segment", device=device)
+    classifier = load(model, task="segment", device=device, trust=options.trust)
     names, colours = classifier.classes, classifier.colours
     if options.cityscapes and names != tuple(name for name, _, _ in CITYSCAPES):
         raise ValueError(

@@ -24,12 +24,13 @@ from volo.config import DataConfig, Size, nearest
 from volo.data.decode import decode_image
 from volo.data.transforms import height_width
 from volo.deploy import check
-from volo.deploy.program import DTYPES, InDtype, Shape, WithPreprocessing, WithTokens, make_program, prepare
+from volo.deploy.formats import aoti, coreml, executorch, litert
+from volo.deploy.program import DTYPES, InDtype, Shape, WithPreprocessing, WithTokens, at_size, make_program, prepare
 from volo.inference.exported import FORMAT, FORMATS, KEY, ExportedModel, named_outputs, open_exported, require
 from volo.inference.model_source import LoadedModel, load
 from volo.models.volo import VOLO
 
-Format = Literal["onnx", "openvino", "torch", "html"]
+Format = Literal["onnx", "openvino", "torch", "html", "aoti", "executorch", "coreml", "litert"]
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -41,6 +42,10 @@ class Kind:
     ending: str
     packages: tuple[str, ...]
     dtypes: tuple[str, ...]
+    extra: str = "deploy"
+    """What installs the packages."""
+    is_fixed: bool = False
+    """A file has one batch size and one image size."""
 
 
 KINDS = {
@@ -48,6 +53,10 @@ KINDS = {
     "openvino": Kind(".xml", ("onnx", "onnxscript", "openvino"), ("fp32", "fp16", "bf16", "int8")),
     "torch": Kind(".pt2", (), ("fp32", "fp16", "bf16")),
     "html": Kind(".html", ("onnx", "onnxscript", "onnxruntime"), ("fp32", "int8")),
+    "aoti": Kind(".aoti.pt2", (), ("fp32", "bf16")),
+    "executorch": Kind(".pte", ("executorch",), ("fp32",), "executorch", is_fixed=True),
+    "coreml": Kind(".mlpackage", ("coremltools",), ("fp32", "fp16"), "coreml", is_fixed=True),
+    "litert": Kind(".tflite", ("litert_torch", "ai_edge_litert"), ("fp32",), "litert", is_fixed=True),
 }
 
 
@@ -66,7 +75,7 @@ def export(
     *,
     format: Format = "onnx",
     dtype: Dtype = "fp32",
-    dynamic: Sequence[str] = ("batch",),
+    dynamic: Sequence[str] | None = None,
     opset: int | None = None,
     img_size: Size | None = None,
     in_chans: int = 3,
@@ -85,11 +94,13 @@ def export(
             a module that maps images [B, in_chans, H, W] to logits, or to a tuple or dict of tensors, with `img_size`. Timm's
             VOLO and what is built on it becomes portable by itself (`volo.fuse`).
         out: the file; by default the model's name with the ending of the format, in this folder.
-        format: "onnx" (.onnx), "openvino" (.xml with .bin), "torch" (.pt2, an ExportedProgram) or "html", a page that
-            classifies images in the browser.
+        format: "onnx" (.onnx), "openvino" (.xml with .bin), "torch" (.pt2, an ExportedProgram), "html", a page that
+            classifies images in the browser, "aoti" (.aoti.pt2, native code for this processor), "executorch" (.pte),
+            "coreml" (.mlpackage) or "litert" (.tflite).
         dtype: what it computes in; inputs and outputs stay float32. "int8" needs `data`: weights in int8, for ONNX with
             activations quantised as it runs, for OpenVINO calibrated on `data`.
-        dynamic: what one file leaves open: "batch", "size" (height and width, multiples of the model's), both, or nothing.
+        dynamic: what one file leaves open: "batch", "size" (height and width, multiples of the model's), both, or nothing. If
+            None the batch, and nothing in formats whose shapes are fixed: ExecuTorch, Core ML, LiteRT.
         opset: of ONNX, 17 to 23; 20 if None.
         img_size: another size than the model was made for.
         in_chans: channels of the images that a module takes.
@@ -111,7 +122,9 @@ def export(
         ModuleNotFoundError: the format's packages are missing; the message says what to install.
         OSError: the folder cannot be written to, or is full. Then there is no file.
     """
-    kind = _check(format, dtype, dynamic, opset, batch_size, data)
+    kind = _check(format, dtype, dynamic or (), opset, batch_size, data, with_preprocessing)
+    if dynamic is None:
+        dynamic = () if kind.is_fixed else ("batch",)
     free = frozenset(dynamic)
     if format == "html":
         from volo.deploy.html import find_web_runtime
@@ -140,8 +153,12 @@ def export(
         source, outputs = WithTokens(source), ("probabilities", "tokens")
     elif with_preprocessing:
         outputs = ("probabilities",)
-    module: nn.Module = prepare(source)
-    computes = DTYPES.get(dtype, torch.float32) if format != "openvino" else torch.float32
+    # Inductor has fast code for unfold and fold; other runtimes lack fold.
+    module: nn.Module = prepare(source, portable=format != "aoti")
+    if kind.is_fixed:
+        module = at_size(module, height, width)
+    # OpenVINO and Core ML change the type while they write the file.
+    computes = DTYPES.get(dtype, torch.float32) if format not in ("openvino", "coreml") else torch.float32
     if computes != torch.float32:
         module = InDtype(module, computes)
     if with_preprocessing:
@@ -183,6 +200,10 @@ def export(
             "openvino": _write_openvino,
             "torch": _write_program,
             "html": partial(_write_html, runtime=web_runtime),
+            "aoti": aoti.write,
+            "executorch": executorch.write,
+            "coreml": coreml.write,
+            "litert": litert.write,
         }
         images = None if real is None else check.read_images(real, loaded.preprocessing)
         values |= writers[format](
@@ -195,12 +216,16 @@ def export(
             images=images,
             least_agreement=1 - max_drop / 100,
         )
-        # A page is checked by the model inside it.
-        exported = open_exported(written.with_suffix(".onnx") if format == "html" else written)
+        if format == "coreml":
+            exported = coreml.replay(written)
+        else:  # a page is checked by the model inside it
+            exported = open_exported(written.with_suffix(".onnx") if format == "html" else written, trust=True)
         values |= _compare(dataclasses.replace(loaded, model=source), exported, dtype, shape, real, images, max_drop)
+        if "not_run" in values:
+            del values["milliseconds"]  # not those of the runtime
         if dtype == "int8" and data is not None and not with_preprocessing:
             values |= _accuracy(loaded, exported, data, max_drop)
-        values["bytes"] = sum((folder / path.name).stat().st_size for path in _files(target) if path.suffix != ".json")
+        values["bytes"] = sum(_bytes(folder / path.name) for path in _files(target) if path.suffix != ".json")
         values["versions"] = {name: importlib.metadata.version(name) for name in ("torch", *kind.packages)}
         report = folder / f"{target.name}.json"
         report.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -208,18 +233,28 @@ def export(
     return ExportReport(target, values)
 
 
-def _check(format: str, dtype: str, dynamic: Sequence[str], opset: int | None, batch_size: int, data: object) -> Kind:
+def _check(
+    format: str, dtype: str, dynamic: Sequence[str], opset: int | None, batch_size: int, data: object, pixels: bool
+) -> Kind:
     """Everything that can be wrong before a model is loaded."""
     if format not in KINDS:
         raise ValueError(f"no format {format!r}{nearest(format, KINDS)} (formats: {', '.join(KINDS)})")
     kind = KINDS[format]
     if dtype not in kind.dtypes:
         raise ValueError(f"{format} files are written in {', '.join(kind.dtypes)}; given: {dtype!r}")
-    for package in kind.packages:
-        require(package)
     unknown = [name for name in dynamic if name not in ("batch", "size")]
     if unknown:
         raise ValueError(f"dynamic is batch, size, both or nothing; given: {unknown[0]!r}")
+    if kind.is_fixed and (dynamic or pixels):
+        given = "preprocessing, which takes images of any size" if pixels else f"dynamic {', '.join(dynamic)}"
+        raise ValueError(
+            f"files of {format} have one batch size and one image size; given: {given}. Leave that out, and choose with "
+            "--batch-size (batch_size) and --img-size (img_size)"
+        )
+    for package in kind.packages:
+        require(package, kind.extra)
+    if format == "aoti":
+        aoti.require_compiler()
     if opset is not None:
         from volo.deploy.onnx_file import OPSETS
 
@@ -283,7 +318,7 @@ def _target(
         name = Path(model).absolute().name
         out = f"{name.removesuffix('.pt').removesuffix('.safetensors')}{kind.ending}"
     target = Path(out)
-    if target.suffix.lower() != kind.ending:
+    if not target.name.lower().endswith(kind.ending):
         raise ValueError(f"files of this format end in {kind.ending}; given: {target.name}")
     taken = [path for path in _files(target) if path.exists()]
     if taken and not overwrite:
@@ -356,9 +391,21 @@ def _no_room(folder: Path, error: BaseException | None) -> OSError | None:
 def _publish(folder: Path, target: Path) -> None:
     for path in _files(target):
         made = folder / path.name
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
+        for part in _parts(made):
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        if path.is_dir():  # a folder does not replace another
+            path.rename(folder / "earlier")
         made.replace(path)
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of one that may be a folder, as those of Core ML are."""
+    return [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
+
+
+def _bytes(path: Path) -> int:
+    return sum(part.stat().st_size for part in _parts(path))
 
 
 # ---- formats ----

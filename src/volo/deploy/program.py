@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from volo.data.transforms import ResizeAndCenterCrop
 from volo.inference.exported import named_outputs
 from volo.layers import OutlookAttention, PatchEmbed
 from volo.models.fuse import fuse
-from volo.models.volo import VOLO
+from volo.models.volo import VOLO, resample_pos_embed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -52,6 +53,16 @@ def prepare(model: nn.Module, *, portable: bool = True) -> nn.Module:
                 if module.attn.bias is not None:
                     module.attn.bias.mul_(module.scale)
                 module.scale = 1.0
+    return model
+
+
+def at_size(model: nn.Module, height: int, width: int) -> nn.Module:
+    """`model`, changed so that its position embeddings are those of images of this size: no graph has to resample them."""
+    for module in model.modules():
+        if isinstance(module, VOLO):
+            grid = dataclasses.replace(module.config, img_size=(height, width)).grid_size
+            if module.pos_embed.shape[1:3] != grid:
+                module.pos_embed = nn.Parameter(resample_pos_embed(module.pos_embed, grid), requires_grad=False)
     return model
 
 

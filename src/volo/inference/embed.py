@@ -19,7 +19,7 @@ from volo.data.decode import BadImageError, decode_image
 from volo.data.files import write_atomically
 from volo.data.transforms import PixelPipeline, eval_transform
 from volo.inference.evaluate import AMP_DTYPES, not_finite
-from volo.inference.exported import FORMATS
+from volo.inference.exported import is_exported
 from volo.inference.features import Pool, extract_features, for_features, weights_digest
 from volo.inference.model_source import Crop, LoadedModel, load
 from volo.inference.predictor import find_pictures, prepared_batches
@@ -211,7 +211,7 @@ def volo_classifier(
     )
     if not isinstance(model, LoadedModel):
         path = Path(model)
-        if path.suffix.lower() in FORMATS and path.is_file():
+        if is_exported(path):
             raise ValueError(f"{model} is an exported file, which gives classes alone; {needed}")
         try:
             loaded = load(model, device=device or "cpu", img_size=img_size, crop=crop)

@@ -1,4 +1,5 @@
-"""Files of `volo export` as modules of PyTorch, each run by its own runtime: ONNX Runtime, OpenVINO, torch.export.
+"""Files of `volo export` as modules of PyTorch, each run by its own runtime: ONNX Runtime, OpenVINO, torch.export, and those
+in `runtimes`.
 
 What a file says of itself (classes, preprocessing, origin, licence) is one JSON object inside it, under the name "volo".
 """
@@ -17,12 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-KEY = "volo"
+from volo.inference.runtimes import KEY, holds_native_code, open_aoti, open_executorch, open_litert
+
 FORMAT = 1
-NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
-"""What runs a format."""
-FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
-"""By the ending of the file."""
+NEEDS = {
+    "onnx": ("onnxruntime", "deploy"),
+    "openvino": ("openvino", "deploy"),
+    "executorch": ("executorch", "executorch"),
+    "litert": ("ai_edge_litert", "litert"),
+}
+"""What runs a format, beyond torch, and the extra that installs it."""
+FORMATS = {
+    ".onnx": "onnx",
+    ".xml": "openvino",
+    ".pt2": "torch",
+    ".pte": "executorch",
+    ".tflite": "litert",
+    ".mlpackage": "coreml",
+}
+"""By the ending of the file; a .pt2 may be a package of AOTInductor, too."""
 
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
@@ -92,18 +106,44 @@ def require(package: str, extra: str = "deploy") -> None:
         raise ModuleNotFoundError(f"this format needs {package}, which is not installed: pip install 'volo[{extra}]'")
 
 
-def open_exported(path: str | Path) -> ExportedModel:
+def is_exported(path: Path) -> bool:
+    """Whether `path` is there and ends like a file of `volo export`."""
+    kind = FORMATS.get(path.suffix.lower())
+    return path.is_dir() if kind == "coreml" else kind is not None and path.is_file()
+
+
+def open_exported(path: str | Path, *, trust: bool = False) -> ExportedModel:
     """The model in an exported file.
 
+    Args:
+        trust: open packages of AOTInductor too: they hold native code, which runs when they are loaded.
+
     Raises FileNotFoundError; ModuleNotFoundError where its runtime is missing; ValueError for what `volo export` did not
-    write, is damaged, or would run code when it is loaded.
+    write, is damaged, runs on Apple's systems only, or would run code when it is loaded.
     """
     path = Path(path)
     kind = FORMATS[path.suffix.lower()]
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no file {path}")
-    require(NEEDS[kind])
-    run, text = {"onnx": _open_onnx, "openvino": _open_openvino, "torch": _open_program}[kind](path)
+    if kind == "coreml":
+        raise ValueError(f"{path} runs in Core ML, on Apple's systems; here, use the model that it was exported from")
+    if kind == "torch" and holds_native_code(path):
+        kind = "aoti"
+        if not trust:
+            raise ValueError(
+                f"{path} is a package of AOTInductor: it holds native code, which runs with all your rights when it is loaded. If "
+                "you know where it comes from, open it with --trust (trust=True)"
+            )
+    if kind in NEEDS:
+        require(*NEEDS[kind])
+    run, text = {
+        "onnx": _open_onnx,
+        "openvino": _open_openvino,
+        "torch": _open_program,
+        "aoti": open_aoti,
+        "executorch": open_executorch,
+        "litert": open_litert,
+    }[kind](path)
     try:
         description = json.loads(text)
         return ExportedModel(run, description)

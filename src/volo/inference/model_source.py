@@ -4,7 +4,7 @@
 |---|---|
 | a folder | a run of `volo train` (its best.pt, else its last.pt), or a model saved for the hub |
 | a file | a checkpoint of `volo train`, or weights of the original, of timm, of Lightning: .pt, .pth.tar, .safetensors |
-| a file | what `volo export` wrote: .onnx, .xml (OpenVINO), .pt2 (torch.export); it runs on the CPU |
+| a file | what `volo export` wrote: .onnx, .xml (OpenVINO), .pt2 (torch.export), .pte (ExecuTorch), .tflite (LiteRT); it runs on the CPU |
 | volo_nano, volo_tiny | weights of our own: those of volo_nano come with the package |
 | volo_d1.224, volo_d1 | published weights; without a size those at 224 |
 | hf-hub:user/name | a repository of the Hugging Face hub, with @revision if need be |
@@ -29,7 +29,7 @@ from volo.data.imagenet import imagenet_classes
 from volo.data.mask_values import Colour, default_colours
 from volo.data.targets import TableTargets
 from volo.data.transforms import height_width
-from volo.inference.exported import FORMATS, open_exported
+from volo.inference.exported import is_exported, open_exported
 from volo.models.checkpoint import check_format, find_checkpoint, is_checkpoint, model_of_checkpoint
 from volo.models.factory import create_model, model_of_shapes
 from volo.models.hub import CONFIG, HUB_PREFIX, OWN, PRETRAINED, WEIGHTS, fetch, fetch_from_hub, list_pretrained
@@ -101,6 +101,7 @@ def load(
     use_ema: bool = True,
     timm: bool = False,
     weights: str | Path | None = None,
+    trust: bool = False,
 ) -> LoadedModel[Any]:
     """The model that `source` names, in eval mode, with its classes and how it wants its images.
 
@@ -116,11 +117,12 @@ def load(
         use_ema: averaged weights where a checkpoint has them.
         timm: names of timm's models mean these.
         weights: for a model of timm, a weight file in place of its published weights.
+        trust: open packages of AOTInductor too: they hold native code, which runs when they are loaded.
 
     Raises FileNotFoundError where nothing is there, ValueError for what is no model or not of that task, and for crop
     presets of models that have none; DownloadError.
     """
-    loaded = _find(source, task, img_size, device, use_ema, timm, weights)
+    loaded = _find(source, task, img_size, device, use_ema, timm, weights, trust)
     if task is not None and loaded.task != task:
         what = {
             "segment": "a segmentation model, which names pixels: use `volo segment` or `volo evaluate`",
@@ -168,6 +170,7 @@ def _find(
     use_ema: bool,
     timm: bool,
     weights: str | Path | None,
+    trust: bool,
 ) -> LoadedModel[Any]:
     name, path = str(source), Path(source)
     tag = name if name in PRETRAINED else f"{name}.224"
@@ -177,8 +180,8 @@ def _find(
         raise ValueError(f"{name} has weights of its own; a weight file beside it is for models of timm")
     if path.is_dir() and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
         return _from_config(path / CONFIG, path / WEIGHTS, name, device, timm)
-    if path.suffix.lower() in FORMATS and path.is_file():
-        return _from_exported(path)
+    if is_exported(path):
+        return _from_exported(path, trust)
     if path.exists():
         path = find_checkpoint(path)
         return _with_place_of_data(
@@ -208,9 +211,9 @@ def _find(
     )
 
 
-def _from_exported(path: Path) -> LoadedModel[Any]:
+def _from_exported(path: Path, trust: bool) -> LoadedModel[Any]:
     """A file of `volo export`, which says everything itself."""
-    model = open_exported(path)
+    model = open_exported(path, trust=trust)
     described = model.description
     if len(model.outputs) > 1 or described.get("in_chans", 3) != 3:
         raise ValueError(
