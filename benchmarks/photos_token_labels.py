@@ -57,6 +57,8 @@ def run(arm: str, epochs: int, data: Path, seed: int, work: Path) -> dict[str, f
         settings = dataclasses.replace(recipe.annotator, recipe="", model=str(out.with_name(f"annotator_{seed}")))
         recipe, epochs = dataclasses.replace(recipe, annotator=settings), epochs - first
     result = volo.train(shortened(recipe, epochs, data, seed), out, resume=True)
+    if result.status != "completed":
+        raise SystemExit(f"stopped by signal {result.signal}; the same command goes on")
     figures = {"top1": 100 * result.metrics["top1"], "seconds": round(seconds + result.seconds, 1)}
     if arm == "maps":
         figures["annotator_top1"] = 100 * taught.metrics["top1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,21 @@ def test_a_transformer_is_built_for_another_size(tmp_path: Path):
     loaded = load("vit_tiny_patch16_224", weights=str(tmp_path / "w.pth"), img_size=(64, 96))
     with torch.inference_mode():
         assert Annotator(loaded.model)(torch.zeros(1, 3, 64, 96)).shape == (1, 4, 6, 7)
+
+
+def test_a_probe_cannot_label_tokens(tmp_path: Path) -> None:
+    """The best weights of a run that began with a linear probe may be the probe, whose aux head is zero."""
+    model = volo.create_model("volo_nano", num_classes=4)
+    silent = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in silent.aux_head.parameters():
+            parameter.zero_()
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, its in {"best.pt": silent, "last.pt": model}.items():
+        torch.save(its.state_dict(), run / name)
+    loaded = load_annotator(AnnotatorConfig(model=str(run)))
+    assert torch.equal(loaded.model.aux_head.weight, model.aux_head.weight), "the last weights, then"
+    torch.save(silent.state_dict(), run / "last.pt")
+    with pytest.raises(ValueError, match=r"its aux head is zero.*loss\.token_weight"):
+        load_annotator(AnnotatorConfig(model=str(run)))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from volo.config import AnnotatorConfig, Size
 from volo.data.transforms import height_width
 from volo.inference.model_source import LoadedModel, load
+from volo.models.volo import VOLO
 
 MAX_LOGITS = 1 << 26
 """No more logits than this are held at once while the best are picked: 256 MiB."""
@@ -170,19 +171,37 @@ def _level_of_the_rest(logits: Tensor, best: Tensor) -> Tensor:
 def load_annotator(how: AnnotatorConfig, device: torch.device | str = "cpu") -> LoadedModel[Any]:
     """The annotator that `how` names, as `volo.inference.model_source.load` does, models of timm included.
 
-    Its preprocessing is with `how.img_size` and, for a centre crop, `how.crop`. Raises ValueError, FileNotFoundError for
-    unknown names and missing files; DownloadError.
+    Its preprocessing is with `how.img_size` and, for a centre crop, `how.crop`. Of a run folder whose best weights label no
+    tokens, the last ones. Raises ValueError, FileNotFoundError for unknown names and missing files, and for a VOLO that has
+    never learned to label a token; DownloadError.
     """
     check_view(how.crop, how.img_size)
-    return load(
-        how.model,
-        task="classify",
-        img_size=how.img_size or None,
-        crop=None if how.crop == "squash" else how.crop,
-        device=device,
-        timm=True,
-        weights=how.weights or None,
-    )
+
+    def read(model: str) -> LoadedModel[Any]:
+        return load(
+            model,
+            task="classify",
+            img_size=how.img_size or None,
+            crop=None if how.crop == "squash" else how.crop,
+            device=device,
+            timm=True,
+            weights=how.weights or None,
+        )
+
+    loaded, last = read(how.model), Path(how.model) / "last.pt"
+    if _knows_no_tokens(loaded.model) and last.is_file():
+        loaded = read(str(last))
+    if _knows_no_tokens(loaded.model):
+        raise ValueError(
+            f"{how.model} cannot be an annotator: its aux head is zero, as a linear probe leaves it, so that every class would be equally "
+            "likely at every token. Train it with loss.token_weight (recipe photos_annotator does), or name another one"
+        )
+    return loaded
+
+
+def _knows_no_tokens(model: nn.Module) -> bool:
+    """Whether a VOLO says the same of every token. The best weights of a run that began with a linear probe may be the probe."""
+    return isinstance(model, VOLO) and isinstance(model.aux_head, nn.Linear) and not bool(model.aux_head.weight.any())
 
 
 def check_view(crop: float | Literal["squash"], img_size: Size) -> None:
