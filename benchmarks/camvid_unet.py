@@ -31,7 +31,7 @@ from volo.distributed import World
 from volo.inference.evaluate import AMP_DTYPES
 from volo.inference.segment_evaluate import evaluate_segmentation
 from volo.models.checkpoint import load_checkpoint
-from volo.training.loop import WORKLOADS, train
+from volo.training.loop import train
 from volo.training.optim import create_optimizer
 from volo.training.report import NullReporter
 from volo.training.workloads.segmentation import Segmentation
@@ -141,8 +141,7 @@ def main() -> None:
     schedule = dataclasses.replace(recipe.schedule, steps=steps, warmup_steps=max(1, steps // 25))
     train_config = dataclasses.replace(recipe.train, eval_steps=max(1, -(-steps // args.evaluations)))
     recipe = dataclasses.replace(recipe, schedule=schedule, train=train_config)
-    WORKLOADS["segment"] = UNetSegmentation
-    result = train(recipe, args.out, overwrite=True, reporter=NullReporter())
+    result = train(recipe, args.out, overwrite=True, reporter=NullReporter(), workload=UNetSegmentation)
     summary = {
         "model": recipe.model.name,
         "parameters": sum(p.numel() for p in UNet(args.encoder, len(result.classes)).parameters()),

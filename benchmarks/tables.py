@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -138,6 +139,71 @@ def transfer() -> str:
     return table(head, rows)
 
 
+def scores(network: dict[str, Any], what: str) -> tuple[float, str]:
+    """Mean top-1 over the seeds in %, and how it is written: with the spread, if there are several; (-1, "") without any."""
+    top1 = [100 * score["top1"] for score in network.get(what, {}).values()]
+    if not top1:
+        return -1.0, ""
+    mean = statistics.mean(top1)
+    return mean, f"{mean:.1f} ± {statistics.pstdev(top1):.1f}" if len(top1) > 1 else f"{mean:.1f}"
+
+
+def best_in_bold(columns: Iterable[list[tuple[float, str]]]) -> list[list[str]]:
+    """Rows of the texts; in each column of figures and texts the highest figure stands out, if no text is empty."""
+    marked = []
+    for column in columns:
+        highest = max(figure for figure, _ in column) if all(text for _, text in column) else None
+        marked.append([f"**{text}**" if figure == highest else text for figure, text in column])
+    return [list(cells) for cells in zip(*marked)]
+
+
+def peers() -> str:
+    networks = {name: network for name, network in result("peers")["networks"].items() if "label maps" not in name}
+    speed = result("peers_speed")
+
+    def rate(name: str, what: str) -> tuple[float, str]:
+        figure = speed["networks"][name][what]["images_per_second"]
+        return figure, f"{figure:,.0f}"
+
+    columns = [
+        *([rate(name, what) for name in networks] for what in ("training", "inference")),
+        *([scores(network, what) for network in networks.values()] for what in ("pretrained", "adamw")),
+    ]
+    rows = [
+        [
+            name,
+            f"{network['size']['parameters'] / 1e6:.2f} M",
+            f"{network['size']['multiply_adds'] / 1e6:.1f} M",
+            *cells,
+        ]
+        for (name, network), cells in zip(networks.items(), best_in_bold(columns))
+    ]
+    head = "pretrained,parameters,multiply-adds,training images/s,inference images/s,top-1 in %,with AdamW".split(",")
+    return (
+        f"{table(head, rows)}\n\nImages per second of processor time on one core: 64 px, batches of {speed['batch_size']}, "
+        f"{speed['device']}, {speed['date']}; {speed['load_before']:.0f} processes wanted the machine when it was measured."
+    )
+
+
+def peers_in_use() -> str:
+    networks = {name: network for name, network in result("peers")["networks"].items() if "label maps" not in name}
+    ways = [f"{how} {kind}" for kind in ("photos", "cifar10") for how in ("probe", "tuned", "scratch")]
+    columns = ([scores(network, way) for network in networks.values()] for way in ways)
+    rows = [[name, *cells] for name, cells in zip(networks, best_in_bold(columns))]
+    names = [f"{kind}: {how}" for kind in ("photos", "CIFAR-10") for how in ("probe", "fine-tuned", "from scratch")]
+    return table(["top-1 in %", *names], rows)
+
+
+def peers_label_maps() -> str:
+    networks = {name: network for name, network in result("peers")["networks"].items() if name.startswith("volo_nano")}
+    columns = (
+        [scores(network, what) for network in networks.values()]
+        for what in ("pretrained", "probe photos", "probe cifar10")
+    )
+    rows = [[name, *cells] for name, cells in zip(networks, best_in_bold(columns))]
+    return table(["top-1 in %", "held-out images", "photos: probe", "CIFAR-10: probe"], rows)
+
+
 def speed() -> str:
     def link(name: str) -> str:
         return f"[{name}](benchmarks/results/{name}.json)"
@@ -209,6 +275,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "waiting": waiting,
     "copies": copies,
     "transfer": transfer,
+    "peers": peers,
+    "peers in use": peers_in_use,
+    "peers label maps": peers_label_maps,
     "speed": speed,
     "operator": operator,
     "against timm": against_timm,

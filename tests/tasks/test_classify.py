@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import volo
 from volo.config import AugmentConfig, LossConfig
@@ -157,6 +158,29 @@ def test_contradictions_are_refused(model):
     model.reset_classifier(0)
     with pytest.raises(ValueError, match="reset_classifier"):
         ClassifyTask(model)
+
+
+class Averages(nn.Module):
+    """No VOLO: a layer on the mean colour of an image."""
+
+    num_classes = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images.mean(dim=(2, 3)))
+
+
+def test_any_classifier_can_be_trained_where_no_tokens_are_asked_for():
+    data, model = batch(), Averages()
+    result = ClassifyTask(model, LossConfig(label_smoothing=0.1), AugmentConfig(mixup=0.8, mix_prob=0.0)).train()(data)
+    assert torch.equal(result["output"], model(data["image"]))
+    torch.testing.assert_close(result["loss"], F.cross_entropy(result["output"], data["target"], label_smoothing=0.1))
+    for loss, augment in ((LossConfig(token_weight=0.5), None), (None, AugmentConfig(mix_token=1.0))):
+        with pytest.raises(ValueError, match="the model is a Averages"):
+            ClassifyTask(model, loss, augment)
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from volo.config import load_recipe
 from volo.data import keyed
@@ -20,10 +21,11 @@ from volo.inference.evaluate import evaluate
 from volo.inference.model_source import load
 from volo.models.checkpoint import load_checkpoint
 from volo.models.volo import VOLO
+from volo.tasks.classify import ClassifyTask
 from volo.training import loop
 from volo.training.loop import NonFiniteLossError, train
 from volo.training.report import NullReporter
-from volo.training.workloads.classification import build_model
+from volo.training.workloads.classification import Classification, build_model
 
 SHORT = {"schedule.epochs": 0.5, "schedule.warmup_epochs": 0.0, "schedule.cooldown_epochs": 0.0}
 
@@ -399,3 +401,51 @@ class Heard(NullReporter):
 
     def on_message(self, text: str) -> None:
         self.messages.append(text)
+
+
+class Averages(nn.Module):
+    """No VOLO: layers on an image of 8 x 8 px."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, 64), nn.GELU())
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(images))
+
+
+class AveragesOfDigits(Classification):
+    def create_model(self) -> nn.Module:
+        torch.manual_seed(self.recipe.train.seed)
+        return Averages()
+
+    def restore_model(self, config: dict) -> nn.Module:
+        return Averages()
+
+    def model_config(self, model: nn.Module) -> dict:
+        return {"averages": 8}
+
+    def create_task(self, model: nn.Module) -> nn.Module:
+        return ClassifyTask(model, self.recipe.loss, self.recipe.augment)
+
+
+def test_a_network_of_ones_own_is_trained_and_continued(tiny, tmp_path) -> None:
+    plain = {"augment.mix_token": 0.0, "loss.token_weight": 0.0, "schedule.epochs": 2, "train.eval_every": 1.0}
+    recipe = tiny(plain)
+    whole = train(recipe, tmp_path / "run", workload=AveragesOfDigits)
+    assert whole.metrics["top1"] > 0.5
+    checkpoint = load_checkpoint(tmp_path / "run" / "best.pt")  # of the first epoch or the second
+    assert checkpoint["model_config"] == {"averages": 8}
+
+    class Stopped(NullReporter):
+        def on_eval(self, metrics, is_best) -> None:
+            if metrics["epoch"] == 1.0:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "cut", reporter=Stopped(), workload=AveragesOfDigits)
+    continued = train(recipe, tmp_path / "cut", resume=True, workload=AveragesOfDigits)
+    assert continued.metrics == whole.metrics

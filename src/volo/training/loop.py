@@ -86,6 +86,7 @@ def train(
     overwrite: bool = False,
     reporter: Reporter | None = None,
     kept: Recipe | None = None,
+    workload: OpenWorkload | None = None,
 ) -> TrainResult:
     """Run `recipe` and leave its results in the folder `out` (`volo.training.run_folder`). Label maps that it names are
     there already: see `volo.training.pipeline`.
@@ -98,6 +99,8 @@ def train(
         resume: continue from `out`/last.pt; where there is none yet, start from the beginning.
         overwrite: replace a run that is already in `out`.
         kept: the recipe that the folder keeps, where it differs from `recipe` in places of files.
+        workload: opens what is trained, in place of the workload of `recipe.task`: a network that is no VOLO, for example.
+            What it leaves in `out` is for it alone to read: the rest of the library knows the models of `WORKLOADS`.
 
     Raises:
         FileExistsError: `out` holds a run, and neither `resume` nor `overwrite` is set, or files of somebody else that a
@@ -117,17 +120,17 @@ def train(
         main_only(world, lambda: stack.enter_context(FolderLock(out, "training")) is None)
         # Nobody writes before all have looked.
         checkpoint = agree_on_start(run_folder.look_into(out, recipe, resume, overwrite), world)
-        run = Run(kept or recipe, out, open_workload(recipe, world, reporter), world, reporter, checkpoint)
+        opened = open_workload(recipe, world, reporter, workload)
+        run = Run(kept or recipe, out, opened, world, reporter, checkpoint)
         del checkpoint
         return run.run(fresh=not resume)
 
 
-def open_workload(recipe: Recipe, world: World, reporter: Reporter) -> Workload:
+def open_workload(recipe: Recipe, world: World, reporter: Reporter, opened_by: OpenWorkload | None = None) -> Workload:
     if recipe.model.probe:
         check_probe(recipe)
-    workload = WORKLOADS[recipe.task](
-        recipe, world, lambda done, total: reporter.on_progress("checking images", done, total)
-    )
+    opened_by = opened_by or WORKLOADS[recipe.task]
+    workload = opened_by(recipe, world, lambda done, total: reporter.on_progress("checking images", done, total))
     for note in workload.notes:
         reporter.on_message(note)
     return workload
