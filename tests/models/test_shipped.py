@@ -38,7 +38,7 @@ def test_their_files_are_small_and_those_we_know() -> None:
 def test_every_way_leads_to_the_same_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     loaded = volo.load("volo_nano")
-    assert loaded.task == "classify" and len(loaded.classes) == len(loaded.wnids) == 202
+    assert loaded.tag == "volo_nano" and loaded.task == "classify" and len(loaded.classes) == len(loaded.wnids) == 202
     assert "goldfish" in loaded.classes and loaded.preprocessing.img_size == 64
     assert loaded.metrics["top1"] > 0.35 and loaded.preprocessing.path == ""
     images = torch.randn(2, 3, 64, 64)

@@ -188,7 +188,9 @@ def _find(
             _from_content(read_file(path), str(path), device, use_ema), path.with_name("recipe.toml")
         )
     if is_own:
-        return _from_content(read_file(fetch(name)), f"the weights of {name}", device, use_ema)
+        return dataclasses.replace(
+            _from_content(read_file(fetch(name)), f"the weights of {name}", device, use_ema), tag=name
+        )
     if name.startswith(HUB_PREFIX):
         repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
         files = [fetch_from_hub(repository, file, revision or None) for file in (CONFIG, WEIGHTS)]
