@@ -22,6 +22,7 @@ DOCUMENTS = [
     "docs/data_check.md",
     "docs/models/volo_nano.md",
     "docs/operator.md",
+    "docs/token_labels.md",
     "docs/gpu.md",
 ]
 
@@ -116,6 +117,17 @@ def copies() -> str:
     others = report["pairs_of_different_photos"]
     rows.append([f"pairs of different photos, of {others['of']:,}", "", "", f"{others['listed']} listed"])
     return table(["copy", "lowest similarity", "lowest correlation", "found"], rows)
+
+
+def photo_labels() -> str:
+    content = result("token_labels/photos")
+    rows = []
+    for name, arm in content["arms"].items():
+        spread = f"{arm['stdev']:.1f}" if arm["stdev"] is not None else ""
+        seeds = ", ".join(f"{top1:.1f}" for top1 in arm["top1"])
+        rows.append([name, f"{arm['mean']:.1f} %", spread, seeds])
+    head = [f"labels, {content['epochs']} epochs in all", "top-1 on 280 held-out photos, mean", "standard deviation", "each seed"]
+    return table(head, rows)
 
 
 def transfer() -> str:
@@ -274,6 +286,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "photos": photos,
     "waiting": waiting,
     "copies": copies,
+    "photo labels": photo_labels,
     "transfer": transfer,
     "peers": peers,
     "peers in use": peers_in_use,
