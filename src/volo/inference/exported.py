@@ -11,12 +11,17 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    import openvino
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""What a runtime makes of a model: an input -> its only output."""
 KEY = "volo"
 FORMAT = 1
 NEEDS = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
@@ -32,7 +37,7 @@ class ExportedModel(nn.Module):
     Batches of any size: a file made for a fixed one is given so many images at a time.
     """
 
-    def __init__(self, run: Callable[[np.ndarray], np.ndarray], description: dict[str, Any]) -> None:
+    def __init__(self, run: Run, description: dict[str, Any]) -> None:
         super().__init__()
         self._run = run
         self.description = description
@@ -89,7 +94,15 @@ def open_exported(path: str | Path) -> ExportedModel:
         ) from error
 
 
-def _open_onnx(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+def _open_onnx(path: Path) -> tuple[Run, str]:
+    try:
+        return onnx_session(str(path))
+    except Exception as error:
+        raise ValueError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
+
+
+def onnx_session(model: str | bytes) -> tuple[Run, str]:
+    """What runs an ONNX file, or the bytes of one, and what it says of itself."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -97,32 +110,35 @@ def _open_onnx(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     # Threads that spin while they wait cost a busy machine many times what they save an idle one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ValueError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})[0], session.get_modelmeta().custom_metadata_map.get(KEY, "")
 
 
-def _open_openvino(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+def _open_openvino(path: Path) -> tuple[Run, str]:
     import openvino
 
-    core = openvino.Core()
     try:
-        model = core.read_model(path)
+        model = openvino.Core().read_model(path)
         text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else ""
         dtype = json.loads(text)["dtype"] if text else "fp32"
-        # OpenVINO takes bfloat16 by itself where the processor has it: precision is what the file was exported with.
-        precision = "bf16" if dtype == "bf16" else "f32"
-        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        compiled = core.compile_model(model, "CPU", settings)
+        return openvino_session(model, dtype), text
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} cannot be opened by OpenVINO: {error}") from error
-    return lambda x: compiled(x)[0], text
 
 
-def _open_program(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+def openvino_session(model: openvino.Model, dtype: str) -> Run:
+    """What runs an OpenVINO model in the type that it was exported with."""
+    import openvino
+
+    # OpenVINO takes bfloat16 by itself where the processor has it: precision is what the file was exported with.
+    precision = "bf16" if dtype == "bf16" else "f32"
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    return lambda x: compiled(x)[0]
+
+
+def _open_program(path: Path) -> tuple[Run, str]:
     _refuse_code(path)
     described = {f"{KEY}.json": ""}
     try:
