@@ -74,16 +74,16 @@ class Dynamic:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
-        products = {node.name for node in model.graph.node if node.op_type == "MatMul"}
-        self.nodes = {
-            layer: names for layer, names in nodes_of_layers(model, products=False).items() if products & set(names)
-        }
+        convolutions = {node.name for node in model.graph.node if node.op_type == "Conv"}
+        nodes = nodes_of_layers(model, products=False)
+        self.nodes = {layer: names for layer, names in nodes.items() if not convolutions & set(names)}
         self.layers = tuple(self.nodes)
 
     def quantize(self, keep: Collection[str] = ()) -> onnx.ModelProto:
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
+        kept = [name for layer in keep for name in self.nodes[layer]]
         with tempfile.TemporaryDirectory() as folder, _quiet():
             plain, quantized = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
             onnx.save(self.model, plain)
@@ -93,7 +93,7 @@ class Dynamic:
                 op_types_to_quantize=["MatMul"],
                 per_channel=True,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=[name for layer in keep for name in self.nodes[layer]],
+                nodes_to_exclude=kept + [f"{name}_MatMul" for name in kept],  # what it makes of a Gemm
             )
             return onnx.load(quantized)
 
