@@ -20,7 +20,10 @@ from volo.data.targets import Output, TableTargets
 from volo.deploy import accuracy
 from volo.deploy.accuracy import Feed, Images, Int8, Judge, block_of, find_images
 from volo.deploy.check import MismatchError, made_images
+from volo.deploy.html import RUNTIME, WASM
+from volo.deploy.program import WithTokens
 from volo.deploy.quantize import nodes_of_layers
+from volo.inference.exported import open_exported
 from volo.inference.model_source import LoadedModel, load
 from volo.models.factory import create_model
 
@@ -276,6 +279,44 @@ def test_layers_are_named_as_in_the_model(spoilt: LoadedModel, folder: Path, tmp
         spoilt, path, dtype="int8", int8="static", with_preprocessing=True, data=folder, max_drop=10, overwrite=True
     )
     assert report.values["int8"]["left_in_floating_point"] == [VICTIM]
+
+
+def test_a_page_gives_its_tokens_too(spoilt: LoadedModel, folder: Path, tmp_path: Path):
+    for name in (RUNTIME, WASM):
+        (tmp_path / name).write_bytes(b"a runtime")
+    told = volo.export(
+        spoilt,
+        tmp_path / "page.html",
+        format="html",
+        dtype="int8",
+        int8="static",
+        data=folder,
+        max_drop=10,
+        web_runtime=tmp_path,
+    ).values
+    assert told["description"]["outputs"] == ["probabilities", "tokens"]
+    assert told["int8"]["left_in_floating_point"] == [VICTIM] and told["int8"]["top1"] >= 90
+
+
+def test_several_outputs_are_judged_by_the_first(loaded: LoadedModel, folder: Path, tmp_path: Path):
+    path = tmp_path / "both.onnx"
+    how = {"dtype": "int8", "data": folder, "max_drop": 50, "img_size": 16}
+    report = volo.export(WithTokens(loaded.model), path, **how)  # type: ignore[arg-type]
+    assert open_exported(path).outputs == ("logits", "tokens") and report.values["int8"]["agreement"] >= 50
+    backwards = Reversed(WithTokens(loaded.model))
+    with pytest.raises(ValueError, match="judged by the classes in the first output.*tokens, logits"):
+        volo.export(backwards, tmp_path / "x.onnx", **how)  # type: ignore[arg-type]
+
+
+class Reversed(nn.Module):
+    """The outputs of `model` in the other order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return dict(reversed(self.model(images).items()))
 
 
 @pytest.mark.parametrize(
