@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,12 @@ class Feed:
                 f"a file for batches of {self.batch} is calibrated and judged in such batches, and these are {self.images.what}: "
                 "give more with --data, or export with --dynamic batch"
             )
-        if not self.pixels:
-            transform = eval_transform(self.data)
-            kept = torch.stack([transform(self.images.load(i)) for i in self.images.numbers])
-            object.__setattr__(self, "_kept", kept)
+
+    @cached_property
+    def _prepared(self) -> Tensor:
+        """uint8 [N, 3, H, W], a quarter of what they take as float32."""
+        transform = eval_transform(self.data)
+        return torch.stack([transform(self.images.load(i)) for i in self.images.numbers])
 
     def __len__(self) -> int:
         """Images."""
@@ -106,7 +109,7 @@ class Feed:
             yield from (self.images.load(i).permute(1, 2, 0)[None].contiguous() for i in self.images.numbers)
             return
         prepare = PixelPipeline(self.data).eval()
-        yield from (prepare(part) for part in self._kept[: len(self)].split(self.batch))  # type: ignore[attr-defined]
+        yield from (prepare(part) for part in self._prepared[: len(self)].split(self.batch))
 
 
 def has_own_images(loaded: LoadedModel[Any]) -> bool:
@@ -130,17 +133,7 @@ def find_images(loaded: LoadedModel[Any], data: str | Path | None) -> tuple[Imag
             "int8 is calibrated on images and judged by its answers to others, and this model does not know those that it was "
             "trained on: give some with --data FOLDER (data=...)"
         )
-    labels: Tensor | None = None
-    load: Callable[[int], Tensor]
-    try:
-        if loaded.task != "classify" or not loaded.classes:
-            raise ValueError("labels are for classifiers")
-        found = open_labelled(data, own, loaded.classes, loaded.wnids)
-        load, count, what = found.source.load, len(found.source), found.what
-        labels = _classes(found.source.targets, found.class_map)
-    except ValueError:  # no folders of these classes: images alone
-        paths = find_pictures([str(data)])
-        load, count, what = (lambda i: decode_image(paths[i])), len(paths), str(data)
+    load, count, what, labels = _images_at(loaded, own, data)
     everything = range(count)
     if count < APART:
         both = Images(load, everything, f"all {count} images of {what}", labels)
@@ -151,6 +144,22 @@ def find_images(loaded: LoadedModel[Any], data: str | Path | None) -> tuple[Imag
         _chosen(load, calibration, CALIBRATED, f"images of {what}", None),
         _chosen(load, others, JUDGED, f"other images of {what}", None if labels is None else labels[others]),
     )
+
+
+def _images_at(
+    loaded: LoadedModel[Any], own: DataConfig, data: str | Path
+) -> tuple[Callable[[int], Tensor], int, str, Tensor | None]:
+    """Images of any place: how to load one, how many there are, what they are, and their classes if they have those of the
+    model."""
+    if loaded.task == "classify" and loaded.classes:
+        try:
+            found = open_labelled(data, own, loaded.classes, loaded.wnids)
+            labels = _classes(found.source.targets, found.class_map)
+            return found.source.load, len(found.source), found.what, labels
+        except ValueError:  # no folders of these classes: images alone
+            pass
+    paths = find_pictures([str(data)])
+    return (lambda i: decode_image(paths[i])), len(paths), str(data), None
 
 
 def _own_images(loaded: LoadedModel[Any], data: DataConfig) -> tuple[Images, Images]:
