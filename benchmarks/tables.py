@@ -20,6 +20,7 @@ DOCUMENTS = [
     "README.md",
     "docs/cli.md",
     "docs/data_check.md",
+    "docs/deployment.md",
     "docs/models/volo_nano.md",
     "docs/operator.md",
     "docs/token_labels.md",
@@ -281,6 +282,95 @@ def gpu_goals() -> str:
     return asked("H200, bfloat16, batch 128", goals, ".2f")
 
 
+def deploy_rows() -> list[dict[str, Any]]:
+    return result("deploy_d1")["rows"] if (RESULTS / "deploy_d1.json").exists() else []
+
+
+def deploy() -> str:
+    """VOLO, timm's VOLO and the models people would pick instead, in the same runtimes."""
+    rows = deploy_rows()
+    if not rows:
+        return "Not measured yet."
+    content = result("deploy_d1")
+    columns = list(dict.fromkeys(r["file"] for r in rows))
+    by = {(r["model"], r["file"], r["batch_size"]): r["images_per_second"] for r in rows}
+    lines = []
+    for model in dict.fromkeys(r["model"] for r in rows):
+        top1 = next((f"{r['top1']:g}" for r in rows if r["model"] == model and "top1" in r), "")
+        cells = [
+            " / ".join(f"{by[model, file, b]:.1f}" if (model, file, b) in by else "" for b in content["batch_sizes"])
+            for file in columns
+        ]
+        lines.append([model, top1, *(cell if cell.strip(" /") else "" for cell in cells)])
+    batches = " / ".join(f"batch {b}" for b in content["batch_sizes"])
+    papers = "; ".join(f"{name}: {its['paper']}" for name, its in content["published"].items())
+    maker = (
+        f"{content['device']} ({', '.join([content['processor']['vendor'], *content['processor']['instructions']])})"
+    )
+    return (
+        table([f"images/s, {batches}", "top-1", *columns], lines)
+        + f"\n\n{maker}, {content['threads']} threads, {content['date']}; medians of {content['rounds']} rounds in turns, random "
+        f"weights. Top-1 on ImageNet-1k at 224 as published ({papers}).\n\n![Accuracy against speed](deploy_d1.png)"
+    )
+
+
+def deploy_goals() -> str:
+    rows = deploy_rows()
+    if not rows:
+        return "Not measured yet."
+    goals = []
+    for batch in result("deploy_d1")["batch_sizes"]:
+        own = [
+            r
+            for r in rows
+            if r["batch_size"] == batch and r["model"] == "volo_d1" and r["file"].split()[0] in ("onnx", "openvino")
+        ]
+
+        def best(dtype: str, own: list[dict[str, Any]] = own) -> dict[str, Any]:
+            return min((r for r in own if r["file"].split()[1] == dtype), key=lambda r: r["milliseconds"])
+
+        goals += [
+            (f"float32, batch {batch}: our fused float32", 1.0, best("fp32")["times_volo_fused"]),
+            (f"bfloat16, batch {batch}: our fused float32", 1.6, best("bf16")["times_volo_fused"]),
+            (f"int8, batch {batch}: our fused float32", 2.3, best("int8")["times_volo_fused"]),
+            (f"int8, batch {batch}: timm eager float32", 3.6, best("int8")["times_timm_eager"]),
+        ]
+        goals += [
+            (f"{r['file']}, batch {batch}: timm's volo_d1 in the same", 1.1, r["times_timm_same"])
+            for r in own
+            if "times_timm_same" in r
+        ]
+    return asked("VOLO-D1 at 224, times as fast as", goals, ".2f")
+
+
+def quantisation() -> str:
+    content = result("quantisation")
+
+    def line(r: dict[str, Any]) -> list[str]:
+        what = [f"{r['model']} (`{r['architecture']}`)", r["way"]]
+        if "failed" in r:
+            return [*what, "", "", "", "nothing suffices", ""]
+        kept = r["left_in_floating_point"]
+        first = r["tried"][0]
+        unguarded = first.get("top1", first["agreement"])
+        before, after = (f"{r[key]:.1f}" if key in r else "" for key in ("top1_before", "top1"))
+        guarded = f"{after}" + (f" ({unguarded:.1f} before the search)" if kept else "")
+        if "top1" not in r and kept:
+            guarded = f"({100 - unguarded:.1f} % differed before the search)"
+        return [
+            *what,
+            before,
+            guarded,
+            f"{100 - r['agreement']:.2f} %",
+            f"{', '.join(f'`{name}`' for name in kept) or 'none'}, of {r['layers']}",
+            f"{r['megabytes']:.1f} ({r['megabytes_fp32']:.1f})",
+        ]
+
+    judged = "; ".join(dict.fromkeys(f"{r['model']}: {r['judged_on']}" for r in content["rows"] if "judged_on" in r))
+    head = ["model", "int8 by", "top-1 before", "after", "answers that differ", "layers in floating point", "MB (fp32)"]
+    return table(head, map(line, content["rows"])) + f"\n\nJudged on: {judged}. {where('quantisation')}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "trainings": trainings,
     "photos": photos,
@@ -295,6 +385,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "operator": operator,
     "against timm": against_timm,
     "gpu goals": gpu_goals,
+    "deploy": deploy,
+    "deploy goals": deploy_goals,
+    "quantisation": quantisation,
 }
 PLACE = re.compile(r"(<!-- ([\w ]+): python benchmarks/tables\.py -->\n\n).*?(\n\n<!-- end of \2 -->)", re.DOTALL)
 

@@ -185,21 +185,30 @@ class Gpu(OfModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deploy(OfModel):
-    """Exported files (ONNX Runtime, OpenVINO, torch.export) against our fused model and timm eager, on the CPU.
+class Deploy(OnDevice):
+    """Exported files on the CPU: against our fused model, timm's, and what people would pick instead of VOLO.
 
     Examples:
-      volo bench deploy --batch-size 1 --threads 2 --out benchmarks/results/cpu_deploy_d1_batch1.json
-      volo bench deploy --files "onnx int8" "openvino int8" --data photos
+      volo bench deploy --threads 2 --out benchmarks/results/deploy_d1.json
+      volo bench deploy --model volo_nano --img-size 64 --files "onnx int8 dynamic" "openvino bf16" --peers none
     """
 
-    rounds: int = 15
-    batch_size: int = 1
+    rounds: int = 9
     device: str = "cpu"
-    files: tuple[str, ...] = ("onnx fp32", "onnx fp16", "openvino fp32", "openvino bf16", "torch fp32")
-    """Each a format and a dtype of `volo export`."""
+    model: str = "volo_d1"
+    """Name of a model."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Images at once."""
+    img_size: int = 224
+    """Side of the images."""
+    files: tuple[str, ...] = (
+        "onnx fp32", "onnx int8 dynamic", "onnx int8 static", "openvino fp32", "openvino bf16", "openvino int8",
+    )  # fmt: skip
+    """Each a format and a dtype of `volo export`, for int8 also the way."""
+    peers: tuple[str, ...] = ("caformer_s18", "convnext_tiny", "deit3_small", "swin_tiny")
+    """Models of timm, in the same runtimes; none: no others."""
     data: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Images, which int8 needs."""
+    """Images to calibrate int8 with; made ones if left out, since random weights lose nothing."""
 
 
 BENCHMARKS: dict[str, tuple[type[Any], str]] = {
@@ -249,6 +258,8 @@ def bench(name: str, options: Any, function: str) -> int:
     arguments = {key: value for key, value in vars(options).items() if key not in left_out}
     if isinstance(options, OnDevice):
         arguments["device"] = str(open_device(options.device, options.threads))
+    if arguments.get("peers") == ("none",):
+        arguments["peers"] = ()
     model = [arguments.pop("model")] if "model" in arguments else []
     module, _, function = function.partition(":")
     result = getattr(importlib.import_module(module), function)(*model, **arguments)

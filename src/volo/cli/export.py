@@ -25,7 +25,7 @@ class ExportOptions:
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The file; by default the model's name in this folder. A report lies beside it: FILE.json."""
     dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    """What it computes in. int8 needs --data."""
+    """What it computes in."""
     dynamic: Annotated[str | None, tyro.conf.arg(metavar="batch|size|batch,size|none")] = None
     """Dynamic axes: the batch (if left out), or height and width. Files of executorch, coreml and litert have none."""
     opset: int | None = None
@@ -37,9 +37,14 @@ class ExportOptions:
     with_preprocessing: bool = False
     """uint8 pixels of any size in, probabilities out: resize, crop, normalisation and softmax are in the file."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Images to compare on, and to calibrate int8 with; in class folders, accuracy is compared too."""
+    """Images to compare on. For int8 some of them calibrate and the others judge, in class folders by accuracy; if left out,
+    the training and held-out images of the run."""
+    int8: Literal["dynamic", "static", "symmetric"] | None = None
+    """How a file becomes int8. dynamic: ranges are measured as it runs (ONNX, its default); static: on images (OpenVINO's);
+    symmetric: the same with zero points of 0, for TensorRT."""
     max_drop: float = 1.0
-    """Percent of the predictions (or accuracy points) that int8 may lose."""
+    """Accuracy in percentage points (without labels: percent of the predictions) that int8 may lose. Layers are left in
+    floating point, as few as suffice, until it holds."""
     licence: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """Of the weights; kept inside the file."""
     overwrite: bool = False
@@ -63,7 +68,8 @@ def export(options: ExportOptions) -> int:
       volo export volo_d1.224 --opset 17 --dynamic none                   for TensorRT
       volo export runs/photos --with-preprocessing --data photos/val      pixels in, probabilities out
       volo export runs/photos --format html                               photos.html: opens in any browser, no server
-      volo export runs/photos --format openvino --dtype int8 --data photos/val
+      volo export runs/photos --format openvino --dtype int8              calibrated and judged on the run's own images
+      volo export volo_d1.224 --dtype int8 --int8 symmetric --opset 17 --data imagenet/val
       volo export runs/photos --format executorch --batch-size 1          photos.pte: for phones
     """
     from volo.deploy.export import export as run_export
@@ -84,10 +90,12 @@ def export(options: ExportOptions) -> int:
         batch_size=options.batch_size,
         with_preprocessing=options.with_preprocessing,
         data=options.data,
+        int8=options.int8,
         max_drop=options.max_drop,
         licence=options.licence,
         overwrite=options.overwrite,
         web_runtime=options.web_runtime,
+        on_note=partial(note, style="dim"),
     )
     if options.json:
         print(json.dumps(report.values, indent=1, ensure_ascii=False))
@@ -113,14 +121,27 @@ def summary(path: Path, values: dict[str, Any]) -> str:
     if values["description"]["batch"] is not None:
         size = " x ".join(map(str, values["description"]["size"] or ["any size"]))
         lines.append(f"fixed shapes: batches of {values['description']['batch']}, images of {size}")
-    if "top1" in values:
-        lines.append(f"top-1 {values['top1']['model']:.2f} % before, {values['top1']['exported']:.2f} % after")
+    if "int8" in values:
+        lines += _int8(values["int8"])
     if "milliseconds" in values:
         times = values["milliseconds"]
         lines.append(
             f"a batch of {times['batch']}: {times['exported']:.1f} ms; the model itself {times['model']:.1f} ms"
         )
     return "\n".join(lines)
+
+
+def _int8(told: dict[str, Any]) -> list[str]:
+    after = f"{told['agreement']:.2f} % of the model's answers"
+    if "top1" in told:
+        after = f"top-1 {told['top1_before']:.2f} % before, {told['top1']:.2f} % after; {after}"
+    kept = told["left_in_floating_point"]
+    which = f", in floating point: {', '.join(kept)}" if kept else ""
+    return [
+        f"int8 ({told['way']}), calibrated on {told['calibrated_on']}",
+        f"judged on {told['judged_on']}: {after}",
+        f"{told['layers'] - len(kept)} of {told['layers']} layers in int8{which}",
+    ]
 
 
 main = partial(run, export)

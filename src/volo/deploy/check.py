@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from volo.inference.exported import ExportedModel, named_outputs
 from volo.inference.predictor import find_pictures
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": None}
-"""Largest error as a share of the largest logit; int8 is judged by its answers."""
+"""Largest error as a share of the largest logit; int8 is judged in `volo.deploy.accuracy`."""
 PROBABILITY_TOLERANCE = 1e-2
 """Largest error of a probability, of files with their preprocessing inside: resizing may differ by one grey level."""
 MAX_IMAGES = 64
@@ -115,7 +115,7 @@ def compare(
 
 
 def compare_pixels(
-    model: nn.Module, exported: ExportedModel, data: DataConfig, pictures: Iterator[Tensor], tolerance: float
+    model: nn.Module, exported: ExportedModel, data: DataConfig, pictures: Iterable[Tensor], tolerance: float
 ) -> dict[str, Any]:
     """The same for a file that takes uint8 pixels [1, H, W, 3], against preprocessing, model and softmax."""
     transform, pixels = eval_transform(data), PixelPipeline(data).eval()

@@ -6,11 +6,12 @@ import dataclasses
 import errno
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,21 @@ from volo.config import DataConfig, Size, nearest
 from volo.data.decode import decode_image
 from volo.data.transforms import height_width
 from volo.deploy import check
+from volo.deploy.accuracy import Feed, Int8, Judge, as_arrays, find_images
 from volo.deploy.formats import aoti, coreml, executorch, litert
 from volo.deploy.program import DTYPES, InDtype, Shape, WithPreprocessing, WithTokens, at_size, make_program, prepare
-from volo.inference.exported import FORMAT, FORMATS, KEY, ExportedModel, named_outputs, open_exported, require
+from volo.deploy.quantize import WAYS, Dynamic, Nncf, Static, Way
+from volo.inference.exported import (
+    FORMAT,
+    FORMATS,
+    KEY,
+    ExportedModel,
+    named_outputs,
+    onnx_session,
+    open_exported,
+    openvino_session,
+    require,
+)
 from volo.inference.model_source import LoadedModel, load
 from volo.models.volo import VOLO
 
@@ -82,10 +95,12 @@ def export(
     batch_size: int = 1,
     with_preprocessing: bool = False,
     data: str | Path | None = None,
+    int8: Way | None = None,
     max_drop: float = 1.0,
     licence: str = "",
     overwrite: bool = False,
     web_runtime: str | Path | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Write `model` as a file that another runtime runs, after it has given the model's answers there.
 
@@ -97,8 +112,7 @@ def export(
         format: "onnx" (.onnx), "openvino" (.xml with .bin), "torch" (.pt2, an ExportedProgram), "html", a page that
             classifies images in the browser, "aoti" (.aoti.pt2, native code for this processor), "executorch" (.pte),
             "coreml" (.mlpackage) or "litert" (.tflite).
-        dtype: what it computes in; inputs and outputs stay float32. "int8" needs `data`: weights in int8, for ONNX with
-            activations quantised as it runs, for OpenVINO calibrated on `data`.
+        dtype: what it computes in; inputs and outputs stay float32. "int8" needs real images: `data`, or those of the run.
         dynamic: what one file leaves open: "batch", "size" (height and width, multiples of the model's), both, or nothing. If
             None the batch, and nothing in formats whose shapes are fixed: ExecuTorch, Core ML, LiteRT.
         opset: of ONNX, 17 to 23; 20 if None.
@@ -106,12 +120,17 @@ def export(
         in_chans: channels of the images that a module takes.
         batch_size: of a file whose batch is fixed.
         with_preprocessing: uint8 pixels [B, H, W, 3] of any size in, probabilities out; classifiers only.
-        data: images to compare on, and to calibrate with: a folder, file or glob. Where they lie in class folders named like
-            the classes, accuracy is compared too.
-        max_drop: of int8: so many per cent of the answers, or with labels of the accuracy, may be lost.
+        data: images to compare on, a folder, file or glob; for int8 some calibrate and the others judge, by their classes
+            where they lie in folders named like these. None: for int8 the training and held-out images of a run, otherwise
+            made ones.
+        int8: how a file becomes int8: "dynamic", "static" or "symmetric" (`volo.deploy.quantize`); None: the first that
+            the format has.
+        max_drop: of int8: percent of the accuracy, or without labels of the answers, that may be lost; layers are left in
+            floating point until that holds (`volo.deploy.accuracy`).
         licence: of the weights, kept inside the file.
         overwrite: replace a file that is there.
         web_runtime: of a page, the folder of ONNX Runtime Web; by default that of an installed npm package.
+        on_note: hears what is being found out about int8.
 
     Returns:
         The report, which lies beside the file as JSON.
@@ -122,7 +141,7 @@ def export(
         ModuleNotFoundError: the format's packages are missing; the message says what to install.
         OSError: the folder cannot be written to, or is full. Then there is no file.
     """
-    kind = _check(format, dtype, dynamic or (), opset, batch_size, data, with_preprocessing)
+    kind = _check(format, dtype, dynamic or (), opset, batch_size, with_preprocessing, int8, max_drop)
     if dynamic is None:
         dynamic = () if kind.is_fixed else ("batch",)
     free = frozenset(dynamic)
@@ -131,6 +150,11 @@ def export(
 
         web_runtime, with_preprocessing = find_web_runtime(web_runtime), True
     loaded, outputs = _load(model, img_size, in_chans)
+    if dtype == "int8" and (in_chans != 3 or (outputs != ("logits",) and not loaded.classes)):
+        raise ValueError(
+            f"int8 is calibrated on RGB images and judged by the classes in the first output; this module takes {in_chans} "
+            f"channels and gives {', '.join(outputs)}"
+        )
     target = _target(model, out, kind, overwrite)
     if with_preprocessing:
         if outputs != ("logits",) or in_chans != 3:
@@ -146,7 +170,7 @@ def export(
         free -= {"size"}
     multiple = _multiple(loaded.model)
     height, width = height_width(loaded.preprocessing.img_size)
-    real = check.find_images(data) if data is not None else None
+    real = check.find_images(data) if data is not None and dtype != "int8" else None
 
     source: nn.Module = loaded.model
     if format == "html" and isinstance(source, VOLO) and isinstance(source.aux_head, nn.Linear):
@@ -163,6 +187,10 @@ def export(
         module = InDtype(module, computes)
     if with_preprocessing:
         module = WithPreprocessing(module, loaded.preprocessing)
+    guarded = None
+    if dtype == "int8":
+        fixed = None if "batch" in free else batch_size
+        guarded = _int8(loaded, module, data, fixed, int8 or WAYS[format][0], max_drop, on_note)
     shape = Shape(height, width, batch_size, free, multiple, in_chans)
     program = make_program(module, shape, pixels=with_preprocessing)
     names = ("pixels" if with_preprocessing else "images", *outputs)
@@ -205,7 +233,6 @@ def export(
             "coreml": coreml.write,
             "litert": litert.write,
         }
-        images = None if real is None else check.read_images(real, loaded.preprocessing)
         values |= writers[format](
             program,
             written,
@@ -213,18 +240,17 @@ def export(
             description,
             dtype=dtype,
             opset=opset,
-            images=images,
-            least_agreement=1 - max_drop / 100,
+            int8=guarded,
         )
         if format == "coreml":
             exported = coreml.replay(written)
         else:  # a page is checked by the model inside it
             exported = open_exported(written.with_suffix(".onnx") if format == "html" else written, trust=True)
-        values |= _compare(dataclasses.replace(loaded, model=source), exported, dtype, shape, real, images, max_drop)
+        if guarded is not None:
+            values["int8"] |= guarded.confirm(exported)
+        values |= _compare(dataclasses.replace(loaded, model=source), exported, dtype, shape, real, guarded)
         if "not_run" in values:
             del values["milliseconds"]  # not those of the runtime
-        if dtype == "int8" and data is not None and not with_preprocessing:
-            values |= _accuracy(loaded, exported, data, max_drop)
         values["bytes"] = sum(_bytes(folder / path.name) for path in _files(target) if path.suffix != ".json")
         values["versions"] = {name: importlib.metadata.version(name) for name in ("torch", *kind.packages)}
         report = folder / f"{target.name}.json"
@@ -234,7 +260,14 @@ def export(
 
 
 def _check(
-    format: str, dtype: str, dynamic: Sequence[str], opset: int | None, batch_size: int, data: object, pixels: bool
+    format: str,
+    dtype: str,
+    dynamic: Sequence[str],
+    opset: int | None,
+    batch_size: int,
+    pixels: bool,
+    int8: str | None,
+    max_drop: float,
 ) -> Kind:
     """Everything that can be wrong before a model is loaded."""
     if format not in KINDS:
@@ -262,10 +295,20 @@ def _check(
             raise ValueError(f"opset is for ONNX files, from {OPSETS[0]} to {OPSETS[-1]}; given: {opset} for {format}")
     if batch_size < 1:
         raise ValueError(f"batch_size is at least 1; given: {batch_size}")
-    if dtype == "int8" and data is None:
-        raise ValueError("int8 is judged by its answers to real images: give some with --data FOLDER (data=...)")
-    if dtype == "int8" and format == "openvino":
-        require("nncf", "quantize")
+    if int8 is not None and dtype != "int8":
+        raise ValueError(f"int8={int8!r} says how a file becomes int8, and dtype is {dtype!r}: add --dtype int8")
+    if int8 is not None and int8 not in WAYS[format]:
+        raise ValueError(f"{format} files become int8 by {', '.join(WAYS[format])}; given: {int8!r}")
+    if not 0 <= max_drop <= 100:
+        raise ValueError(f"max_drop is a percentage, from 0 to 100; given: {max_drop}")
+    if dtype == "int8":
+        require("onnxruntime")
+        if format == "openvino":
+            require("nncf", "quantize")
+        if pixels and "batch" not in dynamic and batch_size > 1:
+            raise ValueError(
+                "int8 with preprocessing is for images of any size, one at a time: leave the batch dynamic, or its size at 1"
+            )
     return kind
 
 
@@ -419,8 +462,11 @@ def _write_onnx(
     from volo.deploy import onnx_file
 
     model = onnx_file.to_onnx(program, how["opset"] or onnx_file.DEFAULT_OPSET, names)
-    if how["dtype"] == "int8":
-        model = onnx_file.quantize_dynamic(model)
+    result: dict[str, Any] = {}
+    if (int8 := how["int8"]) is not None:
+        feed = as_arrays(int8.calibration)
+        quantizer = Dynamic(model) if int8.way == "dynamic" else Static(model, feed, symmetric=int8.way == "symmetric")
+        model, result["int8"] = int8.guard(quantizer, lambda made: onnx_session(made.SerializeToString())[0])
     del model.metadata_props[:]
     for key, value in {KEY: json.dumps(description, ensure_ascii=False), "licence": description["licence"]}.items():
         entry = model.metadata_props.add()
@@ -428,7 +474,7 @@ def _write_onnx(
     model.producer_name, model.producer_version = "volo", __version__
     onnx.save(model, path)
     operators = onnx_file.operators_of(model)
-    return {
+    return result | {
         "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
         "largest_rank": onnx_file.largest_rank(model),
         "operators": operators,
@@ -463,11 +509,9 @@ def _write_openvino(
     proto = onnx_file.to_onnx(program, onnx_file.DEFAULT_OPSET, names)
     model = openvino.Core().read_model(proto.SerializeToString())
     result: dict[str, Any] = {}
-    if how["dtype"] == "int8":
-        from volo.deploy.quantize import quantize_openvino
-
-        model, kept, agreement = quantize_openvino(model, how["images"], how["least_agreement"])
-        result = {"left_in_floating_point": kept, "agreement_on_calibration": agreement}
+    if (int8 := how["int8"]) is not None:
+        quantizer = Nncf(proto, model, as_arrays(int8.calibration))
+        model, result["int8"] = int8.guard(quantizer, lambda made: openvino_session(made, "int8"))
     model.set_rt_info(json.dumps(description, ensure_ascii=False), KEY)
     openvino.save_model(model, path, compress_to_fp16=how["dtype"] == "fp16")
     return result
@@ -485,57 +529,59 @@ def _write_program(
 # ---- the check ----
 
 
+def _int8(
+    loaded: LoadedModel[Any],
+    module: nn.Module,
+    data: str | Path | None,
+    batch_size: int | None,
+    way: Way,
+    max_drop: float,
+    on_note: Callable[[str], None] | None,
+) -> Int8:
+    """Images, and what `module` says of those that judge. `batch_size`: of a file whose batch is fixed."""
+    calibration, judged = (
+        Feed(
+            images, loaded.preprocessing, batch_size or 8, batch_size is not None, isinstance(module, WithPreprocessing)
+        )
+        for images in find_images(loaded, data)
+    )
+    targets = loaded.targets if loaded.task == "table" else None
+    return Int8(way, calibration, Judge.of(module, judged, max_drop, targets), on_note or (lambda text: None))
+
+
 def _compare(
     loaded: LoadedModel[Any],
     exported: ExportedModel,
     dtype: str,
     shape: Shape,
     real: list[Path] | None,
-    images: torch.Tensor | None,
-    max_drop: float,
+    int8: Int8 | None,
 ) -> dict[str, Any]:
+    """How close the file comes. For int8 this only describes: `Int8` has decided."""
     model = loaded.model.cpu().eval()
-    what = "made images" if real is None else f"{len(real)} images"
+    what = int8.judge.feed.images.what if int8 is not None else f"{len(real)} images" if real else "made images"
+    shown = None if int8 is None else list(itertools.islice(int8.judge.feed, check.MAX_IMAGES // int8.judge.feed.batch))
     if exported.takes_pixels:
         height, width = height_width(loaded.preprocessing.img_size)
         sizes = [(height, width), (2 * height + 1, 3 * width), (height // 2 + 3, width)]
-        pictures = (
-            (check.made_pixels(*size, seed=i) for i, size in enumerate(sizes))
-            if real is None
-            else (decode_image(path).permute(1, 2, 0)[None] for path in real)
-        )
-        tolerance = check.PROBABILITY_TOLERANCE if dtype == "fp32" else 0.1
+        pictures: Iterable[torch.Tensor] = (check.made_pixels(*size, seed=i) for i, size in enumerate(sizes))
+        if shown is not None:
+            pictures = shown
+        elif real is not None:
+            pictures = (decode_image(path).permute(1, 2, 0)[None] for path in real)
+        tolerance = {"fp32": check.PROBABILITY_TOLERANCE, "int8": 1.0}.get(dtype, 0.1)
         return {
             "compared_on": what,
             "compared": [check.compare_pixels(model, exported, loaded.preprocessing, pictures, tolerance)],
         }
+    images = torch.cat(shown) if shown else None if real is None else check.read_images(real, loaded.preprocessing)
     batches = check.example_images(
         loaded.preprocessing, shape.free, shape.multiple, shape.batch, images, shape.channels
     )
-    least = 1 - max_drop / 100 if dtype == "int8" else 1.0 if dtype == "fp32" else 0.0
-    rows = check.compare(model, exported, dtype, batches, least)
+    rows = check.compare(model, exported, dtype, batches, 1.0 if dtype == "fp32" else 0.0)
     first = batches[0]
     return {
         "compared_on": what,
         "compared": rows,
         "milliseconds": check.milliseconds({"model": model, "exported": exported}, first) | {"batch": len(first)},
     }
-
-
-def _accuracy(loaded: LoadedModel[Any], exported: ExportedModel, data: str | Path, max_drop: float) -> dict[str, Any]:
-    """Top-1 of the model and of the file, where the images lie in folders named like the classes."""
-    from volo.inference.score import evaluate
-
-    if not any(child.is_dir() for child in Path(data).glob("*")):
-        return {}
-    try:
-        before, after = (
-            100 * evaluate(dataclasses.replace(loaded, model=model), data)["top1"] for model in (loaded.model, exported)
-        )
-    except ValueError:  # folders that are no classes of the model: images alone
-        return {}
-    if before - after > max_drop:
-        raise check.MismatchError(
-            f"int8 takes top-1 from {before:.2f} to {after:.2f} %, and {max_drop:g} may be lost. No file was written"
-        )
-    return {"top1": {"model": before, "exported": after}}

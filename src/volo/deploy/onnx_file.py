@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
@@ -93,20 +91,6 @@ def to_opset_17(model: onnx.ModelProto) -> None:
         node.attribute.extend(kept)
     del model.opset_import[:]
     model.opset_import.append(helper.make_opsetid("", 17))
-
-
-def quantize_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights of matrix products as int8, a scale for each column; activations are quantised while it runs."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with tempfile.TemporaryDirectory() as folder:
-        plain, quantized = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
-        onnx.save(model, plain)
-        quantize_dynamic(
-            plain, quantized, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8
-        )
-        return onnx.load(quantized)
 
 
 def operators_of(model: onnx.ModelProto) -> dict[str, int]:

@@ -10,15 +10,25 @@ import importlib.util
 import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from volo.inference.runtimes import KEY, holds_native_code, open_aoti, open_executorch, open_litert
+from volo.inference.runtimes import (
+    KEY,
+    Run,
+    holds_native_code,
+    named_outputs,
+    open_aoti,
+    open_executorch,
+    open_litert,
+)
+
+if TYPE_CHECKING:
+    import openvino
 
 FORMAT = 1
 NEEDS = {
@@ -37,24 +47,6 @@ FORMATS = {
     ".mlpackage": "coreml",
 }
 """By the ending of the file; a .pt2 may be a package of AOTInductor, too."""
-
-
-Run = Callable[[np.ndarray], list[np.ndarray]]
-"""What a runtime does: from the input to all outputs."""
-
-
-def named_outputs(given: Any) -> dict[str, Tensor]:
-    """The outputs of a model by name: a dict as it is, a tuple by the names of its fields or numbered, one tensor as the
-    logits. Raises TypeError for anything else."""
-    if isinstance(given, Tensor):
-        return {"logits": given}
-    if isinstance(given, (tuple, list)):
-        given = dict(zip(getattr(given, "_fields", [f"output{i}" for i in range(len(given))]), given))
-    if not isinstance(given, Mapping) or not given or not all(isinstance(value, Tensor) for value in given.values()):
-        raise TypeError(
-            f"the model returns {type(given).__name__}; a tensor, or a tuple or dict of tensors, can be kept"
-        )
-    return {str(name): value for name, value in given.items()}
 
 
 class ExportedModel(nn.Module):
@@ -154,6 +146,14 @@ def open_exported(path: str | Path, *, trust: bool = False) -> ExportedModel:
 
 
 def _open_onnx(path: Path) -> tuple[Run, str]:
+    try:
+        return onnx_session(str(path))
+    except Exception as error:
+        raise ValueError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
+
+
+def onnx_session(model: str | bytes) -> tuple[Run, str]:
+    """What runs an ONNX file, or the bytes of one, and what it says of itself."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -161,10 +161,7 @@ def _open_onnx(path: Path) -> tuple[Run, str]:
     # Threads that spin while they wait cost a busy machine many times what they save an idle one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ValueError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x}), session.get_modelmeta().custom_metadata_map.get(KEY, "")
 
@@ -172,18 +169,24 @@ def _open_onnx(path: Path) -> tuple[Run, str]:
 def _open_openvino(path: Path) -> tuple[Run, str]:
     import openvino
 
-    core = openvino.Core()
     try:
-        model = core.read_model(path)
+        model = openvino.Core().read_model(path)
         text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else ""
         dtype = json.loads(text)["dtype"] if text else "fp32"
-        # OpenVINO takes bfloat16 by itself where the processor has it: precision is what the file was exported with.
-        precision = "bf16" if dtype == "bf16" else "f32"
-        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        compiled = core.compile_model(model, "CPU", settings)
+        return openvino_session(model, dtype), text
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} cannot be opened by OpenVINO: {error}") from error
-    return lambda x: list(compiled(x).values()), text
+
+
+def openvino_session(model: openvino.Model, dtype: str) -> Run:
+    """What runs an OpenVINO model in the type that it was exported with."""
+    import openvino
+
+    # OpenVINO takes bfloat16 by itself where the processor has it: precision is what the file was exported with.
+    precision = "bf16" if dtype == "bf16" else "f32"
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    return lambda x: list(compiled(x).values())
 
 
 def _open_program(path: Path) -> tuple[Run, str]:

@@ -8,17 +8,35 @@ from __future__ import annotations
 import json
 import platform
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 KEY = "volo"
 """Under this name the description is in every format."""
 LEVELS = ("DEFAULT", "AVX2", "AVX512")
 """What PyTorch tells apart among processors of one make, each with all that is before it."""
-Opened = tuple[Callable[[np.ndarray], np.ndarray], str]
+Run = Callable[[np.ndarray], list[np.ndarray]]
+"""What a runtime does: from the input to all outputs."""
+Opened = tuple[Run, str]
+
+
+def named_outputs(given: Any) -> dict[str, Tensor]:
+    """The outputs of a model by name: a dict as it is, a tuple by the names of its fields or numbered, one tensor as the
+    logits. Raises TypeError for anything else."""
+    if isinstance(given, Tensor):
+        return {"logits": given}
+    if isinstance(given, (tuple, list)):
+        given = dict(zip(getattr(given, "_fields", [f"output{i}" for i in range(len(given))]), given))
+    if not isinstance(given, Mapping) or not given or not all(isinstance(value, Tensor) for value in given.values()):
+        raise TypeError(
+            f"the model returns {type(given).__name__}; a tensor, or a tuple or dict of tensors, can be kept"
+        )
+    return {str(name): value for name, value in given.items()}
 
 
 def holds_native_code(path: Path) -> bool:
@@ -41,9 +59,10 @@ def open_aoti(path: Path) -> Opened:
     except Exception as error:
         raise ValueError(f"{path} cannot be opened by AOTInductor: {error}") from error
 
-    def run(x: np.ndarray) -> np.ndarray:
+    def run(x: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
-            return compiled(torch.from_numpy(np.ascontiguousarray(x))).numpy()  # it does not look at strides
+            given = compiled(torch.from_numpy(np.ascontiguousarray(x)))  # it does not look at strides
+        return [output.numpy() for output in named_outputs(given).values()]
 
     return run, text
 
@@ -77,9 +96,9 @@ def open_executorch(path: Path) -> Opened:
     if method is None:
         raise ValueError(f"{path} cannot be opened by ExecuTorch: it has no method 'forward'")
 
-    def run(x: np.ndarray) -> np.ndarray:
-        (answer,) = method.execute([torch.from_numpy(np.ascontiguousarray(x))])
-        return answer.clone().numpy()  # the next call writes where this one did
+    def run(x: np.ndarray) -> list[np.ndarray]:
+        answers = method.execute([torch.from_numpy(np.ascontiguousarray(x))])
+        return [answer.clone().numpy() for answer in answers]  # the next call writes where this one did
 
     return run, text
 
@@ -92,12 +111,12 @@ def open_litert(path: Path) -> Opened:
         interpreter.allocate_tensors()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} cannot be opened by LiteRT: {error}") from error
-    (given,), (answer,) = interpreter.get_input_details(), interpreter.get_output_details()
+    (given,), answers = interpreter.get_input_details(), interpreter.get_output_details()
 
-    def run(x: np.ndarray) -> np.ndarray:
+    def run(x: np.ndarray) -> list[np.ndarray]:
         interpreter.set_tensor(given["index"], x)
         interpreter.invoke()
-        return interpreter.get_tensor(answer["index"])
+        return [interpreter.get_tensor(answer["index"]) for answer in answers]
 
     return run, _entry(path, f"{KEY}.json")
 

@@ -27,7 +27,7 @@ def require_compiler() -> None:
 
 
 def write(
-    program: ExportedProgram, path: Path, names: tuple[str, str], description: dict[str, Any], **how: Any
+    program: ExportedProgram, path: Path, names: tuple[str, ...], description: dict[str, Any], **how: Any
 ) -> dict[str, Any]:
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     # Where PyTorch keeps files of users in such archives; read without loading the code.

@@ -30,7 +30,7 @@ OTHER_NAMES: dict[Any, Any] = {
 
 
 def write(
-    program: ExportedProgram, path: Path, names: tuple[str, str], description: dict[str, Any], **how: Any
+    program: ExportedProgram, path: Path, names: tuple[str, ...], description: dict[str, Any], **how: Any
 ) -> dict[str, Any]:
     coremltools = _coremltools()
     program = program.run_decompositions({})
@@ -39,7 +39,7 @@ def write(
     with contextlib.redirect_stderr(io.StringIO()):  # its bars
         model = coremltools.convert(
             program,
-            outputs=[coremltools.TensorType(name=names[1], dtype=np.float32)],
+            outputs=[coremltools.TensorType(name=name, dtype=np.float32) for name in names[1:]],
             minimum_deployment_target=coremltools.target.iOS16,
             compute_precision=getattr(coremltools.precision, {"fp32": "FLOAT32", "fp16": "FLOAT16"}[how["dtype"]]),
             skip_model_load=True,

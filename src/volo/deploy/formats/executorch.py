@@ -13,7 +13,7 @@ from volo.inference.runtimes import KEY
 
 
 def write(
-    program: ExportedProgram, path: Path, names: tuple[str, str], description: dict[str, Any], **how: Any
+    program: ExportedProgram, path: Path, names: tuple[str, ...], description: dict[str, Any], **how: Any
 ) -> dict[str, Any]:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower

@@ -28,8 +28,8 @@ def _only(is_known: bool, what: str) -> None:
         )
 
 
-def run(function: Any, x: np.ndarray) -> np.ndarray:
-    """The only output of `function` for its only input. Values of float16 are rounded to it after each operation."""
+def run(function: Any, x: np.ndarray) -> list[np.ndarray]:
+    """All outputs of `function` for its only input. Values of float16 are rounded to it after each operation."""
     (name,) = function.inputs
     known: dict[str, Any] = {name: torch.from_numpy(x)}
 
@@ -51,7 +51,7 @@ def run(function: Any, x: np.ndarray) -> np.ndarray:
         for out, result in zip(op.outputs, [results] if isinstance(results, Tensor) else results, strict=True):
             assert tuple(result.shape) == tuple(out.shape), (op.op_type, result.shape, out.shape)
             known[out.name] = result.half().float() if out.dtype.__name__ == "fp16" else result
-    return known[function.outputs[0].name].numpy()
+    return [known[output.name].numpy() for output in function.outputs]
 
 
 def _padding(pad_type: str, pad: Sequence[int]) -> list[int]:
