@@ -127,7 +127,12 @@ def photo_labels() -> str:
         spread = f"{arm['stdev']:.1f}" if arm["stdev"] is not None else ""
         seeds = ", ".join(f"{top1:.1f}" for top1 in arm["top1"])
         rows.append([name, f"{arm['mean']:.1f} %", spread, seeds])
-    head = [f"labels, {content['epochs']} epochs in all", "top-1 on 280 held-out photos, mean", "standard deviation", "each seed"]
+    head = [
+        f"labels, {content['epochs']} epochs in all",
+        "top-1 on 280 held-out photos, mean",
+        "standard deviation",
+        "each seed",
+    ]
     return table(head, rows)
 
 

@@ -32,6 +32,8 @@ def run(function: Any, x: np.ndarray) -> list[np.ndarray]:
     """All outputs of `function` for its only input. Values of float16 are rounded to it after each operation."""
     (name,) = function.inputs
     known: dict[str, Any] = {name: torch.from_numpy(x)}
+    outputs = [output.name for output in function.outputs]
+    last_user = {name: op for op in function.operations for name in _names(op)}
 
     def value(argument: Any) -> Any:
         if isinstance(argument, (tuple, list)):
@@ -51,7 +53,16 @@ def run(function: Any, x: np.ndarray) -> list[np.ndarray]:
         for out, result in zip(op.outputs, [results] if isinstance(results, Tensor) else results, strict=True):
             assert tuple(result.shape) == tuple(out.shape), (op.op_type, result.shape, out.shape)
             known[out.name] = result.half().float() if out.dtype.__name__ == "fp16" else result
-    return [known[output.name].numpy() for output in function.outputs]
+        for name in _names(op) & known.keys() - set(outputs):
+            if last_user[name] is op:  # all values of a large model are gigabytes
+                del known[name]
+    return [known[output].numpy() for output in outputs]
+
+
+def _names(op: Any) -> set[str]:
+    """Of the values that `op` reads."""
+    arguments = (a if isinstance(a, (tuple, list)) else [a] for a in op.inputs.values())
+    return {argument.name for group in arguments for argument in group if argument is not None}
 
 
 def _padding(pad_type: str, pad: Sequence[int]) -> list[int]:
