@@ -49,7 +49,7 @@ def test_plain_exports_run_as_the_model():
     written = deploy.plain_onnx(model, 8)
     images = torch.randn(3, 3, 8, 8)
     for what, tolerance in (("onnx fp32", 1e-5), ("openvino fp32", 1e-5), ("openvino bf16", 0.1)):
-        given = deploy.open_plain(written, what, 8, True)(images)
+        (given,) = deploy.open_plain(written, what, 8, True)(images)
         torch.testing.assert_close(torch.as_tensor(given), model(images), atol=tolerance, rtol=tolerance)
 
 

@@ -181,10 +181,10 @@ class Planned:
         self.made += 1
         return frozenset(keep)
 
-    def open(self, keep: Collection[str]) -> Callable[[np.ndarray], np.ndarray]:
+    def open(self, keep: Collection[str]) -> Callable[[np.ndarray], list[np.ndarray]]:
         harm = sum(error for layer, error in self.harm.items() if layer not in keep)
         shift = np.array([[0.0, 1.0]], np.float32) * harm
-        return lambda x: np.stack([x[:, 0, 0, 0], np.zeros(len(x))], 1).astype(np.float32) + shift
+        return lambda x: [np.stack([x[:, 0, 0, 0], np.zeros(len(x))], 1).astype(np.float32) + shift]
 
     trial = open
 
