@@ -46,11 +46,9 @@ def measure(name: str, run: str, way: str, max_drop: float) -> dict[str, Any]:
     told = report["int8"]
     what = Path(loaded.preprocessing.path).name or loaded.preprocessing.kind
     path = loaded.preprocessing.path or loaded.preprocessing.kind
-    return row | {
-        "megabytes": report["bytes"] / 1e6,
-        "megabytes_fp32": plain["bytes"] / 1e6,
-        **{key: text.replace(path, what) if isinstance(text, str) else text for key, text in told.items()},
-    }
+    figures = {key: text.replace(path, what) if isinstance(text, str) else text for key, text in told.items()}
+    sizes = {"megabytes": report["bytes"] / 1e6, "megabytes_fp32": plain["bytes"] / 1e6}
+    return figures | row | sizes
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from volo.deploy.program import WithTokens
 from volo.deploy.quantize import nodes_of_layers
 from volo.inference.exported import open_exported
 from volo.inference.model_source import LoadedModel, load
-from volo.models.factory import create_model
+from volo.models.factory import create_model, create_segmenter
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -336,6 +336,17 @@ def test_refusals(loaded: LoadedModel, options: dict[str, object], message: str,
     with pytest.raises(ValueError, match=message):
         volo.export(loaded, out, data=folder, **options)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_segmenter_is_judged_by_its_pixels(folder: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    model = create_segmenter("fpn_volo_nano", num_classes=3, img_size=32, **TINY).eval()
+    segmenter = LoadedModel(model, "segment", ("a", "b", "c"), DataConfig(img_size=(32, 48)), "a test")
+    out = tmp_path / "segmenter.onnx"
+    told = volo.export(segmenter, out, dtype="int8", int8="static", data=folder, max_drop=50).values["int8"]
+    assert "top1" not in told and 50 <= told["agreement"] < 100
+    assert {name.partition(".")[0] for name in nodes_of_layers(onnx.load(out), products=True)} >= {"backbone"}
 
 
 @pytest.mark.slow
