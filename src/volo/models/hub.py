@@ -87,7 +87,7 @@ PRETRAINED: dict[str, PretrainedWeights] = {
 
 OWN = {
     "volo_nano": "67bfdefe7fd92edc8f89a6f0f426c1235984443b710d9cb59338371bde1d5535",
-    "volo_tiny": "TINY",
+    "volo_tiny": "77970147ae1e3884645c2885222b8c438407dbbf4c9e6d1cebb44ff5ce603e7b",
 }
 """SHA-256 of NAME.safetensors, the weights that we trained ourselves for the model of that name. Those of volo_nano come with
 the package, those of volo_tiny lie in the repository. They say themselves what they are; docs/models has a card for each."""
