@@ -57,7 +57,7 @@ def train(options: TrainOptions) -> int:
 
     Every key of the recipe can be changed: --section.key VALUE. Arguments of the model that have no key of their own
     go by --model.options.NAME VALUE, in TOML: --model.options.depths [2,2,3,1]. Those of the recipe hold for its own
-    model and are left out with another --model.name.
+    model and are left out with another --model.name, all but the pooling.
 
     Examples:
       volo train digits
@@ -222,6 +222,8 @@ KEYS_THAT_MATTER = {
     "train.amp": "off, bf16, fp16: bf16 is about twice as fast on today's GPUs",
     "train.device": "cpu, cuda, cuda:1; auto: cuda where there is one",
 }
+FOR_ANY_MODEL = ("pool",)
+"""Model options of a recipe that stay with another --model.name: they say nothing of its size."""
 HABITS = {
     "--pretrained": "--model.weights pretrained starts from our own weights (volo_nano, volo_tiny) or the published ones (volo_d1 to d5)",
     "--weights": "--model.weights takes published weights, a run folder or a file to start from",
@@ -287,9 +289,9 @@ def main(argv: Sequence[str]) -> int:
     if options.quiet:
         logging.getLogger("volo").setLevel(logging.WARNING)
     recipe, own = options.recipe, default.recipe.model.name
-    if of_recipe and recipe.model.name != own:
-        logger.info("model.options of the recipe are left out (%s): they are for %s", ", ".join(of_recipe), own)
-        of_recipe = {}
+    if recipe.model.name != own and (its_own := [option for option in of_recipe if option not in FOR_ANY_MODEL]):
+        logger.info("model.options of the recipe are left out (%s): they are for %s", ", ".join(its_own), own)
+        of_recipe = {option: value for option, value in of_recipe.items() if option in FOR_ANY_MODEL}
     model = dataclasses.replace(recipe.model, options=of_recipe | given)
     return train(dataclasses.replace(options, recipe=dataclasses.replace(recipe, model=model)))
 
