@@ -99,8 +99,8 @@ def test_the_answers_of_predict_without_volo(exported: Path, pictures: list[Path
 def test_one_changed_weight_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def changed(model: nn.Module) -> nn.Module:
-        copy = prepare(model)
+    def changed(model: nn.Module, *, portable: bool = True) -> nn.Module:
+        copy = prepare(model, portable=portable)
         with torch.no_grad():
             copy.norm.weight[7] += 1.0  # type: ignore[union-attr, operator, index]
         return copy

@@ -201,7 +201,9 @@ def load_annotator(how: AnnotatorConfig, device: torch.device | str = "cpu") -> 
 
 def _knows_no_tokens(model: nn.Module) -> bool:
     """Whether a VOLO says the same of every token. The best weights of a run that began with a linear probe may be the probe."""
-    return isinstance(model, VOLO) and isinstance(model.aux_head, nn.Linear) and not bool(model.aux_head.weight.any())
+    if not isinstance(model, VOLO) or not isinstance(model.aux_head, nn.Linear) or model.aux_head.weight.is_meta:
+        return False
+    return not bool(model.aux_head.weight.any())
 
 
 def check_view(crop: float | Literal["squash"], img_size: Size) -> None:
