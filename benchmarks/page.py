@@ -59,6 +59,7 @@ def main() -> None:
             f"{page.stat().st_size / 1e6:.1f} MB; first answer ({answer}) after {statistics.median(times):.2f} s {times}"
         )
         if options.screenshots is not None:
+            options.screenshots.mkdir(parents=True, exist_ok=True)
             with Browser(folder / "profile") as browser:
                 for name, width, height, is_dark in (("desktop", 1280, 800, False), ("phone", 390, 844, True)):
                     browser.open(page, width, height, dark=is_dark)
