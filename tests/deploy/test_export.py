@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import centred, decided_volo, with_one_weight_changed
 from torch import Tensor, nn
 
 import volo
@@ -29,7 +30,7 @@ from volo.inference.model_source import LoadedModel, load
 from volo.inference.predictor import predict
 from volo.inference.segment import segment
 from volo.inference.segment_evaluate import HowToTest
-from volo.models.factory import create_model, create_segmenter
+from volo.models.factory import create_segmenter
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -57,18 +58,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def loaded(pictures: list[Path]) -> LoadedModel:
     """A model that gives different answers to different images, as trained ones do."""
-    torch.manual_seed(0)
-    model = create_model("volo_nano", num_classes=len(CLASSES), img_size=16, **TINY).eval()
     data = DataConfig(img_size=16, crop_pct=0.8)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.25)
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_var, 0.05, 0.2)
-        for head in (model.head, model.aux_head):
-            head.weight.mul_(5)  # type: ignore[union-attr, operator]
-        model.head.bias.sub_(model(check.read_images(pictures, data)).mean(0))  # type: ignore[union-attr, operator]
+    model = centred(decided_volo(len(CLASSES), **TINY), check.read_images(pictures, data))
     return LoadedModel(model, "classify", CLASSES, data, "a test")
 
 
@@ -203,13 +194,7 @@ def test_torch_program_and_one_with_code_in_it(loaded: LoadedModel, pictures: li
 
 
 def test_one_changed_weight_leaves_no_file(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def changed(model: nn.Module, **how: bool) -> nn.Module:
-        copy = prepare(model, **how)
-        with torch.no_grad():
-            copy.head.bias[1] += 0.1  # type: ignore[union-attr, operator, index]
-        return copy
-
-    monkeypatch.setattr(exporting, "prepare", changed)
+    monkeypatch.setattr(exporting, "prepare", with_one_weight_changed(prepare))
     with pytest.raises(MismatchError, match="No file was written"):
         volo.export(loaded, tmp_path / "model.pt2", format="torch")
     assert list(tmp_path.iterdir()) == []

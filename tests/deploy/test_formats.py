@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import decided_volo, with_one_weight_changed
 from torch import nn
 
 import volo
@@ -34,7 +35,7 @@ from volo.inference.model_source import LoadedModel, load
 from volo.inference.predictor import predict
 from volo.inference.segment import segment
 from volo.inference.segment_evaluate import HowToTest
-from volo.models.factory import create_model, create_segmenter
+from volo.models.factory import create_segmenter
 
 CLASSES = ("ant", "bee", "猫", "dog")
 TINY = {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2), "stem_dim": 8, "patch_size": 4}
@@ -64,14 +65,7 @@ def opened(path: Path, name: str) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    torch.manual_seed(0)
-    model = create_model("volo_nano", num_classes=len(CLASSES), img_size=16, **TINY).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.25)
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_var, 0.05, 0.2)
+    model = decided_volo(len(CLASSES), **TINY)
     return LoadedModel(model, "classify", CLASSES, DataConfig(img_size=16, crop_pct=0.8), "a test")
 
 
@@ -161,13 +155,7 @@ def test_segmenter(name: str, tmp_path: Path):
 def test_one_changed_weight_leaves_no_file(
     name: str, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def changed(model: nn.Module, **how: bool) -> nn.Module:
-        copy = prepare(model, **how)
-        with torch.no_grad():
-            copy.head.bias[1] += 0.1  # type: ignore[union-attr, operator, index]
-        return copy
-
-    monkeypatch.setattr(exporting, "prepare", changed)
+    monkeypatch.setattr(exporting, "prepare", with_one_weight_changed(prepare))
     with pytest.raises(MismatchError, match="No file was written"):
         write(loaded, name, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import centred, decided_volo
 from torch import Tensor, nn
 
 import volo
@@ -25,7 +26,7 @@ from volo.deploy.program import WithTokens
 from volo.deploy.quantize import nodes_of_layers
 from volo.inference.exported import open_exported
 from volo.inference.model_source import LoadedModel, load
-from volo.models.factory import create_model, create_segmenter
+from volo.models.factory import create_segmenter
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -44,17 +45,7 @@ def images() -> Tensor:
 @pytest.fixture(scope="module")
 def loaded(images: Tensor) -> LoadedModel:
     """A model that gives different answers to different images, as trained ones do."""
-    torch.manual_seed(0)
-    model = create_model("volo_nano", num_classes=len(CLASSES), img_size=16, **TINY).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.25)
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_var, 0.05, 0.2)
-        for head in (model.head, model.aux_head):
-            head.weight.mul_(5)  # type: ignore[union-attr, operator]
-        model.head.bias.sub_(model(images).mean(0))  # type: ignore[union-attr, operator]
+    model = centred(decided_volo(len(CLASSES), **TINY), images)
     return LoadedModel(model, "classify", CLASSES, DATA, "a test")
 
 

@@ -39,8 +39,8 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
 
     Args:
         name: one of `list_models()`.
-        pretrained: False for random weights; True (or "pretrained") for our own weights (volo_nano, volo_tiny), else the published ones of `name` (at `img_size`, or at 224 where none are published at that
-            size); a tag such as "volo_d1.384"; or a run folder or the path of a weight file.
+        pretrained: False for random weights; True (or "pretrained") for our own weights (volo_nano, volo_tiny), else the
+            published ones of `name` (at `img_size`, or at 224 where none are published at that size); a tag such as "volo_d1.384"; or a run folder or the path of a weight file.
         **overrides: fields of `VOLOConfig`: num_classes, img_size (int or (H, W)), in_chans, patch_size, depths,
             embed_dims, num_heads, mlp_ratios, stem_dim, outlook_kernel, outlook_stride, drop_path_rate, ...
 
