@@ -22,10 +22,11 @@ pytestmark = pytest.mark.skipif(not linear_ops._dtypes, reason="PyTorch has no o
 
 @pytest.fixture(autouse=True)
 def taken(monkeypatch) -> list[str]:
-    """What went through oneDNN; on every x86, Intel's too."""
+    """What went through oneDNN; on every x86, Intel's and those without AVX-512 too."""
     calls: list[str] = []
     plain = linear_ops._multiply
     monkeypatch.setattr(linear_ops, "_mkl_is_slow", True)
+    monkeypatch.setattr(linear_ops, "_packing_pays", dict.fromkeys(linear_ops._dtypes, True))
     monkeypatch.setattr(linear_ops, "_multiply", lambda *args: calls.append("multiply") or plain(*args))
     return calls
 
@@ -207,3 +208,14 @@ def test_graphs_do_not_depend_on_the_processor(monkeypatch, is_slow):
         for count in (2, 3, 8, 40, 64):
             compiled(torch.randn(count, 5, 24))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("pays", [True, False], ids=["AVX-512", "AVX2"])
+def test_weights_are_packed_where_that_pays(monkeypatch, pays):
+    monkeypatch.setattr(linear_ops, "_packing_pays", {torch.float32: pays})
+    layer, x = nn.Linear(24, 40), torch.randn(100, 24)
+    with torch.inference_mode():
+        expected = F.gelu(layer(x))
+        packed = PackedLinear(layer, gelu=True)
+        torch.testing.assert_close(packed(x), expected)
+    assert (packed._packed._made is not None) == pays

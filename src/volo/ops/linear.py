@@ -1,7 +1,8 @@
 """Linear layers on a CPU through oneDNN, where PyTorch itself would take a slower way.
 
-PyTorch hands float32 matrix products to MKL, whose kernels were a tenth slower than oneDNN's on an AMD EPYC (Zen 4), and
-are taken to be on every processor not made by Intel; and it lets oneDNN rearrange a weight at every call although a model that only infers never changes it.
+PyTorch hands float32 matrix products to MKL. On an AMD EPYC with AVX-512 (Zen 4) its kernels were a tenth slower than
+oneDNN's, and are taken to be on every processor with AVX-512 not made by Intel; on one without AVX-512 they were faster by
+a tenth to a third. And PyTorch lets oneDNN rearrange a weight at every call although a model that only infers never changes it.
 Everything here computes what `torch.nn.functional.linear` computes, up to rounding, and calls that wherever oneDNN
 does not support: other devices and dtypes, autocast, compiled, traced and exported graphs, transforms of torch.func.
 """
@@ -33,6 +34,10 @@ def _is_intel() -> bool:
         return "intel" in platform.processor().lower()
 
 
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 # These operators are private to PyTorch, so another version may lack them or want other arguments.
 _ARGUMENTS: dict[str, list[str]] = {
     "_linear_pointwise": ["Tensor", "Tensor", "Optional[Tensor]", "str", "List[Optional[number]]", "Optional[str]"],
@@ -57,7 +62,8 @@ def _supported_dtypes() -> tuple[torch.dtype, ...]:
 
 
 _dtypes = _supported_dtypes()
-_mkl_is_slow = _is_x86() and not _is_intel()
+_mkl_is_slow = _is_x86() and not _is_intel() and _has_avx512()
+_packing_pays = {torch.float32: _has_avx512(), torch.bfloat16: True}
 
 
 def is_faster_than_pytorch() -> bool:
@@ -147,8 +153,8 @@ class PackedWeight:
         self._made: tuple[tuple[Any, ...], Tensor, Tensor] | None = None  # identity, samples, packed
 
     def serves(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether `multiply` can compute x weight^T without anybody asking for gradients."""
-        return not torch.is_grad_enabled() and _may_serve(x, weight)
+        """Whether `multiply` can compute x weight^T, faster than PyTorch, without anybody asking for gradients."""
+        return not torch.is_grad_enabled() and _packing_pays.get(x.dtype, False) and _may_serve(x, weight)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         """x [..., in] -> x weight^T + bias [..., out], through GELU (erf) if asked for."""
