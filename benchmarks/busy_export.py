@@ -10,7 +10,6 @@ model itself as `volo predict` runs it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -20,13 +19,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from beside import in_turns, keep, summarise
+
 CANDIDATES = {
     "ONNX file": "model.onnx",
     "OpenVINO file": "model.xml",
     "ONNX file, ONNX Runtime's defaults": "model.onnx",
     "the model (fused)": "",
 }
-BUSY = "while True: pass"
 
 
 def run_of(candidate: str, folder: str, name: str) -> Callable[[], object]:
@@ -96,46 +96,14 @@ def main() -> None:
         return
     from volo.deploy.export import export
 
-    found: dict[str, dict[str, list[float]]] = {name: {"alone": [], "beside": []} for name in CANDIDATES}
     with tempfile.TemporaryDirectory() as folder:
         export(options.model, Path(folder, "model.onnx"))
         export(options.model, Path(folder, "model.xml"), format="openvino")
-        for _ in range(options.rounds):
-            for name in CANDIDATES:
-                found[name]["alone"].append(measure(name, folder, options))
-            for name in CANDIDATES:
-                other = subprocess.Popen([sys.executable, "-c", BUSY])
-                try:
-                    found[name]["beside"].append(measure(name, folder, options))
-                finally:
-                    other.kill()
-                    other.wait()
-    results = {}
-    for name, figures in found.items():
-        alone, beside = (statistics.median(figures[key]) for key in ("alone", "beside"))
-        results[name] = {
-            "alone": round(alone, 1),
-            "beside_one_busy_process": round(beside, 1),
-            "beside_over_alone": round(beside / alone, 3),
-            "all": {key: [round(value, 1) for value in values] for key, values in figures.items()},
-        }
-        print(f"{name:36} alone {alone:7.1f}   beside {beside:7.1f} ({beside / alone:.2f})")
+        results = summarise(in_turns(CANDIDATES, lambda name: measure(name, folder, options), options.rounds))
     if options.out is not None:
-        import torch
-
-        from volo.bench.timing import setting as machine
-        from volo.data.files import write_atomically
-
-        report = {
-            "what": "images/s of exported files at batch 1, alone and beside one busy process",
-            "command": " ".join(["python benchmarks/busy_export.py", *sys.argv[1:]]),
-            "model": options.model,
-            "rounds": options.rounds,
-            "setting": machine(torch.device("cpu")),
-            "candidates": results,
-        }
-        content = (json.dumps(report, indent=1) + "\n").encode()
-        write_atomically(options.out, lambda file: file.write(content))
+        what = "images/s of exported files at batch 1, alone and beside one busy process"
+        about = {"model": options.model, "rounds": options.rounds}
+        keep(options.out, what, "busy_export.py", {**about, "candidates": results})
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ turns, alone and beside a process that keeps one core busy. The steps are those 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from beside import in_turns, keep, summarise
 
 SETTINGS: dict[str, dict[str, str]] = {
     "GOMP_SPINCOUNT=1500 (volo's command line)": {"GOMP_SPINCOUNT": "1500"},
@@ -25,7 +26,6 @@ SETTINGS: dict[str, dict[str, str]] = {
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-BUSY = "while True: pass"
 
 
 def steps(seconds: float, size: int, batch_size: int) -> None:
@@ -83,47 +83,11 @@ def main() -> None:
     if options.child:
         steps(options.seconds, options.img_size, options.batch_size)
         return
-    found: dict[str, dict[str, list[float]]] = {name: {"alone": [], "beside": []} for name in SETTINGS}
-    for _ in range(options.rounds):
-        for name, setting in SETTINGS.items():
-            found[name]["alone"].append(measure(setting, options))
-        for name, setting in SETTINGS.items():
-            other = subprocess.Popen([sys.executable, "-c", BUSY])
-            try:
-                found[name]["beside"].append(measure(setting, options))
-            finally:
-                other.kill()
-                other.wait()
-    best = max(statistics.median(figures["alone"]) for figures in found.values())
-    results = {}
-    for name, figures in found.items():
-        alone, beside = (statistics.median(figures[key]) for key in ("alone", "beside"))
-        results[name] = {
-            "alone": round(alone, 1),
-            "beside_one_busy_process": round(beside, 1),
-            "beside_over_alone": round(beside / alone, 3),
-            "alone_over_best": round(alone / best, 3),
-            "all": {key: [round(value, 1) for value in values] for key, values in figures.items()},
-        }
-        print(
-            f"{name:42} alone {alone:7.1f} ({alone / best:.2f} of the best)   beside {beside:7.1f} ({beside / alone:.2f})"
-        )
+    results = summarise(in_turns(SETTINGS, lambda name: measure(SETTINGS[name], options), options.rounds))
     if options.out is not None:
-        import torch
-
-        from volo.bench.timing import setting as machine
-        from volo.data.files import write_atomically
-
-        report = {
-            "what": "images/s of a training step of the recipe photos, by how OpenMP's threads wait",
-            "command": " ".join(["python benchmarks/busy_machine.py", *sys.argv[1:]]),
-            "img_size": options.img_size,
-            "rounds": options.rounds,
-            "setting": machine(torch.device("cpu")),
-            "settings": results,
-        }
-        content = (json.dumps(report, indent=1) + "\n").encode()
-        write_atomically(options.out, lambda file: file.write(content))
+        what = "images/s of a training step of the recipe photos, by how OpenMP's threads wait"
+        about = {"img_size": options.img_size, "rounds": options.rounds}
+        keep(options.out, what, "busy_machine.py", {**about, "settings": results})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from volo.inference.regression import FOLDS, fit_probe, folds
+from volo.inference import regression
+from volo.inference.regression import FOLDS, PENALTIES, fit_probe, folds
 
 
 def blobs(per_class: int, num_classes: int, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,6 +50,25 @@ def test_out_of_fold_answers_know_nothing_of_their_example() -> None:
     alone = fit_probe(both, twice, 2, penalties=[1e-4])
     together = fit_probe(both, twice, 2, penalties=[1e-4], groups=torch.arange(120).repeat(2))
     assert together.accuracy < 0.7 < alone.accuracy, "a copy in another fold gives the answer away"
+
+
+def test_many_examples_choose_the_penalty_by_some_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[int] = []
+    minimise = regression._minimise
+    monkeypatch.setattr(regression, "_minimise", lambda x, *args: fits.append(len(x)) or minimise(x, *args))
+    features, labels = blobs(60, 4, 1.0)
+    groups = torch.arange(120).repeat_interleave(2)
+    by_all = fit_probe(features, labels, 4, groups=groups)
+    with_all, fits[:] = fits.count(240), []
+    monkeypatch.setattr(regression, "ENOUGH_TO_CHOOSE_BY", 100)
+    progress: list[tuple[int, int]] = []
+    by_some = fit_probe(features, labels, 4, groups=groups, on_progress=lambda *x: progress.append(x))
+    assert fits.count(100) <= len(PENALTIES) and max(fits[: -FOLDS - 1]) <= 100
+    assert fits[-FOLDS - 1 :] == [192] * FOLDS + [240] and with_all >= 1
+    assert by_some.out_of_fold.shape == by_all.out_of_fold.shape
+    assert abs(by_some.accuracy - by_all.accuracy) < 0.05
+    steps = [done for done, _ in progress]
+    assert steps == sorted(steps) and progress[-1] == ((FOLDS + 1) * (len(PENALTIES) + 1),) * 2
 
 
 @settings(max_examples=50, deadline=None)

@@ -14,6 +14,8 @@ PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 features; strongest first, so that each fit starts from a smoother one."""
 FOLDS = 5
 MAX_STEPS = 200
+ENOUGH_TO_CHOOSE_BY = 10_000
+"""Examples, at most, by which the penalty is chosen; the fits for the others would take most of the time."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def fit_probe(
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LinearProbe:
-    """Fit a linear probe; the penalty is the one of `penalties` whose out-of-fold cross-entropy is the lowest.
+    """Fit a linear probe; the penalty is the one of `penalties` whose out-of-fold cross-entropy is the lowest, of
+    `ENOUGH_TO_CHOOSE_BY` examples drawn by chance where there are more.
 
     Args:
         features: [N, F], standardised here.
@@ -62,8 +65,21 @@ def fit_probe(
     spread = torch.where(spread > 1e-6, spread, torch.ones_like(spread))
     x = ((x - centre) / spread).float()
     groups = torch.arange(len(labels)) if groups is None else groups
+    done, total = 0, (FOLDS + 1) * len(penalties)
+    if len(labels) > ENOUGH_TO_CHOOSE_BY and len(penalties) > 1:
+        done, total = total, total + FOLDS + 1
+
+        def on_fit_of_some(fits: int, _: int) -> None:
+            if on_progress is not None:
+                on_progress(fits, total)
+
+        some = _some(groups, ENOUGH_TO_CHOOSE_BY, seed)
+        of_some = fit_probe(
+            features[some], labels[some], num_classes, groups=groups[some], penalties=penalties, seed=seed,
+            on_progress=on_fit_of_some,
+        )  # fmt: skip
+        penalties = (of_some.penalty,)
     fold = folds(labels, groups, seed)
-    total = len(penalties) * FOLDS + len(penalties)
     out_of_fold = torch.zeros(len(penalties), len(labels), num_classes)
     for k in range(FOLDS):
         held = fold == k
@@ -74,7 +90,7 @@ def fit_probe(
             start = _minimise(x[~held], labels[~held], num_classes, penalty, start)
             out_of_fold[i, held] = _logits(x[held], *start).softmax(dim=1)
             if on_progress is not None:
-                on_progress(k * len(penalties) + i + 1, total)
+                on_progress(done + k * len(penalties) + i + 1, total)
     of_truth = out_of_fold[:, torch.arange(len(labels)), labels]
     best = int((-of_truth.clamp(min=1e-12).log()).mean(dim=1).argmin())
     start = None
@@ -100,6 +116,15 @@ def folds(labels: Tensor, groups: Tensor, seed: int = 0) -> Tensor:
     fold = torch.empty(len(names), dtype=torch.int64)
     fold[order] = torch.arange(len(names)) % FOLDS
     return fold[of_example]
+
+
+def _some(groups: Tensor, count: int, seed: int) -> Tensor:
+    """bool [N]: about `count` examples drawn by chance, those of a group together."""
+    names, of_example = groups.unique(return_inverse=True)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.zeros(len(names), dtype=torch.bool)
+    drawn[order[: max(FOLDS, round(count * len(names) / len(groups)))]] = True
+    return drawn[of_example]
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
