@@ -266,14 +266,13 @@ Part = tuple[tuple[str, str, str], Callable[[], dict[str, Any]]]
 def parts(comparison: Comparison, seeds: int) -> Iterator[Part]:
     """In the order in which they are of most use if there is no time for all."""
     plain = [name for name in (*VOLOS, *BODIES) if name not in WITH_MAPS]
-    names = [*plain, *WITH_MAPS] if comparison.maps else plain
+    names = [name for name in (*VOLOS, *BODIES) if comparison.maps or name not in WITH_MAPS]
     for seed in range(seeds):
         for name in names:
             yield (name, "pretrained", str(seed)), partial(comparison.pretrain, name, seed)
         for kind in ("photos", "cifar10"):
             for name in names:
                 yield (name, f"probe {kind}", str(seed)), partial(comparison.probe, name, seed, kind)
-    for seed in range(seeds):
         for kind in ("photos", "cifar10"):
             for name in plain:
                 for what in ("tuned", "scratch"):

@@ -51,6 +51,13 @@ def measure(name: str, run: str, way: str, max_drop: float) -> dict[str, Any]:
     return figures | row | sizes
 
 
+def machine() -> dict[str, Any]:
+    """Where a row was measured: what int8 costs depends on the instructions that multiply it."""
+    packages = ("onnx", "onnxruntime", "openvino", "nncf")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {**setting(torch.device("cpu")), "processor": processor(), "packages": versions}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
@@ -64,18 +71,11 @@ def main() -> None:
     for given in options.runs:
         name, _, run = given.partition("=")
         for way in options.ways:
-            row = measure(name, run, way, options.max_drop)
-            print(json.dumps({key: value for key, value in row.items() if key != "tried"}), flush=True)
-            rows = [other for other in rows if (other["model"], other["way"]) != (name, way)] + [row]
-            packages = ("onnx", "onnxruntime", "openvino", "nncf")
-            report = {
-                "what": "int8 of trained models",
-                **setting(torch.device("cpu")),
-                "processor": processor(),
-                "packages": {package: importlib.metadata.version(package) for package in packages},
-                "max_drop": options.max_drop,
-                "rows": rows,
-            }
+            row = measure(name, run, way, options.max_drop) | {"machine": machine()}
+            print(json.dumps({key: value for key, value in row.items() if key not in ("tried", "machine")}), flush=True)
+            key = (name, way, row["machine"]["capability"])
+            rows = [r for r in rows if (r["model"], r["way"], r["machine"]["capability"]) != key] + [row]
+            report = {"what": "int8 of trained models", "max_drop": options.max_drop, "rows": rows}
             RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

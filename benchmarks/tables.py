@@ -352,7 +352,7 @@ def quantisation() -> str:
     content = result("quantisation")
 
     def line(r: dict[str, Any]) -> list[str]:
-        what = [f"{r['model']} (`{r['architecture']}`)", r["way"]]
+        what = [f"{r['model']} (`{r['architecture']}`)", r["machine"]["capability"], r["way"]]
         if "failed" in r:
             return [*what, "", "", "", "nothing suffices", ""]
         kept = r["left_in_floating_point"]
@@ -372,8 +372,13 @@ def quantisation() -> str:
         ]
 
     judged = "; ".join(dict.fromkeys(f"{r['model']}: {r['judged_on']}" for r in content["rows"] if "judged_on" in r))
-    head = ["model", "int8 by", "top-1 before", "after", "answers that differ", "layers in floating point", "MB (fp32)"]
-    return table(head, map(line, content["rows"])) + f"\n\nJudged on: {judged}. {where('quantisation')}."
+    machines = dict.fromkeys(
+        f"{m['device']} with {m['capability']}, {m['threads']} threads, {m['date']}"
+        for m in (r["machine"] for r in content["rows"])
+    )
+    head = ["model", "processor", "int8 by", "top-1 before", "after", "answers that differ", "layers in floating point"]
+    rows = map(line, sorted(content["rows"], key=lambda r: (r["model"], r["machine"]["capability"] != "AVX512")))
+    return table([*head, "MB (fp32)"], rows) + f"\n\nJudged on: {judged}. {'; '.join(machines)}."
 
 
 TABLES: dict[str, Callable[[], str]] = {
