@@ -1,4 +1,4 @@
-"""Small models for the tests of exported files."""
+"""Small models, and a recipe of one, for tests of exported files and of the command line."""
 
 from __future__ import annotations
 
@@ -43,3 +43,32 @@ def with_one_weight_changed(prepare: Callable[..., nn.Module]) -> Callable[..., 
         return copy
 
     return changed
+
+
+def segmenter_recipe(height: int, width: int) -> str:
+    """A recipe, in TOML, of a segmenter that 20 steps teach a little."""
+    return f"""
+task = "segment"
+[model]
+name = "fpn_volo_nano"
+[model.options]
+depths = [1, 1]
+embed_dims = [16, 32]
+num_heads = [1, 2]
+stem_dim = 8
+channels = 16
+[data]
+img_size = [{height}, {width}]
+num_workers = 0
+[optim]
+lr = 5e-3
+[schedule]
+steps = 20
+warmup_steps = 2
+[train]
+batch_size = 4
+threads = 1
+device = "cpu"
+tensorboard = false
+eval_steps = 10
+"""

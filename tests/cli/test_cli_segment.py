@@ -9,44 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_models import segmenter_recipe
 
 from volo.cli.main import main
 from volo.config import load_recipe
 from volo.data.masks import CITYSCAPES
 from volo.training.loop import train
 
-RECIPE = """
-task = "segment"
-[model]
-name = "fpn_volo_nano"
-[model.options]
-depths = [1, 1]
-embed_dims = [16, 32]
-num_heads = [1, 2]
-stem_dim = 8
-channels = 16
-[data]
-img_size = [32, 40]
-num_workers = 0
-[optim]
-lr = 5e-3
-[schedule]
-steps = 20
-warmup_steps = 2
-[train]
-batch_size = 4
-threads = 1
-device = "cpu"
-tensorboard = false
-eval_steps = 10
-"""
-
 
 @pytest.fixture(scope="module")
 def work(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with street.toml and runs/street, trained."""
     folder = tmp_path_factory.mktemp("segment")
-    (folder / "street.toml").write_text(RECIPE)
+    (folder / "street.toml").write_text(segmenter_recipe(32, 40))
     words = [str(folder / "street.toml"), "--data", str(scenes), "--out", str(folder / "run"), "--json", "--quiet"]
     assert main(["train", *words]) == 0
     return folder

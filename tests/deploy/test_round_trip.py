@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import segmenter_recipe
 from torch import Tensor, nn
 
 import volo
@@ -250,38 +251,11 @@ def test_as_large_as_d1(what: str, kind: str, opset: int | None, tmp_path: Path)
         round_trip(mivolo(224, **D1), tmp_path, kind, opset, [(224, 224)], img_size=224, in_chans=6)
 
 
-SEGMENTER = """
-task = "segment"
-[model]
-name = "fpn_volo_nano"
-[model.options]
-depths = [1, 1]
-embed_dims = [16, 32]
-num_heads = [1, 2]
-stem_dim = 8
-channels = 16
-[data]
-img_size = [32, 48]
-num_workers = 0
-[optim]
-lr = 5e-3
-[schedule]
-steps = 20
-warmup_steps = 2
-[train]
-batch_size = 4
-threads = 1
-device = "cpu"
-tensorboard = false
-eval_steps = 20
-"""
-
-
 @pytest.fixture(scope="module")
 def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run whose segmenter tells sky, ground and box apart."""
     folder = tmp_path_factory.mktemp("segmenter")
-    (folder / "scenes.toml").write_text(SEGMENTER)
+    (folder / "scenes.toml").write_text(segmenter_recipe(32, 48))
     words = [str(folder / "scenes.toml"), "--data", str(scenes), "--out", str(folder / "run"), "--quiet"]
     assert main(["train", *words]) == 0
     return folder / "run"
