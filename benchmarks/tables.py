@@ -381,6 +381,31 @@ def quantisation() -> str:
     return table([*head, "MB (fp32)"], rows) + f"\n\nJudged on: {judged}. {'; '.join(machines)}."
 
 
+def formats() -> str:
+    """Error, size and speed of every format, model by model."""
+    rows = result("formats")["rows"]
+    names = {"nano": "`volo_nano`", "d1": "`volo_d1`", "timm": "timm's `volo_d1_224`", "segmenter": "`fpn_volo_nano`"}
+
+    def speed(r: dict[str, Any], batch: str) -> str:
+        if "images_per_second" not in r:
+            return "does not run here" if r["format"] == "coreml" else "not measured"
+        rates = r["images_per_second"][batch]
+        return f"{rates['file']:.3g} ({rates['file'] / rates['model']:.2f})"
+
+    def line(r: dict[str, Any]) -> list[str]:
+        same = "all" if r["same_answers"] == r["pictures"] else f"{r['same_answers']:g}"
+        error, size = f"{r['relative_error']:.1e}", f"{r['bytes'] / 1e6:.1f}"
+        return [f"`{r['format']}`", names[r["model"]], error, same, size, speed(r, "1"), speed(r, "8")]
+
+    head = ["format", "model", "error", "same answers", "MB", "images/s, batch 1", "batch 8"]
+    order = ["onnx", "openvino", "torch", "aoti", "executorch", "coreml", "litert"]
+    found = sorted(rows, key=lambda r: (list(names).index(r["model"]), order.index(r["format"])))
+    machines = dict.fromkeys(
+        f"{m['device']} with {m['capability']}, {m['date']}" for m in (r["machine"] for r in rows if "machine" in r)
+    )
+    return table(head, map(line, found)) + f"\n\nSpeed: one thread, by its processor time. {'; '.join(machines)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "trainings": trainings,
     "photos": photos,
@@ -398,6 +423,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "deploy": deploy,
     "deploy goals": deploy_goals,
     "quantisation": quantisation,
+    "formats": formats,
 }
 PLACE = re.compile(r"(<!-- ([\w ]+): python benchmarks/tables\.py -->\n\n).*?(\n\n<!-- end of \2 -->)", re.DOTALL)
 
