@@ -26,7 +26,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -267,16 +267,31 @@ def parts(comparison: Comparison, seeds: int) -> Iterator[Part]:
     """In the order in which they are of most use if there is no time for all."""
     plain = [name for name in (*VOLOS, *BODIES) if name not in WITH_MAPS]
     names = [name for name in (*VOLOS, *BODIES) if comparison.maps or name not in WITH_MAPS]
-    for seed in range(seeds):
+
+    def pretrainings(names: Iterable[str], seed: int) -> Iterator[Part]:
         for name in names:
             yield (name, "pretrained", str(seed)), partial(comparison.pretrain, name, seed)
-        for kind in ("photos", "cifar10"):
-            for name in names:
-                yield (name, f"probe {kind}", str(seed)), partial(comparison.probe, name, seed, kind)
+
+    def uses(seed: int) -> Iterator[Part]:
         for kind in ("photos", "cifar10"):
             for name in plain:
                 for what in ("tuned", "scratch"):
                     yield (name, f"{what} {kind}", str(seed)), partial(comparison.tune, name, seed, what, kind)
+
+    def probes(seed: int) -> Iterator[Part]:
+        for kind in ("photos", "cifar10"):
+            for name in names:
+                yield (name, f"probe {kind}", str(seed)), partial(comparison.probe, name, seed, kind)
+
+    yield from pretrainings(names, 0)
+    yield from probes(0)
+    for seed in range(1, seeds):  # labels of tokens against plain ones
+        yield from pretrainings((name for name in VOLOS if name in names), seed)
+    yield from uses(0)
+    for seed in range(1, seeds):
+        yield from pretrainings(names, seed)
+        yield from probes(seed)
+        yield from uses(seed)
     for name in plain:
         yield (name, "adamw", "0"), partial(comparison.pretrain, name, 0, "adamw")
 
