@@ -34,7 +34,9 @@ def leaves(report: Report) -> None:
 def hangs(report: Report, pids: str) -> None:
     """Never ends, nor does a process that it has started; neither listens to a polite request."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+    )
     child = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.readline()

@@ -75,7 +75,9 @@ def test_what_a_stage_does_to_itself_costs_the_others_nothing(tmp_path: Path) ->
     assert "log" not in results["works"]
 
 
-def test_a_stage_that_hangs_is_ended_with_all_that_it_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_hangs_is_ended_with_all_that_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stages, "GRACE", 1.0)
     pids = tmp_path / "pids"
     started = time.monotonic()
