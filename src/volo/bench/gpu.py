@@ -45,9 +45,11 @@ def list_stages(
     maps: str = "",
     folder: Path = Path(),
     is_rehearsal: bool = False,
-    backend: str = "inductor",
+    backend: str = "",
 ) -> list[Stage]:
-    """The stages in their order; in a rehearsal the same at toy size. `folder` is where trainings go."""
+    """The stages in their order; in a rehearsal the same at toy size. `folder` is where trainings go; `backend` is that of
+    torch.compile, "inductor" if empty, in a rehearsal "aot_eager", which takes no compiler and less time."""
+    backend = backend or ("aot_eager" if is_rehearsal else "inductor")
     if is_rehearsal:
         d1 = _case("volo_d1", 32, 2, backend, _TOY)
         d3 = _case("volo_d3", 48, 2, backend, _TOY)
@@ -65,7 +67,14 @@ def list_stages(
     interpreted = {"TRITON_INTERPRET": "1"} if is_rehearsal else {}
     plain = ["volo", "timm eager", "volo compiled", "timm compiled"]
     graphs = ["volo graph", "volo compiled graph", "timm compiled graph"]
-    tuned = ["volo max-autotune", "timm max-autotune"]
+    tuned = ["volo compiled", "timm compiled", "volo max-autotune", "timm max-autotune"]
+    large, profiled, compiled = (
+        [d3_inference, d3_training],
+        [d1_inference, training],
+        [d1_inference, training, d3_inference],
+    )
+    if is_rehearsal:  # the same paths, each once
+        large, profiled, compiled, tuned = [d3_inference], [d1_inference], [d1_inference], tuned[2:3]
     timed: dict[str, Any] = {"device": device, "rounds": rounds}
 
     def stage(name: str, what: str, seconds: float, run: str = "", **of: Any) -> Stage:
@@ -79,17 +88,17 @@ def list_stages(
         stage("memory", "the kernels under compute-sanitizer", 110, shape=shapes[0], is_timed=False, environment=interpreted),
         stage(
             "compilation", "torch.compile, for the stages to come", 130, is_timed=False,
-            cases=[d1_inference] if is_rehearsal else [d1_inference, training, d3_inference],
+            cases=compiled,
         ),
         stage("rates", "copy bandwidth and matrix rate", 30, **timed),
         stage("kernels", "operator and layer", 90, batch_size=batch_size, **timed),
-        stage("inference", "inference of volo_d1", 70, "models", cases=[d1_inference], names=plain + graphs, **timed),
-        stage("training", "training step of volo_d1", 80, "models", cases=[training], names=plain + graphs, **timed),
-        stage("profile", "volo_d1 compiled, by kernel", 45, cases=[d1_inference, training]),
-        stage("large", "volo_d3 at 448", 80, "models", cases=[d3_inference, d3_training], names=plain, **timed),
+        stage("inference", "inference of volo_d1", 90, "models", cases=[d1_inference], names=plain + graphs, **timed),
+        stage("training", "training step of volo_d1", 110, "models", cases=[training], names=plain + graphs, **timed),
+        stage("profile", "volo_d1 compiled, by kernel", 60, cases=profiled),
+        stage("large", "volo_d3 at 448", 100, "models", cases=large, names=plain[:2] if is_rehearsal else plain, **timed),
         stage(
-            "autotune", "volo_d1 by max-autotune", 100, "models", cases=[d1_inference],
-            names=["volo compiled", "timm compiled", *tuned], **timed,
+            "autotune", "volo_d1 by max-autotune", 110, "models", cases=[d1_inference],
+            names=tuned, **timed,
         ),
         stage("tensorrt", "volo_d1 in TensorRT", 90, case=d1_inference, **timed),
         *(
@@ -129,7 +138,7 @@ def bench_gpu(
     maps: str | None = None,
     batch_size: int = 128,
     rounds: int = 15,
-    backend: str = "inductor",
+    backend: str = "",
     tell: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Run the stages within `minutes`, each into `out`/STAGE.json at once, and sum them up in `out`/summary.json.
@@ -141,7 +150,7 @@ def bench_gpu(
         resume: leave out stages that are complete in `out`, and go on with a pretraining that is there.
         pictures: folder of npz pictures for the pretraining (docs/data.md).
         maps: label maps of these, for token labeling.
-        backend: of torch.compile.
+        backend: of torch.compile; see `list_stages`.
         tell: hears how it goes.
 
     Returns:

@@ -55,6 +55,8 @@ class Models:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
+        self.steps: dict[tuple[bool, bool, bool], Candidate] = {}
+        """Of a training: (ours, compiled, is_tuned)."""
 
     @functools.cached_property
     def twins(self) -> tuple[VOLO, nn.Module]:
@@ -162,6 +164,16 @@ def _inference(
 
 
 def _step(models: Models, ours: bool, compiled: bool = False, graph: bool = False, is_tuned: bool = False) -> Candidate:
+    if graph:  # of the step that is compiled already
+        its = _step(models, ours, compiled, is_tuned=is_tuned)
+        return Candidate(captured(its.run, models.device), its.kept, has_own_memory=False)
+    key = ours, compiled, is_tuned
+    if key not in models.steps:
+        models.steps[key] = _make_step(models, *key)
+    return models.steps[key]
+
+
+def _make_step(models: Models, ours: bool, compiled: bool, is_tuned: bool) -> Candidate:
     model: nn.Module = copy.deepcopy(models.twins[not ours])
     images, layout = models.images, torch.contiguous_format
     if ours:
@@ -172,10 +184,9 @@ def _step(models: Models, ours: bool, compiled: bool = False, graph: bool = Fals
     images = images.contiguous(memory_format=layout)
     target = torch.arange(len(images), device=models.device) % 1000
     forward = models.compiled(model, is_tuned) if compiled else model
-    run = training_step(model, forward, images, target)
     # Parameters and two moments of AdamW; gradients come and go within the step.
     kept = 3 * sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    return Candidate(captured(run, models.device) if graph else run, kept, has_own_memory=not graph)
+    return Candidate(training_step(model, forward, images, target), kept)
 
 
 def training_step(model: nn.Module, forward: Callable[..., Any], images: Tensor, target: Tensor) -> Run:

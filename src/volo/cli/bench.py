@@ -212,8 +212,8 @@ class Gpu:
     """Images at once, of kernels and models."""
     rounds: int = 15
     """Turns of every candidate."""
-    backend: str = "inductor"
-    """Of torch.compile; in a rehearsal, aot_eager needs no compiler and less time."""
+    backend: str = ""
+    """Of torch.compile: inductor, in a rehearsal aot_eager, which takes no compiler and less time."""
     json: bool = False
     """Print the summary as one JSON object instead of tables."""
 
