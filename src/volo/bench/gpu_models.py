@@ -306,7 +306,8 @@ def kernels_of(run: Run, device: torch.device, runs: int = 3) -> list[dict[str, 
             torch.cuda.synchronize(device)
     rows = []
     for event in record.key_averages():
-        if is_gpu != (event.device_type.name == "CUDA"):
+        # Regions that somebody has named hold kernels that are listed themselves.
+        if is_gpu != (event.device_type.name == "CUDA") or event.is_user_annotation:
             continue
         microseconds = event.self_device_time_total if is_gpu else event.self_cpu_time_total
         if microseconds > 0:

@@ -320,7 +320,8 @@ def gpu(options: Gpu) -> int:
         def tell(progress: Progress) -> None:
             name = progress.stage.name
             if progress.result is None:
-                bar.show(f"{name}: {progress.line[:60]}", int(progress.seconds), max(1, int(progress.box)))
+                what = f"{name}, {progress.line[:60]}" if progress.line else name
+                bar.show(what, int(progress.seconds), max(1, int(progress.box)), "seconds")
                 return
             bar.clear()
             status = progress.result["status"]
