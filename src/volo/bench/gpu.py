@@ -292,6 +292,7 @@ def goal_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             "met": row["met"],
         }
         for row in measured.get("correctness", {}).get("rows", ())
+        if "error" in row
     ]
 
 

@@ -16,7 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -66,26 +67,12 @@ def correctness(report: Report, device: str, shapes: Sequence[Sequence[int]]) ->
                 if engine == "reference":
                     continue  # what the others are held against
                 report.say(f"{engine}, {_name(dtype)}, {' x '.join(map(str, shape))}")
-                poison = [torch.full_like(x, float("nan")) for x in (value, logits, value, logits, value)]
-                del poison  # the allocator hands these out again
-                ours = results_of(engine, value, logits, grad)
-                again = results_of(engine, value, logits, grad)
-                for name, x in ours.items():
-                    error = float((x.double() - exact[name]).abs().max())
-                    rounding = torch.finfo(dtype).eps * float(exact[name].abs().max())
-                    allowed = 2 * float((eager[name].double() - exact[name]).abs().max()) + rounding
-                    report.rows.append(
-                        {
-                            "engine": engine,
-                            "dtype": _name(dtype),
-                            "shape": list(shape),
-                            "tensor": name,
-                            "error": error,
-                            "allowed": allowed,
-                            "met": "yes" if error <= allowed else "no",  # NaN is never met
-                            "same_bits": bool(torch.equal(x, again[name])),
-                        }
-                    )
+                try:
+                    report.rows.extend(_errors(engine, shape, dtype, (value, logits, grad), exact, eager))
+                except Exception as error:  # noqa: BLE001  (of one engine in one dtype; the others are still worth knowing)
+                    failed = f"{type(error).__name__}: {error}"[:500]
+                    report.rows.append({"engine": engine, "dtype": _name(dtype), "failed": failed, "met": "no"})
+                    report.say(traceback.format_exc())
                 report.save()
     from volo.bench import kernels
 
@@ -98,6 +85,34 @@ def correctness(report: Report, device: str, shapes: Sequence[Sequence[int]]) ->
                 report.add_row({"engine": "layer", "dtype": _name(dtype), "tensor": name, **error, "met": met})
     wrong = [row for row in report.rows if row["met"] == "no" or not row.get("same_bits", True)]
     report.add(status=f"{len(wrong)} of {len(report.rows)} are wrong" if wrong else "completed")
+
+
+def _errors(
+    engine: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    exact: Mapping[str, Tensor],
+    eager: Mapping[str, Tensor],
+) -> Iterator[dict[str, Any]]:
+    value, logits, _ = inputs
+    poison = [torch.full_like(x, float("nan")) for x in (value, logits, value, logits, value)]
+    del poison  # the allocator hands these out again
+    ours, again = results_of(engine, *inputs), results_of(engine, *inputs)
+    for name, x in ours.items():
+        error = float((x.double() - exact[name]).abs().max())
+        rounding = torch.finfo(dtype).eps * float(exact[name].abs().max())
+        allowed = 2 * float((eager[name].double() - exact[name]).abs().max()) + rounding
+        yield {
+            "engine": engine,
+            "dtype": _name(dtype),
+            "shape": list(shape),
+            "tensor": name,
+            "error": error,
+            "allowed": allowed,
+            "met": "yes" if error <= allowed else "no",  # NaN is never met
+            "same_bits": bool(torch.equal(x, again[name])),
+        }
 
 
 def draw(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
