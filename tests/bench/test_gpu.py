@@ -93,7 +93,7 @@ def test_stages_that_failed_are_named() -> None:
         "ended by SIGSEGV",
     ]
     summary = {"stages": [{"stage": str(i), "status": status} for i, status in enumerate(statuses)]}
-    assert has_failed(summary) == ["1", "2", "4"]
+    assert has_failed(summary) == ["1", "2", "4", "5"]
 
 
 # ---- what is refused ----
