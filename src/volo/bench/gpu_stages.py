@@ -80,9 +80,9 @@ def correctness(report: Report, device: str, shapes: Sequence[Sequence[int]]) ->
     if hasattr(kernels, "check_layer") and where.type == "cuda":
         for dtype in DTYPES:
             report.say(f"the layer, {_name(dtype)}")
-            for name, error in kernels.check_layer(dtype).items():
-                met = "yes" if error["error"] <= error["allowed"] else "no"
-                report.add_row({"engine": "layer", "dtype": _name(dtype), "tensor": name, **error, "met": met})
+            for name, its in kernels.check_layer(dtype).items():
+                met = "yes" if its["error"] <= its["allowed"] else "no"
+                report.add_row({"engine": "layer", "dtype": _name(dtype), "tensor": name, **its, "met": met})
     wrong = [row for row in report.rows if row["met"] == "no" or not row.get("same_bits", True)]
     report.add(status=f"{len(wrong)} of {len(report.rows)} are wrong" if wrong else "completed")
 
