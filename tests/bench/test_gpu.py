@@ -91,6 +91,7 @@ def test_stages_that_failed_are_named() -> None:
         "ended after its 3 seconds",
         "TensorRT is not installed",
         "ended by SIGSEGV",
+        "2 of 9 are wrong",
     ]
     summary = {"stages": [{"stage": str(i), "status": status} for i, status in enumerate(statuses)]}
     assert has_failed(summary) == ["1", "2", "4", "5"]
