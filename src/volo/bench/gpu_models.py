@@ -226,7 +226,8 @@ def measure(report: Report, case: Case, device: torch.device, rounds: int, names
         report.save()
 
     report.add(
-        **{case.name: {"gigaflops_per_image": flops / 1e9, "rounds": rounds, **setting(device)}},
+        **setting(device),
+        **{case.name: {"gigaflops_per_image": flops / 1e9, "batch_size": case.batch_size, "rounds": rounds}},
         matrix_teraflops=rate / 1e12,
     )
     for name, make in candidates(models).items():

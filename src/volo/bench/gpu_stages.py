@@ -244,6 +244,7 @@ def kernels(report: Report, device: str, batch_size: int, rounds: int) -> None:
     from volo.bench import kernels
 
     where = _open(device)
+    report.add(**setting(where))
     if where.type != "cuda":
         report.say("compiling for sm_90")
         compiled = kernels.compile_report((DTYPE,), (90,))
