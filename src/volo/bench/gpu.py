@@ -54,7 +54,7 @@ def list_stages(
     if is_rehearsal:
         d1, d3 = _case("volo_d1", 32, 2, backend, _TOY), _case("volo_d3", 48, 2, backend, _TOY)
         shapes = [[1, 4, 4, 1, 16], [1, 5, 3, 2, 16]]
-        overrides = {"schedule.epochs": 2, "schedule.warmup_epochs": 0.5, "train.batch_size": 20, "train.eval_every": 1}
+        overrides = {"schedule.epochs": 1, "schedule.warmup_epochs": 0.5, "train.batch_size": 12, "train.eval_every": 1}
         rounds = min(rounds, 2)
     else:
         d1, d3 = _case("volo_d1", 224, batch_size, backend), _case("volo_d3", 448, batch_size, backend)

@@ -440,7 +440,7 @@ def _time_is_over(number: int, frame: FrameType | None) -> None:
     raise _TimeIsOver
 
 
-def make_pictures(folder: Path, count: int = 60, side: int = 64, num_classes: int = 3) -> Path:
+def make_pictures(folder: Path, count: int = 24, side: int = 64, num_classes: int = 3) -> Path:
     """Pictures of a colour each, as WebP in npz files, a folder as `data.path` takes it."""
     import io
 
