@@ -395,7 +395,7 @@ def pretraining(
     saving: float = SAVING,
 ) -> None:
     """Train by `recipes`, one after the other, each in `folder`/NAME, with all pictures on the device, until the time is
-    over; what is there already goes on, to the bit as if it had not been interrupted. A row for every evaluation.
+    over; what is there already goes on as if it had not been interrupted. A row for every evaluation.
 
     pictures: npz folder; empty: a few are made, for a rehearsal. maps: label maps for token labeling; empty: none.
     """
