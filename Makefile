@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+PYTHON_VERSION ?= 3.12
 BIN := $(VENV)/bin
 READY := $(VENV)/.volo-ready
 WEB := $(VENV)/web
 CONSTRAINTS := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser test test-slow test-lowest lint format demo constraints clean
+.PHONY: help setup browser test test-slow test-lowest lint format demo constraints wheels clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -73,6 +74,12 @@ demo: setup ## train on handwritten digits, then name digits that were held out
 constraints: setup ## bring constraints.txt in line with pyproject.toml; pins that still fit stay
 	printf 'setuptools\nuv\n' | $(BIN)/uv pip compile pyproject.toml - --extra dev --extra quantize --universal \
 	  --python-version 3.11 --no-header --no-annotate --quiet --output-file constraints.txt
+
+# Everything else that the commands import comes with torch, torchvision and timm, or is only needed for some of them.
+wheels: setup ## what a machine without a network lacks, for its Python (PYTHON_VERSION=3.12), in build/wheels
+	rm -rf build/wheels
+	$(BIN)/python -m pip download -q --only-binary=:all: --python-version $(PYTHON_VERSION) -c $(CONSTRAINTS) -d build/wheels tyro
+	@ls build/wheels
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* htmlcov

@@ -14,7 +14,6 @@ import torch
 
 import volo
 from volo.bench import timing
-from volo.bench.gpu import GOALS, bench_gpu
 from volo.bench.loop import bench_loop
 from volo.bench.model import _flops, bench_model, bench_train
 from volo.bench.timing import Timing, alternate, matrix_rate, peak_memory, speedup
@@ -67,13 +66,9 @@ def test_both_ways_of_the_matrix_rate_multiply(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timing, "alternate", once)
     matrix_rate(torch.device("cpu"), torch.float32)
     assert len(products) == 1 + (torch.float32 in linear_ops._dtypes)
-    assert all(torch.equal(product, torch.full((2048, 2048), 2048.0)) for product in products)
-
-
-def test_without_a_gpu_its_goals_are_not_measured():
-    result = bench_gpu(device="cpu")
-    assert [row["goal"] for row in result["rows"]] == [goal for goal, *_ in GOALS]
-    assert {row["measured"] for row in result["rows"]} == {"not measured"}
+    # One of them multiplies by the transpose; each number is a sum of 2048 products of normal ones.
+    assert all(product.shape == (2048, 2048) for product in products)
+    assert all(product.std().item() == pytest.approx(2048**0.5, rel=0.02) for product in products)
 
 
 def test_model_rows_compare_the_same_weights():

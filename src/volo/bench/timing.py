@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from volo import __version__
 from volo.ops.linear import PackedWeight
+from volo.training.clock import Mark
 
 
 @dataclass(frozen=True)
@@ -43,29 +44,55 @@ def alternate(
     rounds: int,
     warmup: int = 2,
     device: torch.device | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
     """Run every candidate once a round, in turns, so that a busy moment of the machine hits all of them alike.
 
-    `clock` gives seconds: of the wall, or of the processor (`time.process_time`) for what runs on one core without waiting.
+    Time is that of the device: of a GPU by its events, from an idle device on, so that launches count where they are what is
+    waited for; else of the wall. `clock` gives other seconds, for example of the processor (`time.process_time`).
     """
+    device = device or torch.device("cpu")
 
-    def finish() -> None:
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def seconds_of(run: Callable[[], object]) -> float:
+        if clock is not None:
+            began = clock()
+            run()
+            return clock() - began
+        start = Mark(device)
+        run()
+        end = Mark(device)
+        end.wait()
+        return end.seconds_since(start)
 
     for _ in range(warmup):
         for run in candidates.values():
             run()
-    finish()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            start = clock()
-            run()
-            finish()
-            seconds[name].append(clock() - start)
+            seconds[name].append(seconds_of(run))
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
+
+
+def captured(run: Callable[[], object], device: torch.device, warmup: int = 3) -> Callable[[], object]:
+    """`run` as a CUDA graph, which the host launches by one call; on another device `run` itself.
+
+    Its inputs are those tensors for ever, and what it computes stays in the graph's memory.
+    """
+    if device.type != "cuda":
+        return run
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # chooses algorithms, and makes what is made once
+        for _ in range(warmup):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def speedup(ours: Timing, peer: Timing) -> float:
@@ -75,7 +102,7 @@ def speedup(ours: Timing, peer: Timing) -> float:
 
 def copy_bandwidth(device: torch.device, rounds: int = 7) -> float:
     """Bytes per second, read plus written, of a copy that is larger than any cache."""
-    source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
+    source = torch.rand(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
     timing = alternate({"copy": lambda: target.copy_(source)}, rounds=rounds, device=device)["copy"]
     return 2 * source.nbytes / timing.median
@@ -93,7 +120,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> fl
     # What a processor has to emulate (bfloat16 on AVX2) is a hundred times slower, and a smaller product tells as much.
     while device.type == "cpu" and side > 256 and seconds * (side / 256) ** 3 > 2:
         side //= 2
-    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    # A GPU multiplies ones or zeros faster, since less switches in it.
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     candidates: dict[str, Callable[[], object]] = {"PyTorch": lambda: a @ b}
     packed = PackedWeight()
     with torch.no_grad():

@@ -10,16 +10,20 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from volo.cli.console import results
+from volo.cli.console import Bar, duration, note, print_row, results
 from volo.cli.options import open_device, parse_as
 from volo.cli.outputs import begins_with, claim
 from volo.config import nearest
+
+if TYPE_CHECKING:
+    from volo.bench.stages import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,15 +177,45 @@ class Kernels(OnDevice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpu(OfModel):
-    """Errors, kernels, inference, training step and memory on a GPU, in bfloat16, against what is asked of them.
+class Gpu:
+    """All that is claimed of a GPU, in a few minutes on one: errors, kernels, whole models against timm, a profile, TensorRT,
+    and in the time that is left the pretraining of small models.
+
+    Each stage runs in a process of its own with a deadline, and writes a file of its own at once: what goes wrong in one
+    takes nothing from the others. Begin with a rehearsal, which runs every stage at toy size on the CPU.
 
     Examples:
-      volo bench gpu --out benchmarks/results/gpu.json
+      volo bench gpu --rehearse --out rehearsal
+      volo bench gpu --minutes 9 --out gpu
+      volo bench gpu --minutes 9 --out gpu --pictures pictures64
+      volo bench gpu --minutes 4 --out gpu --pictures pictures64 --stages pretraining --resume
     """
 
-    rounds: int = 15
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Where the files go: STAGE.json, summary.json, logs, and the run folders of the pretraining."""
+    minutes: float = 9.0
+    """All of it takes no longer."""
+    stages: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STAGE ...")] = ()
+    """Only these, in any order: correctness, memory, compilation, rates, kernels, inference, training, profile, large, autotune,
+    tensorrt, pretraining."""
+    rehearse: bool = False
+    """Every stage at toy size on the CPU; its figures mean nothing."""
+    resume: bool = False
+    """Leave out what is complete in the folder, and go on with the pretraining there."""
+    pictures: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Images of one size in npz files, to pretrain on; without them there is no pretraining."""
+    maps: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Label maps of these, made by `volo annotate`: token labeling."""
+    device: str = "cuda"
+    """cuda, cuda:1, ..."""
     batch_size: int = 128
+    """Images at once, of kernels and models."""
+    rounds: int = 15
+    """Turns of every candidate."""
+    backend: str = ""
+    """Of torch.compile: inductor, in a rehearsal aot_eager, which takes no compiler and less time."""
+    json: bool = False
+    """Print the summary as one JSON object instead of tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +280,8 @@ def main(argv: Sequence[str]) -> int:
         given = f"there is no {name!r}{nearest(name, BENCHMARKS)}" if name else "it needs to be told"
         raise ValueError(f"volo bench measures {', '.join(BENCHMARKS)}: {given}")
     kind, function = BENCHMARKS[name]
-    return bench(name, parse_as(kind, argv[1:], prog=f"volo bench {name}"), function)
+    options = parse_as(kind, argv[1:], prog=f"volo bench {name}")
+    return gpu(options) if isinstance(options, Gpu) else bench(name, options, function)
 
 
 def bench(name: str, options: Any, function: str) -> int:
@@ -272,6 +307,38 @@ def bench(name: str, options: Any, function: str) -> int:
     if options.out is not None:
         write_atomically(options.out, lambda file: file.write(report.encode()))
     return 0
+
+
+def gpu(options: Gpu) -> int:
+    """Exit code 1: some stage failed, or was ended."""
+    from volo.bench.gpu import bench_gpu, has_failed
+
+    arguments = {key: value for key, value in vars(options).items() if key != "json"}
+    console = results(options.json)
+    with Bar(console) as bar:
+
+        def tell(progress: Progress) -> None:
+            name = progress.stage.name
+            if progress.result is None:
+                what = f"{name}, {progress.line[:60]}" if progress.line else name
+                bar.show(what, int(progress.seconds), max(1, int(progress.box)), "seconds")
+                return
+            bar.clear()
+            status = progress.result["status"]
+            style = "green" if status == "completed" else "yellow"
+            row = Text.assemble(f"{name:14}{duration(progress.seconds):>6}  ", (status.splitlines()[0], style))
+            print_row(console, row)
+
+        summary = bench_gpu(tell=tell, **arguments)
+    if options.json:
+        print(json.dumps(summary, indent=1))
+    else:
+        show_benchmark(console, summary)
+        console.print(Text.assemble("files: ", (str(options.out), "cyan")), soft_wrap=True)
+    failed = has_failed(summary)
+    if failed:
+        note(f"look into {options.out / 'logs'}: {', '.join(failed)} did not come to an end")
+    return int(bool(failed))
 
 
 def command_of(name: str, options: Measurement) -> str:

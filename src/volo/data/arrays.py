@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 import zlib
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +19,24 @@ from volo.config import DataConfig
 from volo.data.classes import agreed, read_class_list, unique
 from volo.data.decode import BadImage, BadImageError, decode_image
 from volo.data.files import cache_folder
-from volo.data.sources import LAYOUTS, ArraySource, DataSplits, Names, Progress, raise_bad, split_by_seed
+from volo.data.sources import (
+    LAYOUTS,
+    ArraySource,
+    DataSplits,
+    Names,
+    Progress,
+    available_cores,
+    local_processes,
+    raise_bad,
+    split_by_seed,
+)
 from volo.data.splits import Parts, split_files
 from volo.data.transforms import height_width
 from volo.data.walk import spelled
+from volo.data.workers import run
+
+CHUNK = 256
+"""Images that are decoded at once."""
 
 
 def open_digits(config: DataConfig) -> DataSplits:
@@ -198,27 +214,56 @@ def _decode_npz(
         if on_progress:
             on_progress(done + len(names), total)
         return _NpzPictures(images.expand(-1, 3, -1, -1).contiguous(), targets, names, [])
-    encoded, offsets = arrays["jpeg"], arrays["offsets"]
+    decode = _Decode(arrays["jpeg"], arrays["offsets"], names)
+    chunks = [range(start, min(start + CHUNK, len(names))) for start in range(0, len(names), CHUNK)]
+    # Python's share of the work is too large for threads; a few thousand images are done before processes have started.
+    num_workers = min(available_cores() // local_processes(), len(chunks) // 4)
+    images = torch.empty(len(names), *decode.shape, dtype=torch.uint8)
     kept: list[int] = []
     bad: list[BadImage] = []
-    images = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    for i, name in enumerate(names):
-        try:
-            picture = decode_image(encoded[offsets[i] : offsets[i + 1]].tobytes(), name)
-            if not kept:
-                images = torch.empty(len(names), *picture.shape, dtype=torch.uint8)
-            elif picture.shape != images.shape[1:]:
-                sizes = [f"{shape[2]} x {shape[1]}" for shape in (picture.shape, images.shape[1:])]
-                raise BadImageError(
-                    name, f"{sizes[0]} pixels where the first image has {sizes[1]}; folders take any size"
-                )
+    with closing(run(decode, chunks, num_workers=num_workers if num_workers > 1 else 0)) as decoded:
+        for chunk, (numbers, pictures, its_bad) in zip(chunks, decoded):
+            images[len(kept) : len(kept) + len(numbers)] = pictures
+            kept += numbers
+            bad += its_bad
+            if on_progress:
+                on_progress(done + chunk.stop, total)
+    return _NpzPictures(images[: len(kept)], targets[kept], [names[i] for i in kept], bad)
+
+
+class _Decode:
+    """Images of an npz file by their numbers: which of them are good, these as uint8 [n, 3, H, W], and the bad ones."""
+
+    def __init__(self, encoded: np.ndarray, offsets: np.ndarray, names: list[str]) -> None:
+        self.encoded, self.offsets, self.names = encoded, offsets, names
+        self.shape: tuple[int, ...] = (3, 0, 0)
+        """Of the first good image, and so of all."""
+        for i in range(len(names)):
+            with contextlib.suppress(BadImageError):
+                self.shape = tuple(self._decode(i).shape)
+                break
+
+    def __call__(self, numbers: range) -> tuple[list[int], Tensor, list[BadImage]]:
+        kept: list[int] = []
+        bad: list[BadImage] = []
+        images = torch.empty(len(numbers), *self.shape, dtype=torch.uint8)
+        for i in numbers:
+            try:
+                picture = self._decode(i)
+                if picture.shape != images.shape[1:]:
+                    sizes = [f"{shape[2]} x {shape[1]}" for shape in (picture.shape, images.shape[1:])]
+                    raise BadImageError(
+                        self.names[i], f"{sizes[0]} pixels where the first image has {sizes[1]}; folders take any size"
+                    )
+            except BadImageError as error:
+                bad.append(BadImage(error.name, error.reason))
+                continue
             images[len(kept)] = picture
             kept.append(i)
-        except BadImageError as error:
-            bad.append(BadImage(error.name, error.reason))
-        if on_progress and (i % 256 == 255 or i + 1 == len(names)):
-            on_progress(done + i + 1, total)
-    return _NpzPictures(images[: len(kept)], targets[kept], [names[i] for i in kept], bad)
+        return kept, images[: len(kept)], bad
+
+    def _decode(self, i: int) -> Tensor:
+        return decode_image(self.encoded[self.offsets[i] : self.offsets[i + 1]].tobytes(), self.names[i])
 
 
 def _join(parts: list[_NpzPictures], classes: tuple[str, ...], path: Path) -> ArraySource:

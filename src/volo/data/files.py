@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
+import math
 import os
 import re
 import secrets
@@ -14,7 +16,7 @@ import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -52,6 +54,23 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             "annotating then continue with --resume, packing without",
             str(path),
         ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Plain data as a JSON file, by `write_atomically`; NaN and infinity become null."""
+    text = json.dumps(finite(value), indent=1).encode()
+    write_atomically(path, lambda file: file.write(text))
+
+
+def finite(value: Any) -> Any:
+    """Plain data for JSON, which has neither NaN nor infinity: None in their place."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return value
 
 
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")

@@ -21,6 +21,7 @@ from volo.data import keyed, mask_transforms
 from volo.data.decode import BadImage, BadImageError
 from volo.data.mask_transforms import scale_to, scaled_size
 from volo.data.masks import MaskedPictures
+from volo.data.on_device import CropOnDevice, DeviceSource, MapsOnDevice
 from volo.data.samples import Batch, OneByOne, Samples, ShiftAndFlip, SmallAtFirst, Whole, WithLabelMaps, WithTargets
 from volo.data.sources import ArraySource, ImageSource, available_cores, local_processes
 from volo.data.token_labels import LabelMapReader, PictureFrame
@@ -174,7 +175,8 @@ class _EvalLoader(_Loader):
 
 class TrainLoader(_TrainLoader):
     """Endless shuffled, augmented batches of a source, addressed by step: image uint8 [b, 3, H, W], target int64 [b], index
-    int64 [b]; with label maps also frame, map_scores, map_classes and map_box (see `resample_label_maps`)."""
+    int64 [b]; with label maps also frame, map_scores, map_classes and map_box (see `resample_label_maps`). Of a
+    `DeviceSource` images and label maps are on its device; everything else is on the host."""
 
     def __init__(
         self,
@@ -198,16 +200,26 @@ class TrainLoader(_TrainLoader):
         batch_plan.micro_batch_size  # noqa: B018  # raises
         check_augment(data, augment)
         plain = augment.crop in ("pad", "none") and not augment.rand_augment and not augment.color_jitter
-        self.is_vectorised = plain and isinstance(source, ArraySource)
+        is_on_device = isinstance(source, DeviceSource)
+        self.is_vectorised = is_on_device or (plain and isinstance(source, ArraySource))
         frames = crop_order if label_maps is not None else ""
         samples: Samples
-        if self.is_vectorised:
+        if is_on_device:
+            if frames == "original":
+                raise ValueError(
+                    "images on the device are cropped once, before anything else: set token_label.crop_order to 'corrected'"
+                )
+            samples = CropOnDevice(source.images, data, augment, batch_plan.seed, bool(frames))  # type: ignore[attr-defined]
+            num_workers, pin_memory = 0, False
+        elif self.is_vectorised:
             samples = ShiftAndFlip(source.images, data, augment, batch_plan.seed, frames)  # type: ignore[attr-defined]
         else:
             prepare = _Prepare(train_transform(data, augment, crop_last=frames == "original"), frames)
             instead = "next" if data.on_bad_image == "skip" else ""
             samples = OneByOne(source.load, source.names, prepare, seed=batch_plan.seed, instead=instead)
-        if label_maps is not None:
+        if label_maps is not None and isinstance(samples, CropOnDevice):
+            samples = MapsOnDevice(samples, source.names, label_maps)
+        elif label_maps is not None:
             samples = WithLabelMaps(samples, source.names, label_maps)
         if small_size or small_epochs:
             samples = SmallAtFirst(samples, data, small_size, small_epochs)
@@ -236,6 +248,8 @@ class EvalLoader(_EvalLoader):
         samples: Samples
         if is_array:
             samples = Whole(source.images, transform)  # type: ignore[attr-defined]
+            if isinstance(source, DeviceSource):
+                num_workers, pin_memory = 0, False
         else:
             instead = "none" if data.on_bad_image == "skip" else ""
             samples = OneByOne(source.load, source.names, _Prepare(transform), instead=instead)

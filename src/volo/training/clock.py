@@ -15,7 +15,7 @@ class Mark:
         self._time = 0.0
         if device.type == "cuda":
             self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(device))
         else:
             self._time = time.perf_counter()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import platform
 import time
@@ -16,7 +15,7 @@ import torch
 
 from volo import __version__
 from volo.config import Recipe
-from volo.data.files import write_atomically
+from volo.data.files import finite, write_json
 from volo.training.run_folder import EVENTS
 
 
@@ -198,16 +197,4 @@ def write_summary(info: RunInfo, result: TrainResult) -> None:
             "python": platform.python_version(),
         },
     }
-    text = json.dumps(finite(summary), indent=1).encode()
-    write_atomically(result.out / "summary.json", lambda file: file.write(text))
-
-
-def finite(value: Any) -> Any:
-    """Plain data for JSON, which has neither NaN nor infinity: None in their place."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    return value
+    write_json(result.out / "summary.json", summary)

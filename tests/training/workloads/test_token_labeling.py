@@ -26,6 +26,7 @@ from volo.training.pipeline import train
 from volo.training.plan import plan_training
 from volo.training.report import NullReporter
 from volo.training.workloads import token_labeling
+from volo.training.workloads.on_device import on_device
 from volo.training.workloads.token_labeling import TokenLabeling, doubts
 
 SHORT = {"schedule.epochs": 0.5, "schedule.warmup_epochs": 0.0, "schedule.cooldown_epochs": 0.0}
@@ -177,6 +178,24 @@ def test_small_pictures_of_the_first_epochs_have_smaller_grids(annotated, tmp_pa
     odd = dataclasses.replace(small, schedule=dataclasses.replace(schedule, small_size=12))
     with pytest.raises(ValueError, match=r"schedule\.small_size is 12 x 12; .* multiples of 8"):
         train(odd, tmp_path / "odd")
+
+
+def test_images_and_maps_on_the_device(annotated, tmp_path) -> None:
+    """The same maps for the same frames, whoever cuts the images out; and it trains."""
+    recipe, out, _ = annotated
+    recipe = dataclasses.replace(
+        recipe,
+        augment=dataclasses.replace(recipe.augment, crop="resized", scale=(1.0, 1.0), ratio=(1.0, 1.0), erase_prob=0.0),
+        token_label=dataclasses.replace(recipe.token_label, maps=str(out / "label_maps")),
+    )
+    annotations = []
+    for opened_by in (TokenLabeling, on_device):
+        workload = opened_by(recipe, HERE, lambda done, total: None)
+        workload.create_task(workload.create_model())
+        annotations.append(workload.prepare(next(workload.batches(0, 1)))["token_annotation"])
+    assert annotations[0].std() > 1e-3
+    torch.testing.assert_close(*annotations, atol=1e-5, rtol=1e-5)
+    assert train_alone(recipe, tmp_path / "run", workload=on_device).status == "completed"
 
 
 def test_without_annotator_it_is_plain_training_with_token_weight(tiny, tmp_path) -> None:
