@@ -23,9 +23,10 @@ HERE = Path(__file__).parent
 
 def run_interpreted(marker: str) -> None:
     """Triton decides at import whether it interprets, so that takes a process."""
-    command = [sys.executable, "-m", "pytest", HERE / "triton_interpreted.py", "-q", "-p", "no:cacheprovider"]
+    files = HERE / "triton_interpreted.py", HERE / "packed_interpreted.py"
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "-m", marker, "-o", "addopts="]
     run = subprocess.run(
-        [*command, "-m", marker, "-o", "addopts="],
+        command,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=HERE.parents[1],
         capture_output=True,
