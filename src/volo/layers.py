@@ -69,7 +69,8 @@ class OutlookAttention(nn.Module):
     Attributes:
         portable: whether to compute by `volo.ops.portable`, in operations that every runtime has. None: in graphs that are
             being exported, and nowhere else.
-        keeps_packed: whether to keep the copy of `attn`'s parameters that GPU kernels want (`volo.ops.packed`), rather than
+        packs: whether GPU kernels get packed logits (`volo.ops.packed`) where they support the call; if not, rows as they are.
+        keeps_packed: whether to keep the copy of `attn`'s parameters that packing takes, rather than
             to make it at each call, while no gradients are wanted. It is made anew when these change, except through `.data`.
 
     Raises ValueError when `dim` is no multiple of `num_heads`, or when kernel, stride and padding give another number
@@ -99,6 +100,7 @@ class OutlookAttention(nn.Module):
         self.attn = nn.Linear(dim, num_heads * kernel_size**4)
         self.attn_drop = attn_drop
         self.portable: bool | None = None
+        self.packs = True
         self.keeps_packed = False
         self._kept: tuple[list[Any], tuple[Tensor, Tensor | None]] | None = None
         self.proj = nn.Linear(dim, dim)
@@ -162,7 +164,7 @@ class OutlookAttention(nn.Module):
         """Whether packed logits come from the parameters of `attn`: a plain Linear that nobody watches."""
         attn = self.attn
         is_plain = type(attn) is nn.Linear or getattr(attn, "is_plain_linear", False)
-        return is_plain and not (attn._forward_hooks or attn._forward_pre_hooks or attn._backward_hooks)
+        return self.packs and is_plain and not (attn._forward_hooks or attn._forward_pre_hooks or attn._backward_hooks)
 
     def _packed_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the Linear that gives packed logits, made of those of `attn`."""

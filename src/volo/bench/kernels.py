@@ -1,7 +1,9 @@
-"""The GPU kernels measured: what the compiler makes of them, which needs no GPU, and what they do on one.
+"""The GPU kernels measured: what the compiler makes of them and what that should take, which needs no GPU, and what they do
+on one.
 
-Three kernels: `forward`, and for the backward pass `grad_logits` and `grad_value` (the forward kernel, transposed).
-Results are plain dicts with a list of `rows`, as everything in `volo bench`.
+Two variants. On rows of logits as they are there are three kernels: `forward`, and for the backward pass `grad_logits` and
+`grad_value` (the forward kernel, transposed). On packed logits (`volo.ops.packed`) there are two: `packed_forward` and
+`packed_backward`. Results are plain dicts with a list of `rows`, as everything in `volo bench`.
 """
 
 from __future__ import annotations
@@ -26,11 +28,22 @@ from volo.ops.reference import outlook_attention_reference
 if TYPE_CHECKING:
     from volo.ops.triton_kernels import Tiling
 
-KERNELS = ("forward", "grad_logits", "grad_value")
+VARIANTS = {"rows": ("forward", "grad_logits", "grad_value"), "packed": ("packed_forward", "packed_backward")}
+KERNELS = tuple(itertools.chain(*VARIANTS.values()))
 NOT_MEASURED = {"what": "GPU kernels", "status": "not measured: no CUDA device", "rows": []}
 _KERNEL_SIZE, _STRIDE, _PADDING = 3, 2, 1  # D1-D5
 _GEOMETRY = (_KERNEL_SIZE, _STRIDE, _PADDING)
 _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_D1 = 128, 28, 28, 6, 32  # batch, height, width, heads, head_dim of D1's stage 1
+
+# The H200 of the predictions. What a large copy reaches there, bytes read plus written, and the clock of its schedulers.
+_MULTIPROCESSORS, _COPY, _CLOCK = 132, 4.3e12, 1.98e9
+# From the request for memory to the answer, under load: fitted so that the prediction for `forward` in bfloat16 is what was
+# measured (benchmarks/results/gpu_kernels_d1.json). It is the only number that is fitted.
+_LATENCY = 0.79e-6
+# What cuBLAS's products of this width and the pooling reach of a copy's bandwidth: assumed.
+_LINEAR_EFFICIENCY = 0.75
+
 _SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024}  # of a multiprocessor; a program takes 1 KB on top of its own
 
 
@@ -43,7 +56,10 @@ def compile_report(
     """The kernels of D1-D5 compiled for GPUs that need not be there: registers, spills, shared memory, occupancy."""
     import triton
 
-    d1 = fewest_bytes(128, 28, 28, 6, 32, torch.bfloat16)
+    rows = [
+        inspect_kernel(name, dtype, capability, head_dim=head_dim)
+        for capability, dtype, name in itertools.product(capabilities, dtypes, KERNELS)
+    ]
     return {
         "what": "GPU kernels compiled ahead of time",
         "triton": triton.__version__,
@@ -53,12 +69,38 @@ def compile_report(
         "padding": _PADDING,
         "head_dim": head_dim,
         "speed": NOT_MEASURED["status"],
-        "fewest_megabytes_of_d1_at_batch_128_in_bf16": {name: n / 1e6 for name, n in d1.items()},
-        "rows": [
-            inspect_kernel(name, dtype, capability, head_dim=head_dim)
-            for capability, dtype, name in itertools.product(capabilities, dtypes, KERNELS)
-        ],
-    }  # fmt: skip
+        "fewest_megabytes_of_d1_at_batch_128_in_bf16": {
+            name: n / 1e6 for name, n in fewest_bytes(*_D1, torch.bfloat16).items()
+        },
+        "predicted": predict(rows),
+        "rows": rows,
+    }
+
+
+def predict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Times of operator and layer of D1's stage 1 at batch 128 in bfloat16 on an H200, from `compile_report`'s rows.
+
+    Not measured: see `_predict`. Of a layer, the products and the pooling are counted by their bytes.
+    """
+    times = {
+        row["kernel"]: row["predicted_microseconds"]
+        for row in rows
+        if row["dtype"] == "bfloat16" and "predicted_microseconds" in row
+    }
+    B, H, W, heads, head_dim = _D1
+    tokens = 2 * B * H * W * heads * head_dim  # bytes
+    pooled, logits = tokens // _STRIDE**2, 2 * B * (H // _STRIDE) * (W // _STRIDE) * heads * _KERNEL_SIZE**4
+    others = {"value": 2 * tokens, "pooling": tokens + pooled, "logits": pooled + logits, "projection": 2 * tokens}
+    microseconds = {name: n / (_LINEAR_EFFICIENCY * _COPY) * 1e6 for name, n in others.items()}
+    result: dict[str, Any] = {"parts_of_the_layer_microseconds": microseconds, "variants": {}}
+    for variant, (forward, *backward) in VARIANTS.items():
+        if forward in times:
+            result["variants"][variant] = {
+                "operator_forward_microseconds": times[forward],
+                "operator_backward_microseconds": sum(times[name] for name in backward),
+                "layer_forward_microseconds": times[forward] + sum(microseconds.values()),
+            }
+    return result
 
 
 def inspect_kernel(
@@ -75,30 +117,20 @@ def inspect_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from volo.ops import triton_kernels
-
-    is_logits = name == "grad_logits"
-    kernel = triton_kernels._grad_logits_kernel if is_logits else triton_kernels._mix_kernel
-    tiling = tiling or triton_kernels.choose_tiling(
-        dtype, head_dim, _KERNEL_SIZE, _STRIDE, 0 if is_logits else _PADDING, keeps_sums=not is_logits
+    kernel, constants, tiling, registers_at_most = _specialisation(name, dtype, head_dim, tiling)
+    pointers = dict.fromkeys(
+        ("src", "out", "value", "logits", "grad_out", "grad_logits", "grad_value"), f"*{_TRITON_TYPES[dtype]}"
     )
-    constants = {
-        "K": _KERNEL_SIZE, "S": _STRIDE, "P": _PADDING, "HEAD_DIM": head_dim, "FALLING": False,
-        "SPLIT": dtype == torch.float32, "TRANSPOSED": name == "grad_value", "COLUMNS": tiling.columns,
-        "FIRST": tiling.first, "WINDOWS": tiling.windows, "SPAN": tiling.span, "RING": tiling.ring,
-        "LEVELS": tiling.levels, "TAP_LEVELS": (_KERNEL_SIZE**2 - 1).bit_length(), "D": tiling.padded_head_dim,
-        "CELLS": tiling.cells, "UPCAST": False,
-    }  # fmt: skip
-    pointers = dict.fromkeys(("src", "out", "value", "logits", "grad_out", "grad_logits"), f"*{_TRITON_TYPES[dtype]}")
     pointers |= {"lse": "*fp32", "tops": "*fp32", "scale": "fp32"}
     signature = {
         argument: "constexpr" if argument in constants else pointers.get(argument, "i32")
         for argument in kernel.arg_names
     }
-    # As at run time: allocations are aligned, and the strides of tokens and heads are multiples of head_dim.
-    aligned = re.compile(r"(src|value|grad)_[byxh]")
+    # As at run time: allocations are aligned, and the strides of tokens, heads and packed windows are multiples of head_dim
+    # and of 8.
+    aligned = re.compile(r"(src|value|grad)_[byxh]" + ("|logits_[bij]" if name.startswith("packed") else ""))
     attributes = {
-        (index,): [["tt.divisibility", 16]]
+        (index,): [["tt.divisibility", 16 if argument != "logits_j" else 8]]
         for index, (argument, kind) in enumerate(signature.items())
         if kind.startswith("*") or aligned.fullmatch(argument)
     }
@@ -106,13 +138,14 @@ def inspect_kernel(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tiling.num_warps, "num_stages": 1},
+        options={"num_warps": tiling.num_warps, "num_stages": 1, "maxnreg": registers_at_most},
     )
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    registers, stack, spills = _assemble(ptx)
+    registers, stack, spills, instructions, (begin, end) = _assemble(ptx)
     by_registers = 65536 // (-(-registers // 8) * 8 * 32) // tiling.num_warps
     programs = min(by_registers, _SHARED_BYTES[capability] // (shared + 1024), 64 // tiling.num_warps, 32)
-    return {
+    step = instructions[begin:end]
+    row = {
         "kernel": name,
         "dtype": str(dtype).removeprefix("torch."),
         "target": f"sm_{capability}",
@@ -125,29 +158,163 @@ def inspect_kernel(
         "warps_per_multiprocessor": programs * tiling.num_warps,
         "loads_of_16_bytes": len(re.findall(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx)),
         "matrix_instructions": len(re.findall(r"\bmma\.sync", ptx)),
+        "instructions_per_cell_and_step": len(step) * tiling.num_warps / tiling.cells,
+        "loads_per_step": sum("LDG" in line for line in step),
+        "stores_per_step": sum("STG" in line for line in step),
+        "megabytes_of_d1_at_batch_128": _moved(name, dtype) / 1e6,
     }
+    if capability == 90 and head_dim == _D1[4]:
+        row |= _predict(name, dtype, instructions, begin, end, programs, tiling.num_warps)
+    return row
 
 
-def _assemble(ptx: str) -> tuple[int, int, int]:
-    """Registers a lane, bytes of stack and bytes spilled (stores and loads), as ptxas -v says."""
+def _specialisation(
+    name: str, dtype: torch.dtype, head_dim: int, tiling: Tiling | None
+) -> tuple[Any, dict[str, Any], Tiling, int | None]:
+    """A kernel, its constants as in the calls of D1-D5, the tiling, and the most registers it may use."""
+    from volo.ops import triton_kernels, triton_packed
+    from volo.ops.packed import packed_width
+
+    tiling = tiling or _tiling(name, dtype, head_dim)
+    constants = {
+        "K": _KERNEL_SIZE, "S": _STRIDE, "P": _PADDING, "HEAD_DIM": head_dim, "FALLING": False,
+        "COLUMNS": tiling.columns, "FIRST": tiling.first, "WINDOWS": tiling.windows, "SPAN": tiling.span,
+        "RING": tiling.ring, "LEVELS": tiling.levels, "D": tiling.padded_head_dim, "CELLS": tiling.cells, "UPCAST": False,
+    }  # fmt: skip
+    if name not in VARIANTS["packed"]:
+        constants |= {
+            "SPLIT": dtype == torch.float32, "TRANSPOSED": name == "grad_value",
+            "TAP_LEVELS": (_KERNEL_SIZE**2 - 1).bit_length(),
+        }  # fmt: skip
+        kernel = triton_kernels._grad_logits_kernel if name == "grad_logits" else triton_kernels._mix_kernel
+        return kernel, constants, tiling, None
+    is_backward = name == "packed_backward"
+    constants["PER_WORD"] = 4 // dtype.itemsize
+    if is_backward:
+        constants |= {
+            "PACKED_WIDTH": packed_width(_D1[3], _KERNEL_SIZE), "AHEAD": dtype.itemsize == 2,
+            "TOKEN_LEVELS": (tiling.ring * tiling.columns - 1).bit_length(),
+        }  # fmt: skip
+    kernel = triton_packed._backward_kernel if is_backward else triton_packed._forward_kernel
+    most = triton_packed.most_registers(dtype, head_dim, _KERNEL_SIZE, is_backward=is_backward)
+    return kernel, constants, tiling, most
+
+
+def _tiling(name: str, dtype: torch.dtype, head_dim: int) -> Tiling:
+    """The built-in choice for D1's stage 1 at batch 128."""
+    from volo.ops import triton_kernels, triton_packed
+
+    B, H, W, heads, _ = _D1
+    if name == "grad_logits":
+        h, w = window_grid(H, W, *_GEOMETRY)
+        columns = B * heads * (_STRIDE * (w - 1) + _KERNEL_SIZE)
+        return triton_kernels.choose_tiling(
+            dtype, head_dim, _KERNEL_SIZE, _STRIDE, 0, keeps_sums=False, num_columns=columns, num_steps=h
+        )
+    size: dict[str, Any] = {"num_columns": B * heads * W, "num_steps": -(-(H + _PADDING) // _STRIDE)}
+    if name in VARIANTS["packed"]:
+        return triton_packed.choose_packed_tiling(
+            dtype, head_dim, *_GEOMETRY, is_backward=name == "packed_backward", **size
+        )
+    return triton_kernels.choose_tiling(dtype, head_dim, *_GEOMETRY, **size)
+
+
+def _assemble(ptx: str) -> tuple[int, int, int, list[str], tuple[int, int]]:
+    """Registers a lane, bytes of stack and bytes spilled (stores and loads), as ptxas -v says; the instructions, and where
+    among them the loop over the steps is."""
     import triton
 
     target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
+        path, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         path.write_text(ptx)
-        report = subprocess.run(
-            [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", path, "-o", path.with_suffix(".cubin")],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
+        tools = triton.knobs.nvidia
+        command = [tools.ptxas.path, "-v", f"--gpu-name={target[1]}", path, "-o", cubin]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        sass = subprocess.run([tools.nvdisasm.path, "-c", cubin], capture_output=True, text=True, check=True).stdout
     registers = re.search(r"Used (\d+) registers", report)
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert registers is not None, report
     assert frame is not None, report
-    return int(registers[1]), int(frame[1]), int(frame[2]) + int(frame[3])
+    instructions: list[str] = []
+    labels, loops = {}, [(0, 0)]
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            if (branch := re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])) and branch[1] in labels:
+                loops.append((labels[branch[1]], len(instructions)))
+    longest = max(loops, key=lambda loop: loop[1] - loop[0])
+    return int(registers[1]), int(frame[1]), int(frame[2]) + int(frame[3]), instructions, longest
+
+
+def _predict(
+    name: str, dtype: torch.dtype, instructions: list[str], begin: int, end: int, programs: int, num_warps: int
+) -> dict[str, float]:
+    """What D1's stage 1 at batch 128 should take on an H200: the longer of its bytes at the bandwidth of a copy, and of
+    what a multiprocessor's programs take one after the other.
+
+    A scheduler's warps take turns, an instruction each; what a load brings is there _LATENCY after it, and the first
+    instruction that names one of its registers waits for that. Nothing else ever waits.
+    """
+    turn = programs * num_warps / 4 / _CLOCK
+
+    def walk(lines: Sequence[str], now: float, pending: dict[int, float]) -> float:
+        for line in lines:
+            for register in [int(r) for r in re.findall(r"\bR(\d+)\b", line)]:
+                now = max(now, pending.pop(register, now))
+            now += turn
+            if load := re.search(r"LDG\S*?(?:\.(64|128))? R(\d+)", line):
+                pending |= dict.fromkeys(range(int(load[2]), int(load[2]) + int(load[1] or 32) // 32), now + _LATENCY)
+        return now
+
+    pending: dict[int, float] = {}
+    setup = walk(instructions[:begin], 0.0, pending)
+    ends = [setup]
+    for _ in range(4):
+        ends.append(walk(instructions[begin:end], ends[-1], pending))
+    step = ends[-1] - ends[-2]
+
+    tiling = _tiling(name, dtype, _D1[4])
+    B, H, W, heads, _ = _D1
+    h, w = window_grid(H, W, *_GEOMETRY)
+    is_logits = name == "grad_logits"
+    cells = B * heads * (-(-(_STRIDE * (w - 1) + _KERNEL_SIZE) // _STRIDE) if is_logits else -(-W // _STRIDE))
+    steps = h if is_logits else -(-(H + _PADDING) // _STRIDE)
+    walks = -(-steps // tiling.rows_per_program)
+    # A walk that does not begin at the top begins a few steps early; grad_logits needs none of what these bring.
+    early = 0 if is_logits else (walks - 1) * ((_KERNEL_SIZE - 1) // _STRIDE)
+    columns = -(-cells // tiling.cells) / (_MULTIPROCESSORS * programs)
+    by_steps = columns * (walks * setup + (steps + early) * step)
+    by_bytes = _moved(name, dtype) / _COPY
+    return {
+        "step_microseconds": step * 1e6,
+        "predicted_microseconds": max(by_steps, by_bytes) * 1e6,
+        "predicted_by_steps_microseconds": by_steps * 1e6,
+        "predicted_by_bytes_microseconds": by_bytes * 1e6,
+    }
+
+
+def _moved(name: str, dtype: torch.dtype) -> int:
+    """Bytes that a kernel reads and writes for D1's stage 1 at batch 128, each once."""
+    from volo.ops.packed import packed_width
+
+    B, H, W, heads, head_dim = _D1
+    h, w = window_grid(H, W, *_GEOMETRY)
+    value = B * H * W * heads * head_dim * dtype.itemsize
+    rows = B * h * w * heads * _KERNEL_SIZE**2
+    logits = rows * _KERNEL_SIZE**2 * dtype.itemsize
+    packed = B * h * w * packed_width(heads, _KERNEL_SIZE) * dtype.itemsize
+    sums = rows * (8 if dtype == torch.float32 else 4)
+    return {
+        "forward": 2 * value + logits,
+        "grad_logits": 2 * value + 2 * logits + sums,
+        "grad_value": 2 * value + logits + sums,
+        "packed_forward": 2 * value + packed,
+        "packed_backward": 3 * value + 2 * packed,
+    }[name]
 
 
 def fewest_bytes(B: int, H: int, W: int, heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:

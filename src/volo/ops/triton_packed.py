@@ -478,9 +478,9 @@ def _tiling(value: Tensor, kernel_size: int, stride: int, padding: int, windows:
     )  # fmt: skip
 
 
-def _registers(value: Tensor, kernel_size: int, *, is_backward: bool) -> int | None:
+def most_registers(dtype: torch.dtype, head_dim: int, kernel_size: int, *, is_backward: bool) -> int | None:
     """The most registers of a lane, where it is known that so few suffice: more programs then run at a time."""
-    if kernel_size != 3 or value.shape[-1] > 32 or (is_backward and value.dtype == torch.float32):
+    if kernel_size != 3 or head_dim > 32 or (is_backward and dtype == torch.float32):
         return None
     return 184 if is_backward else 168  # for 11 and for 12 warps on a multiprocessor
 
@@ -518,7 +518,8 @@ def forward(
             *value.stride()[:4], *packed.stride()[:3],
             kernel_size, stride, padding, head_dim, scale < 0, 4 // value.element_size(),
             *_constants(tiling), is_interpreted() and value.dtype == torch.bfloat16,
-            num_warps=tiling.num_warps, num_stages=1, maxnreg=_registers(value, kernel_size, is_backward=False),
+            num_warps=tiling.num_warps, num_stages=1,
+            maxnreg=most_registers(value.dtype, head_dim, kernel_size, is_backward=False),
         )  # fmt: skip
     return out
 
@@ -546,6 +547,7 @@ def backward(
             kernel_size, stride, padding, head_dim, scale < 0, 4 // value.element_size(), width,
             (tiling.ring * tiling.columns - 1).bit_length(), value.element_size() == 2,
             *_constants(tiling), is_interpreted() and value.dtype == torch.bfloat16,
-            num_warps=tiling.num_warps, num_stages=1, maxnreg=_registers(value, kernel_size, is_backward=True),
+            num_warps=tiling.num_warps, num_stages=1,
+            maxnreg=most_registers(value.dtype, head_dim, kernel_size, is_backward=True),
         )  # fmt: skip
     return grad_value, grad_packed
