@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from volo.bench import kernels
 from volo.layers import OutlookAttention
 from volo.models.fuse import pack_linear_layers
 from volo.ops import triton_packed
@@ -245,6 +246,14 @@ def test_layer_and_its_parameters(options: dict[str, int], calls: list[str]) -> 
         assert torch.allclose(ours[name].double(), truth, rtol=1e-5, atol=1e-6 * truth.detach().abs().max().item()), (
             name
         )
+
+
+def test_what_a_gpu_is_checked_by(calls: list[str]) -> None:
+    results = kernels._check_layer(torch.bfloat16, "cpu", shape=(1, 3, 4), heads=1, head_dim=8)
+    assert calls == ["forward", "backward"] * 2  # the other path has other kernels
+    assert [name for name in results if name.endswith("attn.weight")] == ["rows attn.weight", "packed attn.weight"]
+    for name, result in results.items():
+        assert 0 < result["error"] <= result["allowed"], (name, result)
 
 
 def test_layer_under_autocast(calls: list[str]) -> None:

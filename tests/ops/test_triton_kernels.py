@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -47,14 +48,19 @@ def test_numerics_of_everything() -> None:
 def check_compiled(row: dict[str, object]) -> None:
     assert row["spill_bytes"] == 0, row
     assert row["stack_bytes"] == 0, row
-    # 168 registers let 12 warps reside on a multiprocessor; fewer would not cover the latency of memory.
-    assert row["warps_per_multiprocessor"] >= 10, row
+    # 168 registers let 12 warps reside on a multiprocessor; fewer would not cover the latency of memory. In float32 the
+    # gradients' kernel multiplies on the CUDA cores, which takes registers, and time enough.
+    is_slow = row["kernel"] == "packed_backward" and row["dtype"] == "float32"
+    assert row["warps_per_multiprocessor"] >= (8 if is_slow else 10), row
     assert row["loads_of_16_bytes"] > 0, row
 
 
 @pytest.mark.parametrize("name", kernels.KERNELS)
 def test_compiles_for_hopper_without_spills(name: str) -> None:
-    check_compiled(kernels.inspect_kernel(name, torch.bfloat16, 90))
+    row = kernels.inspect_kernel(name, torch.bfloat16, 90)
+    check_compiled(row)
+    # The kernels on packed logits wait for memory about once a step, those on rows two to four times.
+    assert row["step_microseconds"] > 2.0 if name in kernels.VARIANTS["rows"] else row["step_microseconds"] < 1.2, row
 
 
 @pytest.mark.slow
@@ -70,6 +76,17 @@ def test_fewest_bytes_of_the_paper() -> None:
     forward = kernels.fewest_bytes(128, 28, 28, 6, 32, torch.bfloat16)
     assert forward["forward"] == pytest.approx(101.4e6, rel=2e-3)
     assert forward["backward"] == pytest.approx(164.4e6, rel=2e-3)
+
+
+def test_predictions_agree_with_what_was_measured() -> None:
+    results = HERE.parents[1] / "benchmarks" / "results"
+    variants = json.loads((results / "triton_compile.json").read_text())["predicted"]["variants"]
+    rows = {row["candidate"]: row for row in json.loads((results / "gpu_kernels_d1.json").read_text())["rows"]}
+    # The constant is fitted to the first; the second comes out by itself.
+    predicted, measured = variants["rows"]["operator_forward_microseconds"], rows["fused forward"]["microseconds"]
+    assert predicted == pytest.approx(measured, rel=0.02)
+    predicted, measured = variants["rows"]["operator_backward_microseconds"], rows["fused backward"]["microseconds"]
+    assert predicted == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -95,9 +112,10 @@ def test_whether_the_kernels_serve_can_be_traced(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to measure")
 def test_measurement_says_that_nothing_was_measured() -> None:
-    result = kernels.tune_kernels()
-    assert result["status"] == "not measured: no CUDA device"
-    assert result["rows"] == []
+    for result in (kernels.tune_kernels(), kernels.bench_layer()):
+        assert result["status"] == "not measured: no CUDA device"
+        assert result["rows"] == []
+    assert kernels.check_layer(torch.bfloat16) == {}
 
 
 @pytest.mark.gpu
@@ -105,3 +123,12 @@ def test_correct_on_the_device() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for result in kernels.check_correctness(2, 12, 11, 3, 32, dtype).values():
             assert result["error"] <= result["allowed"], (dtype, result)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layer_correct_on_the_device(dtype: torch.dtype) -> None:
+    results = kernels.check_layer(dtype)
+    assert {name.split()[0] for name in results} == {"rows", "packed"}
+    for name, result in results.items():
+        assert result["error"] <= result["allowed"], (name, result)

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from volo.bench.timing import setting
+from volo.layers import OutlookAttention
 from volo.ops.outlook_attention import window_grid
+from volo.ops.packed import pack, packed_width, unpack
 from volo.ops.reference import outlook_attention_reference
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ _D1 = 128, 28, 28, 6, 32  # batch, height, width, heads, head_dim of D1's stage 
 _MULTIPROCESSORS, _COPY, _CLOCK = 132, 4.3e12, 1.98e9
 # From the request for memory to the answer, under load: fitted so that the prediction for `forward` in bfloat16 is what was
 # measured (benchmarks/results/gpu_kernels_d1.json). It is the only number that is fitted.
-_LATENCY = 0.79e-6
+_LATENCY = 0.835e-6
 # What cuBLAS's products of this width and the pooling reach of a copy's bandwidth: assumed.
 _LINEAR_EFFICIENCY = 0.75
 
@@ -173,7 +175,6 @@ def _specialisation(
 ) -> tuple[Any, dict[str, Any], Tiling, int | None]:
     """A kernel, its constants as in the calls of D1-D5, the tiling, and the most registers it may use."""
     from volo.ops import triton_kernels, triton_packed
-    from volo.ops.packed import packed_width
 
     tiling = tiling or _tiling(name, dtype, head_dim)
     constants = {
@@ -299,8 +300,6 @@ def _predict(
 
 def _moved(name: str, dtype: torch.dtype) -> int:
     """Bytes that a kernel reads and writes for D1's stage 1 at batch 128, each once."""
-    from volo.ops.packed import packed_width
-
     B, H, W, heads, head_dim = _D1
     h, w = window_grid(H, W, *_GEOMETRY)
     value = B * H * W * heads * head_dim * dtype.itemsize
@@ -349,6 +348,9 @@ def bench_kernels(
 ) -> dict[str, Any]:
     """Outlook attention of D1's stage 1 on the current CUDA device, against unfold/fold eager and compiled.
 
+    Candidates: `fused` are the kernels on rows of logits as they are, `packed` those on packed logits; `eager` and
+    `compiled` the reference. Each `forward` and `forward + backward`, the kernels also `backward`.
+
     Correctness comes first: AssertionError names what misses the error budget. Times are medians over `rounds` turns of
     CUDA graphs over four input sets, which do not fit in the cache together; `copy_fraction` is the fewest bytes over
     the time, relative to a large copy on the device (bytes read plus written) in the same process.
@@ -361,9 +363,10 @@ def bench_kernels(
     for name, error in correctness.items():
         assert error["error"] <= error["allowed"], f"{name} misses the error budget: {error}"
 
-    from volo.ops import triton_kernels
+    from volo.ops import triton_kernels, triton_packed
 
     sets = [_draw(batch_size, height, width, heads, head_dim, dtype, seed) for seed in range(4)]
+    packed_sets = [(value, _packed(logits), grad) for value, logits, grad in sets]
     scale = head_dim**-0.5
 
     def ours(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
@@ -371,6 +374,12 @@ def bench_kernels(
 
     def ours_backward(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
         return triton_kernels.backward(grad, value, logits, *_GEOMETRY, scale)
+
+    def packed(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
+        return triton_packed.forward(value, logits, *_GEOMETRY, scale)
+
+    def packed_backward(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
+        return triton_packed.backward(grad, value, logits, *_GEOMETRY, scale)
 
     def step_of(operator: Callable[..., Tensor]) -> Callable[..., Any]:
         def step(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
@@ -383,6 +392,9 @@ def bench_kernels(
         "fused forward": ours,
         "fused backward": ours_backward,
         "fused forward + backward": lambda *x: (ours(*x), ours_backward(*x)),
+        "packed forward": packed,
+        "packed backward": packed_backward,
+        "packed forward + backward": lambda *x: (packed(*x), packed_backward(*x)),
     }
     peers = {"eager": outlook_attention_reference}
     if compiled:
@@ -393,7 +405,10 @@ def bench_kernels(
 
     block = torch.randn(2**28, device="cuda")
     target = torch.empty_like(block)
-    seconds = _time({name: _capture(run, sets) for name, run in candidates.items()}, rounds, len(sets))
+    graphs = {
+        name: _capture(run, packed_sets if name.startswith("packed") else sets) for name, run in candidates.items()
+    }
+    seconds = _time(graphs, rounds, len(sets))
     copy = statistics.median(_time({"copy": _capture(lambda: target.copy_(block), [()])}, rounds, 1)["copy"])
     bandwidth = 2 * block.nbytes / copy
     bytes_of = fewest_bytes(batch_size, height, width, heads, head_dim, dtype)
@@ -401,16 +416,11 @@ def bench_kernels(
     rows = []
     for name, taken in seconds.items():
         engine, _, work = name.partition(" ")
-        first, median, third = statistics.quantiles(taken, n=4)
-        row = {
-            "candidate": name,
-            "microseconds": median * 1e6,
-            "quartiles": [first * 1e6, third * 1e6],
-            "copy_fraction": bytes_of[work] / median / bandwidth,
-        }
-        for peer in peers:
-            if engine == "fused" and f"{peer} {work}" in seconds:
-                row[f"times_{peer}"] = statistics.median(seconds[f"{peer} {work}"]) / median
+        row = _row(name, taken)
+        row["copy_fraction"] = bytes_of[work] / statistics.median(taken) / bandwidth
+        for peer in (*peers, "fused") if engine == "packed" else peers if engine == "fused" else ():
+            if f"{peer} {work}" in seconds:
+                row[f"times_{peer}"] = statistics.median(seconds[f"{peer} {work}"]) / statistics.median(taken)
         rows.append(row)
     return {
         "what": "GPU kernels",
@@ -424,6 +434,133 @@ def bench_kernels(
         "correctness": correctness,
         "rows": rows,
     }
+
+
+def bench_layer(
+    batch_size: int = 128, *, dtype: torch.dtype = torch.bfloat16, rounds: int = 15, device: str = "cuda",
+    backward: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """The outlook attention layer of D1's stage 1 (192 channels, 6 heads, 28 x 28 tokens), its Linear layers in `dtype`.
+
+    Candidates, each `forward`, and with `backward` also `forward + backward` (gradients of input and parameters): `rows`,
+    whose kernels take the logits as they are; `packed` (`volo.ops.packed`); `eager`, on the reference; and by torch.compile
+    `compiled packed` and `compiled` (the reference). Correctness comes first: AssertionError names what misses the error
+    budget. Times are medians over `rounds` turns of CUDA graphs over four inputs; `times_NAME` says how many times as fast
+    as NAME a candidate is.
+
+    Returns NOT_MEASURED where there is no CUDA device, or `device` is another.
+    """
+    if not torch.cuda.is_available() or torch.device(device).type != "cuda":
+        return NOT_MEASURED
+    correctness = check_layer(dtype)
+    for name, error in correctness.items():
+        assert error["error"] <= error["allowed"], f"{name} misses the error budget: {error}"
+    _, H, W, heads, head_dim = _D1
+    layers: dict[str, Any] = {name: _layer(name, dtype) for name in ("rows", "packed", "eager")}
+    layers["compiled packed"] = torch.compile(_layer("packed", dtype))
+    layers["compiled"] = torch.compile(_layer("eager", dtype))
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = batch_size, H, W, heads * head_dim
+    sets = [tuple(torch.randn(shape, device="cuda", generator=generator).to(dtype) for _ in range(2)) for _ in range(4)]
+
+    def inference_of(layer: Callable[..., Tensor]) -> Callable[..., Any]:
+        def infer(x: Tensor, grad: Tensor) -> Any:
+            with torch.no_grad():
+                return layer(x)
+
+        return infer
+
+    def step_of(layer: Any) -> Callable[..., Any]:
+        def step(x: Tensor, grad: Tensor) -> Any:
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
+
+        return step
+
+    graphs = {f"{name} forward": _capture(inference_of(layer), sets) for name, layer in layers.items()}
+    if backward:
+        graphs |= {f"{name} forward + backward": _capture(step_of(layer), sets) for name, layer in layers.items()}
+    seconds = _time(graphs, rounds, len(sets))
+    rows = []
+    for name, taken in seconds.items():
+        engine, _, work = name.rpartition(" forward")
+        row = _row(name, taken)
+        for peer in ("rows", "eager", "compiled"):
+            if peer != engine:
+                row[f"times_{peer}"] = statistics.median(seconds[f"{peer} forward{work}"]) / statistics.median(taken)
+        rows.append(row)
+    return {
+        "what": "outlook attention layer on a GPU",
+        "status": "measured",
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+        "rounds": rounds,
+        **setting(torch.device("cuda", torch.cuda.current_device())),
+        "correctness": correctness,
+        "rows": rows,
+    }
+
+
+def check_layer(dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Largest errors of the layer on the current CUDA device against float64, and what the error budget allows, as in
+    `check_correctness`. Keys: `rows` and `packed`, the two ways to the kernels, before `out`, `x` (its gradient) and the
+    names of the parameters (their gradients).
+
+    Two runs must agree to the bit (AssertionError). Without a CUDA device the dict is empty.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    return _check_layer(dtype, "cuda")
+
+
+def _check_layer(
+    dtype: torch.dtype, device: str, shape: tuple[int, int, int] = (2, 12, 11), heads: int = 6, head_dim: int = 32
+) -> dict[str, dict[str, float]]:
+    generator = torch.Generator(device).manual_seed(17)
+    x, grad = (torch.randn(*shape, heads * head_dim, device=device, generator=generator).to(dtype) for _ in range(2))
+
+    def run(layer: Any, to: torch.dtype) -> dict[str, Tensor]:
+        inputs = x.to(to).requires_grad_()
+        named = {"x": inputs} | dict(layer.to(to).named_parameters())
+        out = layer(inputs)
+        return {"out": out.detach()} | dict(zip(named, torch.autograd.grad(out, list(named.values()), grad.to(to))))
+
+    def made(name: str) -> Any:
+        return _layer(name, dtype, device, heads, head_dim)
+
+    exact, eager = run(made("eager"), torch.float64), run(made("eager"), dtype)
+    results = {}
+    for path in ("rows", "packed"):
+        ours, again = run(made(path), dtype), run(made(path), dtype)
+        for name, truth in exact.items():
+            assert torch.equal(ours[name], again[name]), f"{path} {name} differs from run to run"
+            rounding = torch.finfo(dtype).eps * truth.abs().max().item()
+            results[f"{path} {name}"] = {
+                "error": (ours[name] - truth).abs().max().item(),
+                "allowed": 2 * (eager[name] - truth).abs().max().item() + rounding,
+            }
+    return results
+
+
+class _Reference(OutlookAttention):
+    """The layer on the reference backend."""
+
+    def _attend(self, x: Tensor) -> Tensor:
+        return outlook_attention_reference(*self._project(x), *_GEOMETRY, self.scale)
+
+
+def _layer(
+    name: str, dtype: torch.dtype, device: str = "cuda", heads: int = _D1[3], head_dim: int = _D1[4]
+) -> OutlookAttention:
+    """The same weights whatever the name; logits as spread as in a trained model."""
+    generator = torch.Generator().manual_seed(0)
+    layer = (_Reference if name == "eager" else OutlookAttention)(heads * head_dim, heads, *_GEOMETRY)
+    layer.packs = name == "packed"
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+        layer.attn.weight.mul_(head_dim**0.5)
+    return layer.to(device, dtype)
 
 
 def tune_kernels(
@@ -442,9 +579,10 @@ def tune_kernels(
     """
     if not torch.cuda.is_available():
         return NOT_MEASURED
-    from volo.ops import triton_kernels
+    from volo.ops import triton_kernels, triton_packed
 
     sets = [_draw(batch_size, height, width, heads, head_dim, dtype, seed) for seed in range(4)]
+    packed_sets = [(value, _packed(logits), grad) for value, logits, grad in sets]
     scale = head_dim**-0.5
     mix = triton_kernels.choose_tiling(dtype, head_dim, *_GEOMETRY)
     grad = triton_kernels.choose_tiling(dtype, head_dim, _KERNEL_SIZE, _STRIDE, 0, keeps_sums=False)
@@ -467,11 +605,22 @@ def tune_kernels(
         candidates["grad_logits", tiling] = lambda v, a, g, tiling=tiling: triton_kernels.backward(
             g, v, a, *_GEOMETRY, scale, logits_tiling=tiling
         )
-    seconds = _time({name: _capture(run, sets) for name, run in candidates.items()}, rounds, len(sets))
+    for is_backward, name in enumerate(VARIANTS["packed"]):
+        packed = triton_packed.choose_packed_tiling(dtype, head_dim, *_GEOMETRY, is_backward=bool(is_backward))
+        for tiling in (None, *variants(packed)):
+            candidates[name, tiling] = lambda v, a, g, tiling=tiling, is_backward=is_backward: (
+                triton_packed.backward(g, v, a, *_GEOMETRY, scale, tiling=tiling)
+                if is_backward
+                else triton_packed.forward(v, a, *_GEOMETRY, scale, tiling=tiling)
+            )
+    graphs = {
+        key: _capture(run, packed_sets if key[0].startswith("packed") else sets) for key, run in candidates.items()
+    }
+    seconds = _time(graphs, rounds, len(sets))
     rows = [
         {
             "varied": varied,
-            "pass": "forward" if varied == "forward" else "backward",
+            "pass": varied.replace("grad_logits", "backward").replace("grad_value", "backward").replace("_", " "),
             "microseconds": statistics.median(taken) * 1e6,
             "num_warps": tiling.num_warps if tiling else "built in",
             "rows_per_program": tiling.rows_per_program if tiling else "built in",
@@ -490,38 +639,57 @@ def check_correctness(
     B: int, H: int, W: int, heads: int, head_dim: int, dtype: torch.dtype
 ) -> dict[str, dict[str, float]]:
     """Largest errors on the current CUDA device against float64, and what the error budget allows: twice the error of
-    the eager reference in the same dtype plus one rounding of the largest number. Keys: out, grad_value, grad_logits.
+    the eager reference in the same dtype plus one rounding of the largest number. Keys: out, grad_value, grad_logits,
+    and the same three after `packed `, for the kernels on packed logits.
 
     Outputs are poisoned with NaN first; the results of two runs must agree to the bit (AssertionError).
     """
-    from volo.ops import triton_kernels
+    from volo.ops import triton_kernels, triton_packed
 
     value, logits, grad = _draw(B, H, W, heads, head_dim, dtype, seed=17)
+    packed = _packed(logits)
+    packed[..., heads * _KERNEL_SIZE**4 :] = torch.nan  # nobody reads the gap
     scale = head_dim**-0.5
 
     def fused() -> list[Tensor]:
         out = triton_kernels.forward(value, logits, *_GEOMETRY, scale)
         return [out, *triton_kernels.backward(grad, value, logits, *_GEOMETRY, scale)]
 
+    def fused_on_packed() -> list[Tensor]:
+        out = triton_packed.forward(value, packed, *_GEOMETRY, scale)
+        grad_value, grad_packed = triton_packed.backward(grad, value, packed, *_GEOMETRY, scale)
+        assert not grad_packed[..., heads * _KERNEL_SIZE**4 :].any(), "the gradient of the gap is not zero"
+        return [out, grad_value, unpack(grad_packed, heads, _KERNEL_SIZE)]
+
     def reference(to: torch.dtype) -> list[Tensor]:
         v, a = value.to(to).requires_grad_(), logits.to(to).requires_grad_()
         out = outlook_attention_reference(v, a, *_GEOMETRY, scale)
         return [out.detach(), *torch.autograd.grad(out, (v, a), grad.to(to))]
 
-    # The allocator hands these out again to `fused`.
-    poison = [torch.full_like(x, float("nan")) for x in (value, logits, value, logits, value)]
-    del poison
-    ours, again = fused(), fused()
+    exact, eager = reference(torch.float64), reference(dtype)
     results = {}
-    for name, x, y, exact, eager in zip(
-        ("out", "grad_value", "grad_logits"), ours, again, reference(torch.float64), reference(dtype)
-    ):
-        assert torch.equal(x, y), f"{name} differs from run to run"
-        results[name] = {
-            "error": (x - exact).abs().max().item(),
-            "allowed": 2 * (eager - exact).abs().max().item() + torch.finfo(dtype).eps * exact.abs().max().item(),
-        }
+    for prefix, run in (("", fused), ("packed ", fused_on_packed)):
+        # The allocator hands these out again to `run`.
+        poison = [torch.full_like(x, float("nan")) for x in (value, packed, value, logits, value)]
+        del poison
+        ours, again = run(), run()
+        for name, x, y, truth, peer in zip(("out", "grad_value", "grad_logits"), ours, again, exact, eager):
+            assert torch.equal(x, y), f"{prefix}{name} differs from run to run"
+            results[prefix + name] = {
+                "error": (x - truth).abs().max().item(),
+                "allowed": 2 * (peer - truth).abs().max().item() + torch.finfo(dtype).eps * truth.abs().max().item(),
+            }
     return results
+
+
+def _row(name: str, taken: Sequence[float]) -> dict[str, Any]:
+    first, median, third = statistics.quantiles(taken, n=4)
+    return {"candidate": name, "microseconds": median * 1e6, "quartiles": [first * 1e6, third * 1e6]}
+
+
+def _packed(logits: Tensor) -> Tensor:
+    """[B, h, w, heads, K*K, K*K] -> packed logits."""
+    return pack(logits.flatten(3).movedim(-1, 0), logits.shape[3], _KERNEL_SIZE).movedim(0, -1).contiguous()
 
 
 def _draw(

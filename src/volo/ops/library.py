@@ -61,13 +61,14 @@ def _packed_forward_on_cpu(
 ) -> Tensor:
     if _interprets():
         return _packed_kernels().forward(value, packed, kernel_size, stride, padding, scale)
-    return _packed_reference(value, packed, kernel_size, stride, padding, scale)
+    return _packed_reference(value, packed, kernel_size, stride, padding, scale).contiguous()
 
 
 def _packed_backward_on_cpu(grad_out: Tensor, value: Tensor, packed: Tensor, *geometry: Any) -> tuple[Tensor, ...]:
     if _interprets():
         return _packed_kernels().backward(grad_out, value, packed, *geometry)
-    return torch.func.vjp(lambda v, p: _packed_reference(v, p, *geometry), value, packed)[1](grad_out)
+    pull_back = torch.func.vjp(lambda v, p: _packed_reference(v, p, *geometry), value, packed)[1]
+    return tuple(grad.contiguous() for grad in pull_back(grad_out))
 
 
 def _packed_reference(

@@ -226,18 +226,18 @@ def _forward_kernel(
     )
     acc = tl.zeros((CELLS, D, TOKENS), tl.float32)
     for i in range(begin, last):
+        row_a = (row_a - S) & (RING - 1)
+        row_y = i * S + S + row_a
+        next_ok = row_ok & (row_a < K) & (i + 1 < stop) & (row_y >= tl.maximum(first * S, P))
+        next_ok &= row_y < tl.minimum(last * S, height + P)
+        next_rows = _load_rows(
+            i + 1, row_at, row_offset + row_a * K, next_ok, row_column, row_j, rest, window_cols, logits_i, logits_j,
+            K, S, FIRST, WINDOWS, PER_WORD,
+        )  # fmt: skip
         p = ()
         for m in tl.static_range(WINDOWS):
             there = rows_ok & _is_in_window(m, row_column, row_j, window_cols, K, S, FIRST)
             p += _softmax(rows, m, there, factor, FALLING, TAPS, ROWS)
-        row_a = (row_a - S) & (RING - 1)
-        row_y = i * S + S + row_a
-        rows_ok = row_ok & (row_a < K) & (i + 1 < stop) & (row_y >= tl.maximum(first * S, P))
-        rows_ok &= row_y < tl.minimum(last * S, height + P)
-        rows = _load_rows(
-            i + 1, row_at, row_offset + row_a * K, rows_ok, row_column, row_j, rest, window_cols, logits_i, logits_j,
-            K, S, FIRST, WINDOWS, PER_WORD,
-        )  # fmt: skip
         weights = ()  # of each tap of the region, summed over the windows that hold both token and tap
         for t in tl.static_range(REGION):
             weight = tl.zeros((ROWS,), tl.float32)
@@ -264,6 +264,7 @@ def _forward_kernel(
             mask=ok[:, None, :] & (channel < HEAD_DIM)[None, :, None],
         )
         acc = tl.where(is_complete[None, None, :], 0.0, acc)
+        rows, rows_ok = next_rows, next_ok
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -299,6 +300,7 @@ def _backward_kernel(
     region_ok = (b < batch)[:, None] & (tap < K * SPAN)[None, :] & (x >= 0) & (x < width)
     value_at = value + b.to(tl.int64) * value_b + head * value_h
     grad_at = grad_out + b.to(tl.int64) * grad_b + head * grad_h
+    value_to, grad_to = x * value_x, x * grad_x
 
     token = tl.arange(0, TOKENS)
     out_x = j[:, None] * S + (token % COLUMNS)[None, :]
@@ -323,10 +325,10 @@ def _backward_kernel(
     stop = tl.minimum(last, window_rows)
     if AHEAD:
         grads = _load_step(
-            begin, stop, grad_at, x * grad_x, grad_y, region_ok, height, S, P, SPAN, REGION, WORDS, PADDED_WORDS
+            begin, stop, grad_at, grad_to, grad_y, region_ok, height, S, P, SPAN, REGION, WORDS, PADDED_WORDS
         )
         values = _load_step(
-            begin, stop, value_at, x * value_x, value_y, region_ok, height, S, P, SPAN, REGION, WORDS, PADDED_WORDS
+            begin, stop, value_at, value_to, value_y, region_ok, height, S, P, SPAN, REGION, WORDS, PADDED_WORDS
         )
         rows = _load_rows(
             begin, row_at, row_offset, row_ok & (begin < stop), row_column, row_j, rest, window_cols, logits_i, logits_j,
@@ -336,17 +338,17 @@ def _backward_kernel(
     for i in range(begin, last):
         next_i = i + 1 if AHEAD else i
         next_grads = _load_step(
-            next_i, stop, grad_at, x * grad_x, grad_y, region_ok, height, S, P, SPAN, REGION, WORDS, PADDED_WORDS
+            next_i, stop, grad_at, grad_to, grad_y, region_ok, height, S, P, SPAN, REGION, WORDS, PADDED_WORDS
         )
         next_values = _load_step(
-            next_i, stop, value_at, x * value_x, value_y, region_ok, height, S, P, SPAN, REGION, WORDS, PADDED_WORDS
+            next_i, stop, value_at, value_to, value_y, region_ok, height, S, P, SPAN, REGION, WORDS, PADDED_WORDS
         )
+        next_rows = _load_rows(
+            next_i, row_at, row_offset, row_ok & (next_i < stop), row_column, row_j, rest, window_cols, logits_i, logits_j,
+            K, S, FIRST, WINDOWS, PER_WORD,
+        )  # fmt: skip
         if not AHEAD:
-            grads, values = next_grads, next_values
-            rows = _load_rows(
-                i, row_at, row_offset, row_ok & (i < stop), row_column, row_j, rest, window_cols, logits_i, logits_j,
-                K, S, FIRST, WINDOWS, PER_WORD,
-            )  # fmt: skip
+            grads, values, rows = next_grads, next_values, next_rows
         grad_numbers = tl.reshape(_numbers(grads, value.dtype.element_ty), (CELLS, REGION, D))
         value_numbers = tl.reshape(_numbers(values, value.dtype.element_ty), (CELLS, REGION, D))
         products = _product(
@@ -391,11 +393,6 @@ def _backward_kernel(
                         mask=there[:, None],
                     )
                 tl.store(at + rest + row_offset - S * m, parts[TAPS - 1], mask=there)
-        if AHEAD:
-            rows = _load_rows(
-                i + 1, row_at, row_offset, row_ok & (i + 1 < stop), row_column, row_j, rest, window_cols, logits_i,
-                logits_j, K, S, FIRST, WINDOWS, PER_WORD,
-            )  # fmt: skip
         # The gap behind the logits of a window: whoever multiplies with these gradients reads it.
         there = (b < batch) & (head == 0) & (j < window_cols) & (i < stop) & (i >= first)
         tl.store(
@@ -426,7 +423,7 @@ def _backward_kernel(
         )
         acc = tl.where(is_complete[None, None, :], 0.0, acc)
         if AHEAD:
-            grads, values = next_grads, next_values
+            grads, values, rows = next_grads, next_values, next_rows
 
 
 # ---- calls ----
@@ -456,18 +453,20 @@ def choose_packed_tiling(
     num_columns: int = 0, num_steps: int = 1,
 ) -> Tiling:  # fmt: skip
     """The tiling for a geometry, as `triton_kernels.choose_tiling`. It decides speed only, never a result."""
-    tiling = choose_tiling(dtype, head_dim, kernel_size, stride, padding, num_columns=num_columns, num_steps=num_steps)
-    if not is_backward:
-        return tiling
-    # A lane for each place of the region; and registers for values, gradients and their products, which in float32 are
-    # made of single multiplications, out of registers too.
-    region = 2**tiling.levels
-    numbers = 2 * region * (tiling.padded_head_dim * dtype.itemsize / 4 + region)
-    share = max(region / 32, numbers / (1536 if dtype == torch.float32 else 4096))
-    cells, num_warps = _power_of_two_below(1 / share), min(_power_of_two(math.ceil(share)), 8)
-    num_programs = -(-num_columns // (stride * cells))
-    walks = min(max(8192 // max(num_programs, 1), 1), -(-num_steps // 4))
-    return replace(tiling, cells=cells, num_warps=num_warps, rows_per_program=-(-num_steps // walks))
+    tiling = choose_tiling(dtype, head_dim, kernel_size, stride, padding)
+    if is_backward:
+        # A lane for each place of the region; and registers for values, gradients and their products, which in float32 are
+        # made of single multiplications, out of registers too.
+        region = 2**tiling.levels
+        numbers = 2 * region * (tiling.padded_head_dim * dtype.itemsize / 4 + region)
+        share = max(region / 32, numbers / (1536 if dtype == torch.float32 else 4096))
+        cells, num_warps = _power_of_two_below(1 / share), min(_power_of_two(math.ceil(share)), 8)
+        tiling = replace(tiling, cells=cells, num_warps=num_warps)
+    # About 1450 programs run at once on the largest GPUs. A walk begins with work that is worth a step or two, so that long
+    # ones pay.
+    num_programs = -(-num_columns // (stride * tiling.cells))
+    walks = min(max(4096 // max(num_programs, 1), 1), -(-num_steps // 4))
+    return replace(tiling, rows_per_program=-(-num_steps // walks))
 
 
 def _tiling(value: Tensor, kernel_size: int, stride: int, padding: int, windows: int, *, is_backward: bool) -> Tiling:
@@ -482,7 +481,7 @@ def most_registers(dtype: torch.dtype, head_dim: int, kernel_size: int, *, is_ba
     """The most registers of a lane, where it is known that so few suffice: more programs then run at a time."""
     if kernel_size != 3 or head_dim > 32 or (is_backward and dtype == torch.float32):
         return None
-    return 184 if is_backward else 168  # for 11 and for 12 warps on a multiprocessor
+    return 184 if is_backward else 176  # for 11 warps on a multiprocessor
 
 
 def _num_cells(width: int, stride: int, windows: int) -> int:
