@@ -128,11 +128,10 @@ def inspect_kernel(
         argument: "constexpr" if argument in constants else pointers.get(argument, "i32")
         for argument in kernel.arg_names
     }
-    # As at run time: allocations are aligned, and the strides of tokens, heads and packed windows are multiples of head_dim
-    # and of 8.
+    # As at run time: allocations are aligned, and the strides of tokens, heads and packed windows are multiples of 16.
     aligned = re.compile(r"(src|value|grad)_[byxh]" + ("|logits_[bij]" if name.startswith("packed") else ""))
     attributes = {
-        (index,): [["tt.divisibility", 16 if argument != "logits_j" else 8]]
+        (index,): [["tt.divisibility", 16]]
         for index, (argument, kind) in enumerate(signature.items())
         if kind.startswith("*") or aligned.fullmatch(argument)
     }

@@ -5,7 +5,8 @@ packed logits the first 8 of each row stand together, 16 or 32 aligned bytes, an
 
     [B, h, w, heads * K*K * 8 + heads * K*K + gap],
 
-where the gap, up to 7 numbers that nobody reads, makes windows begin at multiples of 8 numbers. K is odd, so that K*K is
+where the gap, up to 15 numbers that nobody reads, makes windows begin at multiples of 16 numbers, which Triton knows of
+strides. K is odd, so that K*K is
 one more than a multiple of 8 (of which each is a chunk: 24 + 1 for K = 5). It is a permutation: laid out once in the rows
 of the weight that makes the logits (`pack`), it costs nothing later.
 """
@@ -17,8 +18,8 @@ from torch import Tensor
 
 
 def packed_width(num_heads: int, kernel_size: int) -> int:
-    """Numbers of a window: num_heads * kernel_size**4, rounded up to a multiple of 8."""
-    return -(-num_heads * kernel_size**4 // 8) * 8
+    """Numbers of a window: num_heads * kernel_size**4, rounded up to a multiple of 16."""
+    return -(-num_heads * kernel_size**4 // 16) * 16
 
 
 def pack(x: Tensor, num_heads: int, kernel_size: int) -> Tensor:

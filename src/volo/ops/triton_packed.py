@@ -316,7 +316,7 @@ def _backward_kernel(
     row_offset = row_head * TAPS + row % REGION // SPAN * K + row_column  # in window m: S * m less
     row_at = logits + row_b.to(tl.int64) * logits_b
     to = grad_logits + row_b.to(tl.int64) * window_rows * window_cols * PACKED_WIDTH
-    eight = tl.arange(0, 8)
+    eight, gap = tl.arange(0, 8), tl.arange(0, 16)
     gap_at = grad_logits + b.to(tl.int64) * window_rows * window_cols * PACKED_WIDTH + heads * (TAPS * TAPS)
 
     first = tl.program_id(1) * rows_per_program
@@ -396,9 +396,9 @@ def _backward_kernel(
         # The gap behind the logits of a window: whoever multiplies with these gradients reads it.
         there = (b < batch) & (head == 0) & (j < window_cols) & (i < stop) & (i >= first)
         tl.store(
-            (gap_at + (i * window_cols + j) * PACKED_WIDTH)[:, None] + eight[None, :],
-            tl.zeros((CELLS, 8), grad_logits.dtype.element_ty),
-            mask=there[:, None] & (eight < PACKED_WIDTH - heads * (TAPS * TAPS))[None, :],
+            (gap_at + (i * window_cols + j) * PACKED_WIDTH)[:, None] + gap[None, :],
+            tl.zeros((CELLS, 16), grad_logits.dtype.element_ty),
+            mask=there[:, None] & (gap < PACKED_WIDTH - heads * (TAPS * TAPS))[None, :],
         )
 
         weights = ()
