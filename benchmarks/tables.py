@@ -332,7 +332,9 @@ def gpu_predicted() -> str:
             cells.append(f"{time:.0f} µs, {fewest[way] / time / 4.3:.2f} of a copy's rate{was}")
         layer = times["layer_forward_microseconds"]
         lines.append([*cells, f"{layer:.0f} µs, {today / layer:.2f}"])
-    return table(["predicted, not measured", "operator forward", "operator backward", "layer forward, times rows"], lines)
+    return table(
+        ["predicted, not measured", "operator forward", "operator backward", "layer forward, times rows"], lines
+    )
 
 
 def deploy_rows() -> list[dict[str, Any]]:

@@ -69,9 +69,9 @@ class OutlookAttention(nn.Module):
     Attributes:
         portable: whether to compute by `volo.ops.portable`, in operations that every runtime has. None: in graphs that are
             being exported, and nowhere else.
-        packs: whether GPU kernels get packed logits (`volo.ops.packed`) where they support the call; if not, rows as they are.
-        keeps_packed: whether to keep the copy of `attn`'s parameters that packing takes, rather than
-            to make it at each call, while no gradients are wanted. It is made anew when these change, except through `.data`.
+        packs: whether GPU kernels get packed logits (`volo.ops.packed`) where that pays; if not, rows as they are.
+        keeps_packed: whether to keep the copy of `attn`'s parameters that packing takes, rather than to make it at each
+            call, while no gradients are wanted. It is made anew when these change, except through `.data`.
 
     Raises ValueError when `dim` is no multiple of `num_heads`, or when kernel, stride and padding give another number
     of windows than the pooled input has positions (ceil(H / stride) by ceil(W / stride)).
@@ -150,7 +150,7 @@ class OutlookAttention(nn.Module):
                 f"kernel_size={K}, stride={s}, padding={p} give {grid} windows on a {H} x {W} grid, but outlook attention "
                 f"needs {tuple(pooled.shape[1:3])} = ceil(size / stride); padding = (kernel_size - 1) // 2 with an odd kernel always fits"
             )
-        if not drops and self._packs() and packed_why_not(value, grid, K, s, p) is None:
+        if not drops and self._packs(value) and packed_why_not(value, grid, K, s, p) is None:
             packed = F.linear(pooled, *self._packed_parameters())  # type: ignore[arg-type]
             return outlook_attention_packed(value, packed, K, s, p, self.scale)
         logits = self._logits(pooled)
@@ -160,11 +160,14 @@ class OutlookAttention(nn.Module):
             return outlook_attention_reference(value, logits, K, s, p, self.scale, self.attn_drop)
         return outlook_attention(value, logits, kernel_size=K, stride=s, padding=p, scale=self.scale)
 
-    def _packs(self) -> bool:
-        """Whether packed logits come from the parameters of `attn`: a plain Linear that nobody watches."""
+    def _packs(self, value: Tensor) -> bool:
+        """Whether packed logits pay, and come from the parameters of `attn`: a plain Linear that nobody watches."""
         attn = self.attn
         is_plain = type(attn) is nn.Linear or getattr(attn, "is_plain_linear", False)
-        return self.packs and is_plain and not (attn._forward_hooks or attn._forward_pre_hooks or attn._backward_hooks)
+        is_watched = attn._forward_hooks or attn._forward_pre_hooks or attn._backward_hooks
+        # In float32 the one kernel for both gradients takes longer than the two on rows.
+        pays = value.dtype != torch.float32 or not torch.is_grad_enabled()
+        return self.packs and pays and is_plain and not is_watched
 
     def _packed_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the Linear that gives packed logits, made of those of `attn`."""

@@ -219,7 +219,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def layer_of(seed: int = 0, **options: int) -> OutlookAttention:
     torch.manual_seed(seed)
-    return OutlookAttention(**({"dim": 32, "num_heads": 2, "kernel_size": 3, "stride": 2, "padding": 1} | options))
+    geometry = {"dim": 32, "num_heads": 2, "kernel_size": 3, "stride": 2, "padding": 1}
+    return OutlookAttention(**(geometry | options)).half()
 
 
 def run(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -236,16 +237,24 @@ def run(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 def test_layer_and_its_parameters(options: dict[str, int], calls: list[str]) -> None:
     layer = layer_of(**options)
     names = list(layer.state_dict())
-    x, grad = torch.randn(1, 3, 4, layer.v.in_features), torch.randn(1, 3, 4, layer.v.in_features)
+    x, grad = (torch.randn(1, 3, 4, layer.v.in_features).half() for _ in range(2))
     ours = run(layer, x, grad)
     assert calls == ["forward", "backward"]
     assert list(layer.state_dict()) == names
     exact = run(layer.double(), x.double(), grad.double())  # float64 has no kernel
     assert calls == ["forward", "backward"]
     for name, truth in exact.items():
-        assert torch.allclose(ours[name].double(), truth, rtol=1e-5, atol=1e-6 * truth.detach().abs().max().item()), (
-            name
-        )
+        error = (ours[name] - truth).abs().max() / truth.abs().max()
+        assert error < 8 * torch.finfo(torch.float16).eps, (name, error)
+
+
+def test_float32_is_packed_without_gradients_only(calls: list[str]) -> None:
+    layer, x = layer_of(dim=8, num_heads=1).float(), torch.randn(1, 2, 4, 8)
+    expected = layer(x)  # one kernel for both gradients would be slower than two
+    assert calls == []
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+        assert calls == ["forward"]
 
 
 def test_what_a_gpu_is_checked_by(calls: list[str]) -> None:
@@ -257,7 +266,7 @@ def test_what_a_gpu_is_checked_by(calls: list[str]) -> None:
 
 
 def test_layer_under_autocast(calls: list[str]) -> None:
-    layer, x, grad = layer_of(), torch.randn(1, 3, 4, 32), torch.randn(1, 3, 4, 32)
+    layer, x, grad = layer_of().float(), torch.randn(1, 3, 4, 32), torch.randn(1, 3, 4, 32)
     with torch.autocast("cpu", torch.bfloat16):
         ours = run(layer, x, grad)
     assert calls == ["forward", "backward"]
@@ -269,7 +278,7 @@ def test_layer_under_autocast(calls: list[str]) -> None:
 
 
 def test_layer_compiled_is_one_graph_with_the_kernels(calls: list[str]) -> None:
-    layer, x, grad = layer_of(), torch.randn(1, 3, 4, 32), torch.randn(1, 3, 4, 32)
+    layer, x, grad = layer_of(), torch.randn(1, 3, 4, 32).half(), torch.randn(1, 3, 4, 32).half()
     expected = run(layer, x, grad)
     calls.clear()
     compiled = run(torch.compile(layer, fullgraph=True, backend="aot_eager"), x, grad)
@@ -279,7 +288,7 @@ def test_layer_compiled_is_one_graph_with_the_kernels(calls: list[str]) -> None:
 
 
 def test_inference_keeps_the_packed_parameters(calls: list[str]) -> None:
-    layer, x = layer_of(dim=8, num_heads=1).eval(), torch.randn(1, 2, 4, 8)
+    layer, x = layer_of(dim=8, num_heads=1).eval(), torch.randn(1, 2, 4, 8).half()
     pack_linear_layers(layer)
     with torch.no_grad():
         first = layer(x)
@@ -295,7 +304,7 @@ def test_inference_keeps_the_packed_parameters(calls: list[str]) -> None:
 
 
 def test_layer_does_without_where_its_linear_is_more_than_one(calls: list[str]) -> None:
-    layer, x = layer_of(dim=8, num_heads=1), torch.randn(1, 2, 4, 8)
+    layer, x = layer_of(dim=8, num_heads=1), torch.randn(1, 2, 4, 8).half()
     expected = layer(x)
     assert calls == ["forward"]
     seen: list[Tensor] = []
@@ -314,13 +323,13 @@ def test_layer_does_without_where_its_linear_is_more_than_one(calls: list[str]) 
 
 
 def test_exported_layers_have_portable_operations(calls: list[str]) -> None:
-    exported = torch.export.export(layer_of().eval(), (torch.randn(1, 4, 4, 32),))
+    exported = torch.export.export(layer_of().eval(), (torch.randn(1, 4, 4, 32).half(),))
     assert not [node for node in exported.graph.nodes if "volo" in str(node.target)]
     assert calls == []
 
 
 def test_vmap_of_the_layer(calls: list[str]) -> None:
-    layer, x = layer_of(dim=8, num_heads=1).eval(), torch.randn(2, 1, 2, 4, 8)
+    layer, x = layer_of(dim=8, num_heads=1).eval(), torch.randn(2, 1, 2, 4, 8).half()
     with torch.no_grad():
-        assert torch.allclose(torch.vmap(layer)(x), layer(x.flatten(0, 1)).unflatten(0, (2, 1)), atol=1e-6)
+        assert torch.allclose(torch.vmap(layer)(x), layer(x.flatten(0, 1)).unflatten(0, (2, 1)), atol=1e-3)
     assert calls == ["forward", "forward"]
