@@ -47,10 +47,12 @@ def test_numerics_of_everything() -> None:
 
 
 def check_compiled(row: dict[str, object]) -> None:
-    # Triton 3.6 makes more of the same source; a few registers less still pay.
-    is_large = row["kernel"] == "packed_backward" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-    assert row["spill_bytes"] <= (100 if is_large else 0), row
-    assert row["stack_bytes"] <= (100 if is_large else 0), row
+    # A register or two less than it would take let one more warp reside; Triton 3.6 makes more of the same source.
+    spilled = 0
+    if row["kernel"] == "packed_backward" and row["dtype"] != "float32":
+        spilled = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 100
+    assert row["spill_bytes"] <= spilled, row
+    assert row["stack_bytes"] <= spilled, row
     # 168 registers let 12 warps reside on a multiprocessor; fewer would not cover the latency of memory. In float32 the
     # gradients' kernel multiplies on the CUDA cores, which takes registers, and time enough.
     is_slow = row["kernel"] == "packed_backward" and row["dtype"] == "float32"

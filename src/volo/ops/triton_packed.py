@@ -316,8 +316,9 @@ def _backward_kernel(
     row_offset = row_head * TAPS + row % REGION // SPAN * K + row_column  # in window m: S * m less
     row_at = logits + row_b.to(tl.int64) * logits_b
     to = grad_logits + row_b.to(tl.int64) * window_rows * window_cols * PACKED_WIDTH
-    eight, gap = tl.arange(0, 8), tl.arange(0, 16)
-    gap_at = grad_logits + b.to(tl.int64) * window_rows * window_cols * PACKED_WIDTH + heads * (TAPS * TAPS)
+    eight = tl.arange(0, 8)
+    gap_at = heads * (TAPS * TAPS) + row % REGION
+    gap_ok = (row_b < batch) & (row_head == 0) & (gap_at < PACKED_WIDTH)
 
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, (height + P + S - 1) // S)
@@ -393,13 +394,9 @@ def _backward_kernel(
                         mask=there[:, None],
                     )
                 tl.store(at + rest + row_offset - S * m, parts[TAPS - 1], mask=there)
-        # The gap behind the logits of a window: whoever multiplies with these gradients reads it.
-        there = (b < batch) & (head == 0) & (j < window_cols) & (i < stop) & (i >= first)
-        tl.store(
-            (gap_at + (i * window_cols + j) * PACKED_WIDTH)[:, None] + gap[None, :],
-            tl.zeros((CELLS, 16), grad_logits.dtype.element_ty),
-            mask=there[:, None] & (gap < PACKED_WIDTH - heads * (TAPS * TAPS))[None, :],
-        )
+                # The gap behind the logits of a window: whoever multiplies with these gradients reads it.
+                there = gap_ok & (i < stop) & (i >= first) & (row_j < window_cols)
+                tl.store(at + gap_at, tl.zeros((ROWS,), grad_logits.dtype.element_ty), mask=there)
 
         weights = ()
         for n in tl.static_range(TOKENS):
