@@ -297,6 +297,56 @@ def gpu_goals() -> str:
     return table(["H200, bfloat16, batch 128", "asked", "measured"], rows)
 
 
+def gpu_compiled() -> str:
+    rows = result("triton_compile")["rows"]
+    by = {(r["kernel"], r["dtype"], r["target"]): r for r in rows}
+
+    def line(name: str, dtype: str) -> list[str]:
+        old, new = by[name, dtype, "sm_80"], by[name, dtype, "sm_90"]
+
+        def both(key: str) -> str:
+            return f"{old[key]} / {new[key]}"
+
+        return [
+            f"{name}, {dtype}",
+            both("registers"),
+            both("spill_bytes"),
+            f"{new['shared_bytes'] / 1024:g} KB",
+            both("warps_per_multiprocessor"),
+            f"{new['instructions_per_cell_and_step']:.0f}",
+            f"{new['loads_per_step']} + {new['stores_per_step']}",
+            f"{new['megabytes_of_d1_at_batch_128']:.0f}",
+            f"{new['predicted_microseconds']:.0f}",
+        ]
+
+    head = [
+        "kernel", "registers, sm_80 / sm_90", "bytes spilled", "shared memory", "warps per multiprocessor",
+        "instructions a cell and step", "loads + stores a step", "MB moved", "predicted µs",
+    ]  # fmt: skip
+    names = list(dict.fromkeys(r["kernel"] for r in rows))
+    return table(head, [line(name, dtype) for dtype in ("bfloat16", "float32") for name in names])
+
+
+def gpu_predicted() -> str:
+    """Predicted, beside what was measured of it."""
+    report = result("triton_compile")
+    fewest = report["fewest_megabytes_of_d1_at_batch_128_in_bf16"]
+    measured = {way: row("gpu_kernels_d1", f"fused {way}")["microseconds"] for way in ("forward", "backward")}
+    today = report["predicted"]["variants"]["rows"]["layer_forward_microseconds"]
+    lines = []
+    for name, times in report["predicted"]["variants"].items():
+        cells = [name]
+        for way in ("forward", "backward"):
+            time = times[f"operator_{way}_microseconds"]
+            was = f"; measured {measured[way]:.0f}" if name == "rows" else ""
+            cells.append(f"{time:.0f} µs, {fewest[way] / time / 4.3:.2f} of a copy's rate{was}")
+        layer = times["layer_forward_microseconds"]
+        lines.append([*cells, f"{layer:.0f} µs, {today / layer:.2f}"])
+    return table(
+        ["predicted, not measured", "operator forward", "operator backward", "layer forward, times rows"], lines
+    )
+
+
 def deploy_rows() -> list[dict[str, Any]]:
     return result("deploy_d1")["rows"] if (RESULTS / "deploy_d1.json").exists() else []
 
@@ -430,6 +480,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "operator": operator,
     "against timm": against_timm,
     "gpu goals": gpu_goals,
+    "gpu compiled": gpu_compiled,
+    "gpu predicted": gpu_predicted,
     "deploy": deploy,
     "deploy goals": deploy_goals,
     "quantisation": quantisation,

@@ -5,6 +5,8 @@ Parameter names are the original's, so that its weights and timm's load as they 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from volo.ops import portable
 from volo.ops.dispatch import is_exporting
+from volo.ops.library import outlook_attention_packed, packed_why_not
 from volo.ops.outlook_attention import outlook_attention, window_grid
+from volo.ops.packed import pack
 from volo.ops.reference import outlook_attention_reference
 from volo.ops.self_attention import self_attention
 
@@ -65,6 +69,9 @@ class OutlookAttention(nn.Module):
     Attributes:
         portable: whether to compute by `volo.ops.portable`, in operations that every runtime has. None: in graphs that are
             being exported, and nowhere else.
+        packs: whether GPU kernels get packed logits (`volo.ops.packed`) where that pays; if not, rows as they are.
+        keeps_packed: whether to keep the copy of `attn`'s parameters that packing takes, rather than to make it at each
+            call, while no gradients are wanted. It is made anew when these change, except through `.data`.
 
     Raises ValueError when `dim` is no multiple of `num_heads`, or when kernel, stride and padding give another number
     of windows than the pooled input has positions (ceil(H / stride) by ceil(W / stride)).
@@ -93,6 +100,9 @@ class OutlookAttention(nn.Module):
         self.attn = nn.Linear(dim, num_heads * kernel_size**4)
         self.attn_drop = attn_drop
         self.portable: bool | None = None
+        self.packs = True
+        self.keeps_packed = False
+        self._kept: tuple[list[Any], tuple[Tensor, Tensor | None]] | None = None
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -109,13 +119,20 @@ class OutlookAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, H, W, C] -> value [B, H, W, heads, head_dim] and logits [B, h, w, heads, K*K, K*K]."""
-        K2, s = self.kernel_size * self.kernel_size, self.stride
-        pooled = x
-        if s > 1:
-            # A permuted view of contiguous tokens is a channels-last image: pooling it copies nothing.
-            pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), s, s, ceil_mode=True).permute(0, 2, 3, 1)
         value = self.v(x).unflatten(-1, (self.num_heads, -1))
-        return value, self.attn(pooled).unflatten(-1, (self.num_heads, K2, K2))
+        return value, self._logits(self._pool(x))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """x [B, H, W, C] -> what the logits come from, [B, h, w, C]."""
+        s = self.stride
+        if s == 1:
+            return x
+        # A permuted view of contiguous tokens is a channels-last image: pooling it copies nothing.
+        return F.avg_pool2d(x.permute(0, 3, 1, 2), s, s, ceil_mode=True).permute(0, 2, 3, 1)
+
+    def _logits(self, pooled: Tensor) -> Tensor:
+        K2 = self.kernel_size * self.kernel_size
+        return self.attn(pooled).unflatten(-1, (self.num_heads, K2, K2))
 
     @torch.jit.unused
     def _attend(self, x: Tensor) -> Tensor:
@@ -126,17 +143,47 @@ class OutlookAttention(nn.Module):
             logits = self.attn(portable.average_pool(x, s))
             return portable.outlook_attention(self.v(x), logits, self.num_heads, K, s, p, self.scale)
         H, W = x.shape[1:3]
-        value, logits = self._project(x)
-        if logits.shape[1:3] != window_grid(H, W, K, s, p):
+        value, pooled = self.v(x).unflatten(-1, (self.num_heads, -1)), self._pool(x)
+        grid = window_grid(H, W, K, s, p)
+        if pooled.shape[1:3] != grid:
             raise ValueError(
-                f"kernel_size={K}, stride={s}, padding={p} give {window_grid(H, W, K, s, p)} windows on a {H} x {W} grid, but outlook attention "
-                f"needs {tuple(logits.shape[1:3])} = ceil(size / stride); padding = (kernel_size - 1) // 2 with an odd kernel always fits"
+                f"kernel_size={K}, stride={s}, padding={p} give {grid} windows on a {H} x {W} grid, but outlook attention "
+                f"needs {tuple(pooled.shape[1:3])} = ceil(size / stride); padding = (kernel_size - 1) // 2 with an odd kernel always fits"
             )
+        if not drops and self._packs(value) and packed_why_not(value, grid, K, s, p) is None:
+            packed = F.linear(pooled, *self._packed_parameters())  # type: ignore[arg-type]
+            return outlook_attention_packed(value, packed, K, s, p, self.scale)
+        logits = self._logits(pooled)
         if drops:
             if torch.is_autocast_enabled(value.device.type):
                 value, logits = (t.to(torch.get_autocast_dtype(value.device.type)) for t in (value, logits))
             return outlook_attention_reference(value, logits, K, s, p, self.scale, self.attn_drop)
         return outlook_attention(value, logits, kernel_size=K, stride=s, padding=p, scale=self.scale)
+
+    def _packs(self, value: Tensor) -> bool:
+        """Whether packed logits pay, and come from the parameters of `attn`: a plain Linear that nobody watches."""
+        attn = self.attn
+        is_plain = type(attn) is nn.Linear or getattr(attn, "is_plain_linear", False)
+        is_watched = attn._forward_hooks or attn._forward_pre_hooks or attn._backward_hooks
+        # In float32 the one kernel for both gradients takes longer than the two on rows.
+        pays = value.dtype != torch.float32 or not torch.is_grad_enabled()
+        return self.packs and pays and is_plain and not is_watched
+
+    def _packed_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the Linear that gives packed logits, made of those of `attn`."""
+        weight, bias = self.attn.weight, self.attn.bias
+        if not self.keeps_packed or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._pack(weight, bias)
+        # A tensor's version rises when it changes in place, but not when that is done through `.data`.
+        present = [p for p in (weight, bias) if p is not None]
+        identity = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in present]
+        if self._kept is None or self._kept[0] != identity:
+            self._kept = identity, self._pack(weight, bias)
+        return self._kept[1]
+
+    def _pack(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        n, K = self.num_heads, self.kernel_size
+        return pack(weight, n, K), None if bias is None else pack(bias, n, K)
 
     def extra_repr(self) -> str:
         return (

@@ -1,7 +1,9 @@
-"""The GPU kernels measured: what the compiler makes of them, which needs no GPU, and what they do on one.
+"""The GPU kernels measured: what the compiler makes of them and what that should take, which needs no GPU, and what they do
+on one.
 
-Three kernels: `forward`, and for the backward pass `grad_logits` and `grad_value` (the forward kernel, transposed).
-Results are plain dicts with a list of `rows`, as everything in `volo bench`.
+Two variants. On rows of logits as they are there are three kernels: `forward`, and for the backward pass `grad_logits` and
+`grad_value` (the forward kernel, transposed). On packed logits (`volo.ops.packed`) there are two: `packed_forward` and
+`packed_backward`. Results are plain dicts with a list of `rows`, as everything in `volo bench`.
 """
 
 from __future__ import annotations
@@ -20,17 +22,30 @@ import torch
 from torch import Tensor
 
 from volo.bench.timing import setting
+from volo.layers import OutlookAttention
 from volo.ops.outlook_attention import window_grid
+from volo.ops.packed import pack, packed_width, unpack
 from volo.ops.reference import outlook_attention_reference
 
 if TYPE_CHECKING:
     from volo.ops.triton_kernels import Tiling
 
-KERNELS = ("forward", "grad_logits", "grad_value")
+VARIANTS = {"rows": ("forward", "grad_logits", "grad_value"), "packed": ("packed_forward", "packed_backward")}
+KERNELS = tuple(itertools.chain(*VARIANTS.values()))
 NOT_MEASURED = {"what": "GPU kernels", "status": "not measured: no CUDA device", "rows": []}
 _KERNEL_SIZE, _STRIDE, _PADDING = 3, 2, 1  # D1-D5
 _GEOMETRY = (_KERNEL_SIZE, _STRIDE, _PADDING)
 _TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_D1 = 128, 28, 28, 6, 32  # batch, height, width, heads, head_dim of D1's stage 1
+
+# The H200 of the predictions. What a large copy reaches there, bytes read plus written, and the clock of its schedulers.
+_MULTIPROCESSORS, _COPY, _CLOCK = 132, 4.3e12, 1.98e9
+# From the request for memory to the answer, under load: fitted so that the prediction for `forward` in bfloat16 is what was
+# measured (benchmarks/results/gpu_kernels_d1.json). It is the only number that is fitted.
+_LATENCY = 0.835e-6
+# What cuBLAS's products of this width and the pooling reach of a copy's bandwidth: assumed.
+_LINEAR_EFFICIENCY = 0.75
+
 _SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024}  # of a multiprocessor; a program takes 1 KB on top of its own
 
 
@@ -43,7 +58,10 @@ def compile_report(
     """The kernels of D1-D5 compiled for GPUs that need not be there: registers, spills, shared memory, occupancy."""
     import triton
 
-    d1 = fewest_bytes(128, 28, 28, 6, 32, torch.bfloat16)
+    rows = [
+        inspect_kernel(name, dtype, capability, head_dim=head_dim)
+        for capability, dtype, name in itertools.product(capabilities, dtypes, KERNELS)
+    ]
     return {
         "what": "GPU kernels compiled ahead of time",
         "triton": triton.__version__,
@@ -53,12 +71,38 @@ def compile_report(
         "padding": _PADDING,
         "head_dim": head_dim,
         "speed": NOT_MEASURED["status"],
-        "fewest_megabytes_of_d1_at_batch_128_in_bf16": {name: n / 1e6 for name, n in d1.items()},
-        "rows": [
-            inspect_kernel(name, dtype, capability, head_dim=head_dim)
-            for capability, dtype, name in itertools.product(capabilities, dtypes, KERNELS)
-        ],
-    }  # fmt: skip
+        "fewest_megabytes_of_d1_at_batch_128_in_bf16": {
+            name: n / 1e6 for name, n in fewest_bytes(*_D1, torch.bfloat16).items()
+        },
+        "predicted": predict(rows),
+        "rows": rows,
+    }
+
+
+def predict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Times of operator and layer of D1's stage 1 at batch 128 in bfloat16 on an H200, from `compile_report`'s rows.
+
+    Not measured: see `_predict`. Of a layer, the products and the pooling are counted by their bytes.
+    """
+    times = {
+        row["kernel"]: row["predicted_microseconds"]
+        for row in rows
+        if row["dtype"] == "bfloat16" and "predicted_microseconds" in row
+    }
+    B, H, W, heads, head_dim = _D1
+    tokens = 2 * B * H * W * heads * head_dim  # bytes
+    pooled, logits = tokens // _STRIDE**2, 2 * B * (H // _STRIDE) * (W // _STRIDE) * heads * _KERNEL_SIZE**4
+    others = {"value": 2 * tokens, "pooling": tokens + pooled, "logits": pooled + logits, "projection": 2 * tokens}
+    microseconds = {name: n / (_LINEAR_EFFICIENCY * _COPY) * 1e6 for name, n in others.items()}
+    result: dict[str, Any] = {"parts_of_the_layer_microseconds": microseconds, "variants": {}}
+    for variant, (forward, *backward) in VARIANTS.items():
+        if forward in times:
+            result["variants"][variant] = {
+                "operator_forward_microseconds": times[forward],
+                "operator_backward_microseconds": sum(times[name] for name in backward),
+                "layer_forward_microseconds": times[forward] + sum(microseconds.values()),
+            }
+    return result
 
 
 def inspect_kernel(
@@ -75,28 +119,17 @@ def inspect_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from volo.ops import triton_kernels
-
-    is_logits = name == "grad_logits"
-    kernel = triton_kernels._grad_logits_kernel if is_logits else triton_kernels._mix_kernel
-    tiling = tiling or triton_kernels.choose_tiling(
-        dtype, head_dim, _KERNEL_SIZE, _STRIDE, 0 if is_logits else _PADDING, keeps_sums=not is_logits
+    kernel, constants, tiling, registers_at_most = _specialisation(name, dtype, head_dim, tiling)
+    pointers = dict.fromkeys(
+        ("src", "out", "value", "logits", "grad_out", "grad_logits", "grad_value"), f"*{_TRITON_TYPES[dtype]}"
     )
-    constants = {
-        "K": _KERNEL_SIZE, "S": _STRIDE, "P": _PADDING, "HEAD_DIM": head_dim, "FALLING": False,
-        "SPLIT": dtype == torch.float32, "TRANSPOSED": name == "grad_value", "COLUMNS": tiling.columns,
-        "FIRST": tiling.first, "WINDOWS": tiling.windows, "SPAN": tiling.span, "RING": tiling.ring,
-        "LEVELS": tiling.levels, "TAP_LEVELS": (_KERNEL_SIZE**2 - 1).bit_length(), "D": tiling.padded_head_dim,
-        "CELLS": tiling.cells, "UPCAST": False,
-    }  # fmt: skip
-    pointers = dict.fromkeys(("src", "out", "value", "logits", "grad_out", "grad_logits"), f"*{_TRITON_TYPES[dtype]}")
     pointers |= {"lse": "*fp32", "tops": "*fp32", "scale": "fp32"}
     signature = {
         argument: "constexpr" if argument in constants else pointers.get(argument, "i32")
         for argument in kernel.arg_names
     }
-    # As at run time: allocations are aligned, and the strides of tokens and heads are multiples of head_dim.
-    aligned = re.compile(r"(src|value|grad)_[byxh]")
+    # As at run time: allocations are aligned, and the strides of tokens, heads and packed windows are multiples of 16.
+    aligned = re.compile(r"(src|value|grad)_[byxh]" + ("|logits_[bij]" if name.startswith("packed") else ""))
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, (argument, kind) in enumerate(signature.items())
@@ -106,13 +139,14 @@ def inspect_kernel(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tiling.num_warps, "num_stages": 1},
+        options={"num_warps": tiling.num_warps, "num_stages": 1, "maxnreg": registers_at_most},
     )
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    registers, stack, spills = _assemble(ptx)
+    registers, stack, spills, instructions, (begin, end) = _assemble(ptx)
     by_registers = 65536 // (-(-registers // 8) * 8 * 32) // tiling.num_warps
     programs = min(by_registers, _SHARED_BYTES[capability] // (shared + 1024), 64 // tiling.num_warps, 32)
-    return {
+    step = instructions[begin:end]
+    row = {
         "kernel": name,
         "dtype": str(dtype).removeprefix("torch."),
         "target": f"sm_{capability}",
@@ -125,29 +159,160 @@ def inspect_kernel(
         "warps_per_multiprocessor": programs * tiling.num_warps,
         "loads_of_16_bytes": len(re.findall(r"ld\.global\S*\.v(4\.b32|2\.b64)", ptx)),
         "matrix_instructions": len(re.findall(r"\bmma\.sync", ptx)),
+        "instructions_per_cell_and_step": len(step) * tiling.num_warps / tiling.cells,
+        "loads_per_step": sum("LDG" in line for line in step),
+        "stores_per_step": sum("STG" in line for line in step),
+        "megabytes_of_d1_at_batch_128": _moved(name, dtype) / 1e6,
     }
+    if capability == 90 and head_dim == _D1[4]:
+        row |= _predict(name, dtype, instructions, begin, end, programs, tiling.num_warps)
+    return row
 
 
-def _assemble(ptx: str) -> tuple[int, int, int]:
-    """Registers a lane, bytes of stack and bytes spilled (stores and loads), as ptxas -v says."""
+def _specialisation(
+    name: str, dtype: torch.dtype, head_dim: int, tiling: Tiling | None
+) -> tuple[Any, dict[str, Any], Tiling, int | None]:
+    """A kernel, its constants as in the calls of D1-D5, the tiling, and the most registers it may use."""
+    from volo.ops import triton_kernels, triton_packed
+
+    tiling = tiling or _tiling(name, dtype, head_dim)
+    constants = {
+        "K": _KERNEL_SIZE, "S": _STRIDE, "P": _PADDING, "HEAD_DIM": head_dim, "FALLING": False,
+        "COLUMNS": tiling.columns, "FIRST": tiling.first, "WINDOWS": tiling.windows, "SPAN": tiling.span,
+        "RING": tiling.ring, "LEVELS": tiling.levels, "D": tiling.padded_head_dim, "CELLS": tiling.cells, "UPCAST": False,
+    }  # fmt: skip
+    if name not in VARIANTS["packed"]:
+        constants |= {
+            "SPLIT": dtype == torch.float32, "TRANSPOSED": name == "grad_value",
+            "TAP_LEVELS": (_KERNEL_SIZE**2 - 1).bit_length(),
+        }  # fmt: skip
+        kernel = triton_kernels._grad_logits_kernel if name == "grad_logits" else triton_kernels._mix_kernel
+        return kernel, constants, tiling, None
+    is_backward = name == "packed_backward"
+    constants["PER_WORD"] = 4 // dtype.itemsize
+    if is_backward:
+        constants |= {
+            "PACKED_WIDTH": packed_width(_D1[3], _KERNEL_SIZE), "AHEAD": dtype.itemsize == 2,
+            "TOKEN_LEVELS": (tiling.ring * tiling.columns - 1).bit_length(),
+        }  # fmt: skip
+    kernel = triton_packed._backward_kernel if is_backward else triton_packed._forward_kernel
+    most = triton_packed.most_registers(dtype, head_dim, _KERNEL_SIZE, is_backward=is_backward)
+    return kernel, constants, tiling, most
+
+
+def _tiling(name: str, dtype: torch.dtype, head_dim: int) -> Tiling:
+    """The built-in choice for D1's stage 1 at batch 128."""
+    from volo.ops import triton_kernels, triton_packed
+
+    B, H, W, heads, _ = _D1
+    if name == "grad_logits":
+        h, w = window_grid(H, W, *_GEOMETRY)
+        columns = B * heads * (_STRIDE * (w - 1) + _KERNEL_SIZE)
+        return triton_kernels.choose_tiling(
+            dtype, head_dim, _KERNEL_SIZE, _STRIDE, 0, keeps_sums=False, num_columns=columns, num_steps=h
+        )
+    size: dict[str, Any] = {"num_columns": B * heads * W, "num_steps": -(-(H + _PADDING) // _STRIDE)}
+    if name in VARIANTS["packed"]:
+        return triton_packed.choose_packed_tiling(
+            dtype, head_dim, *_GEOMETRY, is_backward=name == "packed_backward", **size
+        )
+    return triton_kernels.choose_tiling(dtype, head_dim, *_GEOMETRY, **size)
+
+
+def _assemble(ptx: str) -> tuple[int, int, int, list[str], tuple[int, int]]:
+    """Registers a lane, bytes of stack and bytes spilled (stores and loads), as ptxas -v says; the instructions, and where
+    among them the loop over the steps is."""
     import triton
 
     target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
+        path, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         path.write_text(ptx)
-        report = subprocess.run(
-            [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", path, "-o", path.with_suffix(".cubin")],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
+        tools = triton.knobs.nvidia
+        command = [tools.ptxas.path, "-v", f"--gpu-name={target[1]}", path, "-o", cubin]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        sass = subprocess.run([tools.nvdisasm.path, "-c", cubin], capture_output=True, text=True, check=True).stdout
     registers = re.search(r"Used (\d+) registers", report)
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert registers is not None, report
     assert frame is not None, report
-    return int(registers[1]), int(frame[1]), int(frame[2]) + int(frame[3])
+    instructions: list[str] = []
+    labels, loops = {}, [(0, 0)]
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            if (branch := re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])) and branch[1] in labels:
+                loops.append((labels[branch[1]], len(instructions)))
+    longest = max(loops, key=lambda loop: loop[1] - loop[0])
+    return int(registers[1]), int(frame[1]), int(frame[2]) + int(frame[3]), instructions, longest
+
+
+def _predict(
+    name: str, dtype: torch.dtype, instructions: list[str], begin: int, end: int, programs: int, num_warps: int
+) -> dict[str, float]:
+    """What D1's stage 1 at batch 128 should take on an H200: the longer of its bytes at the bandwidth of a copy, and of
+    what a multiprocessor's programs take one after the other.
+
+    A scheduler's warps take turns, an instruction each; what a load brings is there _LATENCY after it, and the first
+    instruction that names one of its registers waits for that. Nothing else ever waits.
+    """
+    turn = programs * num_warps / 4 / _CLOCK
+
+    def walk(lines: Sequence[str], now: float, pending: dict[int, float]) -> float:
+        for line in lines:
+            for register in [int(r) for r in re.findall(r"\bR(\d+)\b", line)]:
+                now = max(now, pending.pop(register, now))
+            now += turn
+            if load := re.search(r"LDG\S*?(?:\.(64|128))? R(\d+)", line):
+                pending |= dict.fromkeys(range(int(load[2]), int(load[2]) + int(load[1] or 32) // 32), now + _LATENCY)
+        return now
+
+    pending: dict[int, float] = {}
+    setup = walk(instructions[:begin], 0.0, pending)
+    ends = [setup]
+    for _ in range(4):
+        ends.append(walk(instructions[begin:end], ends[-1], pending))
+    step = ends[-1] - ends[-2]
+
+    tiling = _tiling(name, dtype, _D1[4])
+    B, H, W, heads, _ = _D1
+    h, w = window_grid(H, W, *_GEOMETRY)
+    is_logits = name == "grad_logits"
+    cells = B * heads * (-(-(_STRIDE * (w - 1) + _KERNEL_SIZE) // _STRIDE) if is_logits else -(-W // _STRIDE))
+    steps = h if is_logits else -(-(H + _PADDING) // _STRIDE)
+    walks = -(-steps // tiling.rows_per_program)
+    # A walk that does not begin at the top begins a few steps early; grad_logits needs none of what these bring.
+    early = 0 if is_logits else (walks - 1) * ((_KERNEL_SIZE - 1) // _STRIDE)
+    columns = -(-cells // tiling.cells) / (_MULTIPROCESSORS * programs)
+    by_steps = columns * (walks * setup + (steps + early) * step)
+    by_bytes = _moved(name, dtype) / _COPY
+    return {
+        "step_microseconds": step * 1e6,
+        "predicted_microseconds": max(by_steps, by_bytes) * 1e6,
+        "predicted_by_steps_microseconds": by_steps * 1e6,
+        "predicted_by_bytes_microseconds": by_bytes * 1e6,
+    }
+
+
+def _moved(name: str, dtype: torch.dtype) -> int:
+    """Bytes that a kernel reads and writes for D1's stage 1 at batch 128, each once."""
+    B, H, W, heads, head_dim = _D1
+    h, w = window_grid(H, W, *_GEOMETRY)
+    value = B * H * W * heads * head_dim * dtype.itemsize
+    rows = B * h * w * heads * _KERNEL_SIZE**2
+    logits = rows * _KERNEL_SIZE**2 * dtype.itemsize
+    packed = B * h * w * packed_width(heads, _KERNEL_SIZE) * dtype.itemsize
+    sums = rows * (8 if dtype == torch.float32 else 4)
+    return {
+        "forward": 2 * value + logits,
+        "grad_logits": 2 * value + 2 * logits + sums,
+        "grad_value": 2 * value + logits + sums,
+        "packed_forward": 2 * value + packed,
+        "packed_backward": 3 * value + 2 * packed,
+    }[name]
 
 
 def fewest_bytes(B: int, H: int, W: int, heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
@@ -182,6 +347,9 @@ def bench_kernels(
 ) -> dict[str, Any]:
     """Outlook attention of D1's stage 1 on the current CUDA device, against unfold/fold eager and compiled.
 
+    Candidates: `fused` are the kernels on rows of logits as they are, `packed` those on packed logits; `eager` and
+    `compiled` the reference. Each `forward` and `forward + backward`, the kernels also `backward`.
+
     Correctness comes first: AssertionError names what misses the error budget. Times are medians over `rounds` turns of
     CUDA graphs over four input sets, which do not fit in the cache together; `copy_fraction` is the fewest bytes over
     the time, relative to a large copy on the device (bytes read plus written) in the same process.
@@ -194,9 +362,10 @@ def bench_kernels(
     for name, error in correctness.items():
         assert error["error"] <= error["allowed"], f"{name} misses the error budget: {error}"
 
-    from volo.ops import triton_kernels
+    from volo.ops import triton_kernels, triton_packed
 
     sets = [_draw(batch_size, height, width, heads, head_dim, dtype, seed) for seed in range(4)]
+    packed_sets = [(value, _packed(logits), grad) for value, logits, grad in sets]
     scale = head_dim**-0.5
 
     def ours(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
@@ -204,6 +373,12 @@ def bench_kernels(
 
     def ours_backward(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
         return triton_kernels.backward(grad, value, logits, *_GEOMETRY, scale)
+
+    def packed(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
+        return triton_packed.forward(value, logits, *_GEOMETRY, scale)
+
+    def packed_backward(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
+        return triton_packed.backward(grad, value, logits, *_GEOMETRY, scale)
 
     def step_of(operator: Callable[..., Tensor]) -> Callable[..., Any]:
         def step(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
@@ -216,6 +391,9 @@ def bench_kernels(
         "fused forward": ours,
         "fused backward": ours_backward,
         "fused forward + backward": lambda *x: (ours(*x), ours_backward(*x)),
+        "packed forward": packed,
+        "packed backward": packed_backward,
+        "packed forward + backward": lambda *x: (packed(*x), packed_backward(*x)),
     }
     peers = {"eager": outlook_attention_reference}
     if compiled:
@@ -226,7 +404,10 @@ def bench_kernels(
 
     block = torch.randn(2**28, device="cuda")
     target = torch.empty_like(block)
-    seconds = _time({name: _capture(run, sets) for name, run in candidates.items()}, rounds, len(sets))
+    graphs = {
+        name: _capture(run, packed_sets if name.startswith("packed") else sets) for name, run in candidates.items()
+    }
+    seconds = _time(graphs, rounds, len(sets))
     copy = statistics.median(_time({"copy": _capture(lambda: target.copy_(block), [()])}, rounds, 1)["copy"])
     bandwidth = 2 * block.nbytes / copy
     bytes_of = fewest_bytes(batch_size, height, width, heads, head_dim, dtype)
@@ -234,16 +415,11 @@ def bench_kernels(
     rows = []
     for name, taken in seconds.items():
         engine, _, work = name.partition(" ")
-        first, median, third = statistics.quantiles(taken, n=4)
-        row = {
-            "candidate": name,
-            "microseconds": median * 1e6,
-            "quartiles": [first * 1e6, third * 1e6],
-            "copy_fraction": bytes_of[work] / median / bandwidth,
-        }
-        for peer in peers:
-            if engine == "fused" and f"{peer} {work}" in seconds:
-                row[f"times_{peer}"] = statistics.median(seconds[f"{peer} {work}"]) / median
+        row = _row(name, taken)
+        row["copy_fraction"] = bytes_of[work] / statistics.median(taken) / bandwidth
+        for peer in (*peers, "fused") if engine == "packed" else peers if engine == "fused" else ():
+            if f"{peer} {work}" in seconds:
+                row[f"times_{peer}"] = statistics.median(seconds[f"{peer} {work}"]) / statistics.median(taken)
         rows.append(row)
     return {
         "what": "GPU kernels",
@@ -257,6 +433,133 @@ def bench_kernels(
         "correctness": correctness,
         "rows": rows,
     }
+
+
+def bench_layer(
+    batch_size: int = 128, *, dtype: torch.dtype = torch.bfloat16, rounds: int = 15, device: str = "cuda",
+    backward: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """The outlook attention layer of D1's stage 1 (192 channels, 6 heads, 28 x 28 tokens), its Linear layers in `dtype`.
+
+    Candidates, each `forward`, and with `backward` also `forward + backward` (gradients of input and parameters): `rows`,
+    whose kernels take the logits as they are; `packed` (`volo.ops.packed`); `eager`, on the reference; and by torch.compile
+    `compiled packed` and `compiled` (the reference). Correctness comes first: AssertionError names what misses the error
+    budget. Times are medians over `rounds` turns of CUDA graphs over four inputs; `times_NAME` says how many times as fast
+    as NAME a candidate is.
+
+    Returns NOT_MEASURED where there is no CUDA device, or `device` is another.
+    """
+    if not torch.cuda.is_available() or torch.device(device).type != "cuda":
+        return NOT_MEASURED
+    correctness = check_layer(dtype)
+    for name, error in correctness.items():
+        assert error["error"] <= error["allowed"], f"{name} misses the error budget: {error}"
+    _, H, W, heads, head_dim = _D1
+    layers: dict[str, Any] = {name: _layer(name, dtype) for name in ("rows", "packed", "eager")}
+    layers["compiled packed"] = torch.compile(_layer("packed", dtype))
+    layers["compiled"] = torch.compile(_layer("eager", dtype))
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = batch_size, H, W, heads * head_dim
+    sets = [tuple(torch.randn(shape, device="cuda", generator=generator).to(dtype) for _ in range(2)) for _ in range(4)]
+
+    def inference_of(layer: Callable[..., Tensor]) -> Callable[..., Any]:
+        def infer(x: Tensor, grad: Tensor) -> Any:
+            with torch.no_grad():
+                return layer(x)
+
+        return infer
+
+    def step_of(layer: Any) -> Callable[..., Any]:
+        def step(x: Tensor, grad: Tensor) -> Any:
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
+
+        return step
+
+    graphs = {f"{name} forward": _capture(inference_of(layer), sets) for name, layer in layers.items()}
+    if backward:
+        graphs |= {f"{name} forward + backward": _capture(step_of(layer), sets) for name, layer in layers.items()}
+    seconds = _time(graphs, rounds, len(sets))
+    rows = []
+    for name, taken in seconds.items():
+        engine, _, work = name.rpartition(" forward")
+        row = _row(name, taken)
+        for peer in ("rows", "eager", "compiled"):
+            if peer != engine:
+                row[f"times_{peer}"] = statistics.median(seconds[f"{peer} forward{work}"]) / statistics.median(taken)
+        rows.append(row)
+    return {
+        "what": "outlook attention layer on a GPU",
+        "status": "measured",
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+        "rounds": rounds,
+        **setting(torch.device("cuda", torch.cuda.current_device())),
+        "correctness": correctness,
+        "rows": rows,
+    }
+
+
+def check_layer(dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Largest errors of the layer on the current CUDA device against float64, and what the error budget allows, as in
+    `check_correctness`. Keys: `rows` and `packed`, the two ways to the kernels, before `out`, `x` (its gradient) and the
+    names of the parameters (their gradients).
+
+    Two runs must agree to the bit (AssertionError). Without a CUDA device the dict is empty.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    return _check_layer(dtype, "cuda")
+
+
+def _check_layer(
+    dtype: torch.dtype, device: str, shape: tuple[int, int, int] = (2, 12, 11), heads: int = 6, head_dim: int = 32
+) -> dict[str, dict[str, float]]:
+    generator = torch.Generator(device).manual_seed(17)
+    x, grad = (torch.randn(*shape, heads * head_dim, device=device, generator=generator).to(dtype) for _ in range(2))
+
+    def run(layer: Any, to: torch.dtype) -> dict[str, Tensor]:
+        inputs = x.to(to).requires_grad_()
+        named = {"x": inputs} | dict(layer.to(to).named_parameters())
+        out = layer(inputs)
+        return {"out": out.detach()} | dict(zip(named, torch.autograd.grad(out, list(named.values()), grad.to(to))))
+
+    def made(name: str) -> Any:
+        return _layer(name, dtype, device, heads, head_dim)
+
+    exact, eager = run(made("eager"), torch.float64), run(made("eager"), dtype)
+    results = {}
+    for path in ("rows", "packed"):
+        ours, again = run(made(path), dtype), run(made(path), dtype)
+        for name, truth in exact.items():
+            assert torch.equal(ours[name], again[name]), f"{path} {name} differs from run to run"
+            rounding = torch.finfo(dtype).eps * truth.abs().max().item()
+            results[f"{path} {name}"] = {
+                "error": (ours[name] - truth).abs().max().item(),
+                "allowed": 2 * (eager[name] - truth).abs().max().item() + rounding,
+            }
+    return results
+
+
+class _Reference(OutlookAttention):
+    """The layer on the reference backend."""
+
+    def _attend(self, x: Tensor) -> Tensor:
+        return outlook_attention_reference(*self._project(x), *_GEOMETRY, self.scale)
+
+
+def _layer(
+    name: str, dtype: torch.dtype, device: str = "cuda", heads: int = _D1[3], head_dim: int = _D1[4]
+) -> OutlookAttention:
+    """The same weights whatever the name; logits as spread as in a trained model."""
+    generator = torch.Generator().manual_seed(0)
+    layer = (_Reference if name == "eager" else OutlookAttention)(heads * head_dim, heads, *_GEOMETRY)
+    layer.packs = name == "packed"
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+        layer.attn.weight.mul_(head_dim**0.5)
+    return layer.to(device, dtype)
 
 
 def tune_kernels(
@@ -275,9 +578,10 @@ def tune_kernels(
     """
     if not torch.cuda.is_available():
         return NOT_MEASURED
-    from volo.ops import triton_kernels
+    from volo.ops import triton_kernels, triton_packed
 
     sets = [_draw(batch_size, height, width, heads, head_dim, dtype, seed) for seed in range(4)]
+    packed_sets = [(value, _packed(logits), grad) for value, logits, grad in sets]
     scale = head_dim**-0.5
     mix = triton_kernels.choose_tiling(dtype, head_dim, *_GEOMETRY)
     grad = triton_kernels.choose_tiling(dtype, head_dim, _KERNEL_SIZE, _STRIDE, 0, keeps_sums=False)
@@ -300,11 +604,22 @@ def tune_kernels(
         candidates["grad_logits", tiling] = lambda v, a, g, tiling=tiling: triton_kernels.backward(
             g, v, a, *_GEOMETRY, scale, logits_tiling=tiling
         )
-    seconds = _time({name: _capture(run, sets) for name, run in candidates.items()}, rounds, len(sets))
+    for is_backward, name in enumerate(VARIANTS["packed"]):
+        packed = triton_packed.choose_packed_tiling(dtype, head_dim, *_GEOMETRY, is_backward=bool(is_backward))
+        for tiling in (None, *variants(packed)):
+            candidates[name, tiling] = lambda v, a, g, tiling=tiling, is_backward=is_backward: (
+                triton_packed.backward(g, v, a, *_GEOMETRY, scale, tiling=tiling)
+                if is_backward
+                else triton_packed.forward(v, a, *_GEOMETRY, scale, tiling=tiling)
+            )
+    graphs = {
+        key: _capture(run, packed_sets if key[0].startswith("packed") else sets) for key, run in candidates.items()
+    }
+    seconds = _time(graphs, rounds, len(sets))
     rows = [
         {
             "varied": varied,
-            "pass": "forward" if varied == "forward" else "backward",
+            "pass": varied.replace("grad_logits", "backward").replace("grad_value", "backward").replace("_", " "),
             "microseconds": statistics.median(taken) * 1e6,
             "num_warps": tiling.num_warps if tiling else "built in",
             "rows_per_program": tiling.rows_per_program if tiling else "built in",
@@ -323,38 +638,57 @@ def check_correctness(
     B: int, H: int, W: int, heads: int, head_dim: int, dtype: torch.dtype
 ) -> dict[str, dict[str, float]]:
     """Largest errors on the current CUDA device against float64, and what the error budget allows: twice the error of
-    the eager reference in the same dtype plus one rounding of the largest number. Keys: out, grad_value, grad_logits.
+    the eager reference in the same dtype plus one rounding of the largest number. Keys: out, grad_value, grad_logits,
+    and the same three after `packed `, for the kernels on packed logits.
 
     Outputs are poisoned with NaN first; the results of two runs must agree to the bit (AssertionError).
     """
-    from volo.ops import triton_kernels
+    from volo.ops import triton_kernels, triton_packed
 
     value, logits, grad = _draw(B, H, W, heads, head_dim, dtype, seed=17)
+    packed = _packed(logits)
+    packed[..., heads * _KERNEL_SIZE**4 :] = torch.nan  # nobody reads the gap
     scale = head_dim**-0.5
 
     def fused() -> list[Tensor]:
         out = triton_kernels.forward(value, logits, *_GEOMETRY, scale)
         return [out, *triton_kernels.backward(grad, value, logits, *_GEOMETRY, scale)]
 
+    def fused_on_packed() -> list[Tensor]:
+        out = triton_packed.forward(value, packed, *_GEOMETRY, scale)
+        grad_value, grad_packed = triton_packed.backward(grad, value, packed, *_GEOMETRY, scale)
+        assert not grad_packed[..., heads * _KERNEL_SIZE**4 :].any(), "the gradient of the gap is not zero"
+        return [out, grad_value, unpack(grad_packed, heads, _KERNEL_SIZE)]
+
     def reference(to: torch.dtype) -> list[Tensor]:
         v, a = value.to(to).requires_grad_(), logits.to(to).requires_grad_()
         out = outlook_attention_reference(v, a, *_GEOMETRY, scale)
         return [out.detach(), *torch.autograd.grad(out, (v, a), grad.to(to))]
 
-    # The allocator hands these out again to `fused`.
-    poison = [torch.full_like(x, float("nan")) for x in (value, logits, value, logits, value)]
-    del poison
-    ours, again = fused(), fused()
+    exact, eager = reference(torch.float64), reference(dtype)
     results = {}
-    for name, x, y, exact, eager in zip(
-        ("out", "grad_value", "grad_logits"), ours, again, reference(torch.float64), reference(dtype)
-    ):
-        assert torch.equal(x, y), f"{name} differs from run to run"
-        results[name] = {
-            "error": (x - exact).abs().max().item(),
-            "allowed": 2 * (eager - exact).abs().max().item() + torch.finfo(dtype).eps * exact.abs().max().item(),
-        }
+    for prefix, run in (("", fused), ("packed ", fused_on_packed)):
+        # The allocator hands these out again to `run`.
+        poison = [torch.full_like(x, float("nan")) for x in (value, packed, value, logits, value)]
+        del poison
+        ours, again = run(), run()
+        for name, x, y, truth, peer in zip(("out", "grad_value", "grad_logits"), ours, again, exact, eager):
+            assert torch.equal(x, y), f"{prefix}{name} differs from run to run"
+            results[prefix + name] = {
+                "error": (x - truth).abs().max().item(),
+                "allowed": 2 * (peer - truth).abs().max().item() + torch.finfo(dtype).eps * truth.abs().max().item(),
+            }
     return results
+
+
+def _row(name: str, taken: Sequence[float]) -> dict[str, Any]:
+    first, median, third = statistics.quantiles(taken, n=4)
+    return {"candidate": name, "microseconds": median * 1e6, "quartiles": [first * 1e6, third * 1e6]}
+
+
+def _packed(logits: Tensor) -> Tensor:
+    """[B, h, w, heads, K*K, K*K] -> packed logits."""
+    return pack(logits.flatten(3).movedim(-1, 0), logits.shape[3], _KERNEL_SIZE).movedim(0, -1).contiguous()
 
 
 def _draw(

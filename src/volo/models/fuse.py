@@ -336,6 +336,8 @@ def _rate(drop: object) -> float:
 class FastLinear(nn.Linear):
     """nn.Linear with the matrix product that is fastest on the processor at hand, in training too."""
 
+    is_plain_linear = True  # for layers that use its parameters without calling it
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -367,6 +369,8 @@ class PackedLinear(nn.Linear):
     Parameters are those of `linear`, shared. The copy is made at the first call, and again after the weight has changed.
     """
 
+    is_plain_linear = True  # without a GELU
+
     def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
         nn.Module.__init__(self)
         vars(self).update(vars(linear))  # parameters, hooks and mode
@@ -388,7 +392,8 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linear_layers(model: nn.Module) -> None:
-    """Replace every Linear inside `model` by a `PackedLinear` around its parameters; GELUs of MLPs go into it.
+    """Replace every Linear inside `model` by a `PackedLinear` around its parameters; GELUs of MLPs go into it. Outlook
+    attention keeps the parameters of its logits as GPU kernels want them, too.
 
     Only plain ones: what others derived from nn.Linear (adapters, parametrizations) computes something else.
     """
@@ -396,6 +401,8 @@ def pack_linear_layers(model: nn.Module) -> None:
         for name, child in parent._modules.items():
             if type(child) in (nn.Linear, FastLinear):
                 parent._modules[name] = PackedLinear(child)  # type: ignore[arg-type]
+        if isinstance(parent, OutlookAttention):
+            parent.keeps_packed = True
         if not isinstance(parent, Mlp) or type(parent.fc1) is not PackedLinear:
             continue
         if type(parent.act) in (nn.GELU, FastGELU) and parent.act.approximate == "none":

@@ -424,6 +424,11 @@ def _constants(tiling: Tiling) -> tuple[int, ...]:
 
 def why_not(value: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> str | None:
     """None where the kernels support these tensors, otherwise the reason why not."""
+    return why_not_here(value, kernel_size) or too_large("value", value) or too_large("logits", logits)
+
+
+def why_not_here(value: Tensor, kernel_size: int) -> str | None:
+    """None where kernels of this kind support the dtype and device of `value` and such windows, otherwise the reason."""
     if value.dtype not in _DTYPES:
         given = str(value.dtype).removeprefix("torch.")
         return f"its kernels compute in float32, bfloat16 and float16, the tensors are {given}"
@@ -438,11 +443,14 @@ def why_not(value: Tensor, logits: Tensor, kernel_size: int, stride: int, paddin
         return "it needs a GPU of compute capability 8.0 or newer"
     if kernel_size > _LARGEST_KERNEL:
         return f"its kernels hold the windows in registers, up to {_LARGEST_KERNEL} x {_LARGEST_KERNEL} tokens"
-    # Within an image offsets are 32 bit; from image to image 64 bit.
-    for name, x in (("value", value), ("logits", logits)):
-        span = sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:]))
-        if max(span, math.prod(x.shape[1:])) >= 2**31:
-            return f"one image of {name} spans more than 2**31 elements"
+    return None
+
+
+def too_large(name: str, x: Tensor) -> str | None:
+    """Within an image offsets are 32 bit; from image to image 64 bit."""
+    span = sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:]))
+    if max(span, math.prod(x.shape[1:])) >= 2**31:
+        return f"one image of {name} spans more than 2**31 elements"
     return None
 
 
