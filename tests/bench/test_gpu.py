@@ -42,7 +42,7 @@ MEASURED: dict[str, dict[str, Any]] = {
             {"part": "operator", "candidate": "fused backward", "copy_fraction": 0.4},
             {"part": "operator", "candidate": "fused forward + backward", "copy_fraction": 0.9},
             {"part": "operator", "candidate": "compiled forward", "copy_fraction": 0.99},
-            {"part": "layer", "candidate": "whole forward", "copy_fraction": 0.98, "times_today": 1.9},
+            {"part": "layer", "candidate": "packed forward", "copy_fraction": 0.98, "times_rows": 1.9},
         ]
     },
     "inference": {

@@ -258,7 +258,7 @@ def test_float32_is_packed_without_gradients_only(calls: list[str]) -> None:
 
 
 def test_what_a_gpu_is_checked_by(calls: list[str]) -> None:
-    results = kernels._check_layer(torch.bfloat16, "cpu", shape=(1, 3, 4), heads=1, head_dim=8)
+    results = kernels.check_layer(torch.bfloat16, "cpu", shape=(1, 3, 4), heads=1, head_dim=8)
     assert calls == ["forward", "backward"] * 2  # the other path has other kernels
     assert [name for name in results if name.endswith("attn.weight")] == ["rows attn.weight", "packed attn.weight"]
     for name, result in results.items():

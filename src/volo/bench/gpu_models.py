@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from volo.bench.stages import Report
 from volo.bench.timing import Timing, alternate, captured, matrix_rate, peak_memory, setting, speedup
+from volo.layers import OutlookAttention
 from volo.models.factory import create_model
 from volo.models.fuse import use_training_kernels
 from volo.models.volo import VOLO
@@ -55,8 +56,8 @@ class Models:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
-        self.steps: dict[tuple[bool, bool, bool], Candidate] = {}
-        """Of a training: (ours, compiled, is_tuned)."""
+        self.steps: dict[tuple[bool, bool, bool, bool], Candidate] = {}
+        """Of a training: (ours, compiled, is_tuned, packs)."""
 
     @functools.cached_property
     def twins(self) -> tuple[VOLO, nn.Module]:
@@ -128,6 +129,8 @@ def candidates(models: Models) -> dict[str, Callable[[], Candidate]]:
             "timm compiled graph": lambda: _step(models, ours=False, compiled=True, graph=True),
             "volo max-autotune": lambda: _step(models, ours=True, compiled=True, is_tuned=True),
             "timm max-autotune": lambda: _step(models, ours=False, compiled=True, is_tuned=True),
+            "volo on rows": lambda: _step(models, ours=True, packs=False),
+            "volo on rows compiled": lambda: _step(models, ours=True, packs=False, compiled=True),
         }
     return {
         "volo": lambda: _inference(models, ours=True),
@@ -139,6 +142,8 @@ def candidates(models: Models) -> dict[str, Callable[[], Candidate]]:
         "timm compiled graph": lambda: _inference(models, ours=False, compiled=True, graph=True),
         "volo max-autotune": lambda: _inference(models, ours=True, compiled=True, is_tuned=True),
         "timm max-autotune": lambda: _inference(models, ours=False, compiled=True, is_tuned=True),
+        "volo on rows": lambda: _inference(models, ours=True, packs=False),
+        "volo on rows compiled": lambda: _inference(models, ours=True, packs=False, compiled=True),
     }
 
 
@@ -146,12 +151,16 @@ PLAIN = ("volo", "timm eager", "volo compiled", "timm compiled")
 GRAPHS = ("volo graph", "volo compiled graph", "timm compiled graph")
 TUNED = ("volo max-autotune", "timm max-autotune")
 """Kernels chosen by trying them, in CUDA graphs."""
+ON_ROWS = ("volo on rows", "volo on rows compiled")
+"""With the kernels that take logits as they are: what packed logits bring to a whole model, and what is left without them."""
 
 
 def _inference(
-    models: Models, ours: bool, compiled: bool = False, graph: bool = False, is_tuned: bool = False
+    models: Models, ours: bool, compiled: bool = False, graph: bool = False, is_tuned: bool = False, packs: bool = True
 ) -> Candidate:
     module, images = models.fused if ours else models.peer, models.images.to(DTYPE)
+    if not packs:
+        module = on_rows(copy.deepcopy(module))
     if ours:
         images = images.contiguous(memory_format=torch.channels_last)
     model = models.compiled(module, is_tuned) if compiled else module
@@ -163,18 +172,22 @@ def _inference(
     return Candidate(captured(run, models.device), has_own_memory=False) if graph else Candidate(run)
 
 
-def _step(models: Models, ours: bool, compiled: bool = False, graph: bool = False, is_tuned: bool = False) -> Candidate:
+def _step(
+    models: Models, ours: bool, compiled: bool = False, graph: bool = False, is_tuned: bool = False, packs: bool = True
+) -> Candidate:
     if graph:  # of the step that is compiled already
         its = _step(models, ours, compiled, is_tuned=is_tuned)
         return Candidate(captured(its.run, models.device), its.kept, has_own_memory=False)
-    key = ours, compiled, is_tuned
+    key = ours, compiled, is_tuned, packs
     if key not in models.steps:
         models.steps[key] = _make_step(models, *key)
     return models.steps[key]
 
 
-def _make_step(models: Models, ours: bool, compiled: bool, is_tuned: bool) -> Candidate:
+def _make_step(models: Models, ours: bool, compiled: bool, is_tuned: bool, packs: bool) -> Candidate:
     model: nn.Module = copy.deepcopy(models.twins[not ours])
+    if not packs:
+        on_rows(model)
     images, layout = models.images, torch.contiguous_format
     if ours:
         layout = torch.channels_last
@@ -187,6 +200,14 @@ def _make_step(models: Models, ours: bool, compiled: bool, is_tuned: bool) -> Ca
     # Parameters and two moments of AdamW; gradients come and go within the step.
     kept = 3 * sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     return Candidate(training_step(model, forward, images, target), kept)
+
+
+def on_rows(model: nn.Module) -> nn.Module:
+    """`model`, whose outlook attention from now on takes its logits as they are."""
+    for module in model.modules():
+        if isinstance(module, OutlookAttention):
+            module.packs = False
+    return model
 
 
 def training_step(model: nn.Module, forward: Callable[..., Any], images: Tensor, target: Tensor) -> Run:

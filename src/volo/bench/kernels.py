@@ -344,6 +344,7 @@ def bench_kernels(
     compiled: bool = True,
     rounds: int = 15,
     device: str = "cuda",
+    packed: bool = True,
 ) -> dict[str, Any]:
     """Outlook attention of D1's stage 1 on the current CUDA device, against unfold/fold eager and compiled.
 
@@ -358,7 +359,7 @@ def bench_kernels(
     """
     if not torch.cuda.is_available() or torch.device(device).type != "cuda":
         return compile_report()
-    correctness = check_correctness(min(batch_size, 4), height, width, heads, head_dim, dtype)
+    correctness = check_correctness(min(batch_size, 4), height, width, heads, head_dim, dtype, packed=packed)
     for name, error in correctness.items():
         assert error["error"] <= error["allowed"], f"{name} misses the error budget: {error}"
 
@@ -374,7 +375,7 @@ def bench_kernels(
     def ours_backward(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
         return triton_kernels.backward(grad, value, logits, *_GEOMETRY, scale)
 
-    def packed(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
+    def on_packed(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
         return triton_packed.forward(value, logits, *_GEOMETRY, scale)
 
     def packed_backward(value: Tensor, logits: Tensor, grad: Tensor) -> Any:
@@ -391,10 +392,13 @@ def bench_kernels(
         "fused forward": ours,
         "fused backward": ours_backward,
         "fused forward + backward": lambda *x: (ours(*x), ours_backward(*x)),
-        "packed forward": packed,
-        "packed backward": packed_backward,
-        "packed forward + backward": lambda *x: (packed(*x), packed_backward(*x)),
     }
+    if packed:
+        candidates |= {
+            "packed forward": on_packed,
+            "packed backward": packed_backward,
+            "packed forward + backward": lambda *x: (on_packed(*x), packed_backward(*x)),
+        }
     peers = {"eager": outlook_attention_reference}
     if compiled:
         peers["compiled"] = torch.compile(outlook_attention_reference)
@@ -437,7 +441,7 @@ def bench_kernels(
 
 def bench_layer(
     batch_size: int = 128, *, dtype: torch.dtype = torch.bfloat16, rounds: int = 15, device: str = "cuda",
-    backward: bool = True,
+    backward: bool = True, packed: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """The outlook attention layer of D1's stage 1 (192 channels, 6 heads, 28 x 28 tokens), its Linear layers in `dtype`.
 
@@ -445,18 +449,20 @@ def bench_layer(
     whose kernels take the logits as they are; `packed` (`volo.ops.packed`); `eager`, on the reference; and by torch.compile
     `compiled packed` and `compiled` (the reference). Correctness comes first: AssertionError names what misses the error
     budget. Times are medians over `rounds` turns of CUDA graphs over four inputs; `times_NAME` says how many times as fast
-    as NAME a candidate is.
+    as NAME a candidate is. Without `packed` nothing is measured of packed logits.
 
     Returns NOT_MEASURED where there is no CUDA device, or `device` is another.
     """
     if not torch.cuda.is_available() or torch.device(device).type != "cuda":
         return NOT_MEASURED
-    correctness = check_layer(dtype)
+    correctness = check_layer(dtype, packed=packed)
     for name, error in correctness.items():
         assert error["error"] <= error["allowed"], f"{name} misses the error budget: {error}"
     _, H, W, heads, head_dim = _D1
-    layers: dict[str, Any] = {name: _layer(name, dtype) for name in ("rows", "packed", "eager")}
-    layers["compiled packed"] = torch.compile(_layer("packed", dtype))
+    names = ("rows", "packed", "eager") if packed else ("rows", "eager")
+    layers: dict[str, Any] = {name: _layer(name, dtype) for name in names}
+    if packed:
+        layers["compiled packed"] = torch.compile(_layer("packed", dtype))
     layers["compiled"] = torch.compile(_layer("eager", dtype))
     generator = torch.Generator("cuda").manual_seed(0)
     shape = batch_size, H, W, heads * head_dim
@@ -500,21 +506,25 @@ def bench_layer(
     }
 
 
-def check_layer(dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Largest errors of the layer on the current CUDA device against float64, and what the error budget allows, as in
-    `check_correctness`. Keys: `rows` and `packed`, the two ways to the kernels, before `out`, `x` (its gradient) and the
-    names of the parameters (their gradients).
+def check_layer(
+    dtype: torch.dtype, device: str = "cuda", *, packed: bool = True,
+    shape: tuple[int, int, int] = (2, 12, 11), heads: int = 6, head_dim: int = 32,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Largest errors of the layer against float64, and what the error budget allows, as in `check_correctness`. Keys: `rows`
+    and `packed`, the two ways to the kernels, before `out`, `x` (its gradient) and the names of the parameters (their
+    gradients).
 
-    Two runs must agree to the bit (AssertionError). Without a CUDA device the dict is empty.
+    Two runs must agree to the bit (AssertionError). On a CPU it takes Triton's interpreter (TRITON_INTERPRET=1); without that
+    and without a CUDA device the dict is empty.
     """
-    if not torch.cuda.is_available():
+    if torch.device(device).type == "cuda":
+        runs = torch.cuda.is_available()
+    else:
+        from volo.ops import triton_kernels
+
+        runs = triton_kernels.is_interpreted()
+    if not runs:
         return {}
-    return _check_layer(dtype, "cuda")
-
-
-def _check_layer(
-    dtype: torch.dtype, device: str, shape: tuple[int, int, int] = (2, 12, 11), heads: int = 6, head_dim: int = 32
-) -> dict[str, dict[str, float]]:
     generator = torch.Generator(device).manual_seed(17)
     x, grad = (torch.randn(*shape, heads * head_dim, device=device, generator=generator).to(dtype) for _ in range(2))
 
@@ -529,7 +539,7 @@ def _check_layer(
 
     exact, eager = run(made("eager"), torch.float64), run(made("eager"), dtype)
     results = {}
-    for path in ("rows", "packed"):
+    for path in ("rows", "packed") if packed else ("rows",):
         ours, again = run(made(path), dtype), run(made(path), dtype)
         for name, truth in exact.items():
             assert torch.equal(ours[name], again[name]), f"{path} {name} differs from run to run"
@@ -635,19 +645,19 @@ def tune_kernels(
 
 
 def check_correctness(
-    B: int, H: int, W: int, heads: int, head_dim: int, dtype: torch.dtype
+    B: int, H: int, W: int, heads: int, head_dim: int, dtype: torch.dtype, *, packed: bool = True
 ) -> dict[str, dict[str, float]]:
     """Largest errors on the current CUDA device against float64, and what the error budget allows: twice the error of
     the eager reference in the same dtype plus one rounding of the largest number. Keys: out, grad_value, grad_logits,
-    and the same three after `packed `, for the kernels on packed logits.
+    and the same three after `packed `, for the kernels on packed logits, unless `packed` is False.
 
     Outputs are poisoned with NaN first; the results of two runs must agree to the bit (AssertionError).
     """
     from volo.ops import triton_kernels, triton_packed
 
     value, logits, grad = _draw(B, H, W, heads, head_dim, dtype, seed=17)
-    packed = _packed(logits)
-    packed[..., heads * _KERNEL_SIZE**4 :] = torch.nan  # nobody reads the gap
+    packed_logits = _packed(logits)
+    packed_logits[..., heads * _KERNEL_SIZE**4 :] = torch.nan  # nobody reads the gap
     scale = head_dim**-0.5
 
     def fused() -> list[Tensor]:
@@ -655,8 +665,8 @@ def check_correctness(
         return [out, *triton_kernels.backward(grad, value, logits, *_GEOMETRY, scale)]
 
     def fused_on_packed() -> list[Tensor]:
-        out = triton_packed.forward(value, packed, *_GEOMETRY, scale)
-        grad_value, grad_packed = triton_packed.backward(grad, value, packed, *_GEOMETRY, scale)
+        out = triton_packed.forward(value, packed_logits, *_GEOMETRY, scale)
+        grad_value, grad_packed = triton_packed.backward(grad, value, packed_logits, *_GEOMETRY, scale)
         assert not grad_packed[..., heads * _KERNEL_SIZE**4 :].any(), "the gradient of the gap is not zero"
         return [out, grad_value, unpack(grad_packed, heads, _KERNEL_SIZE)]
 
@@ -667,9 +677,9 @@ def check_correctness(
 
     exact, eager = reference(torch.float64), reference(dtype)
     results = {}
-    for prefix, run in (("", fused), ("packed ", fused_on_packed)):
+    for prefix, run in (("", fused), ("packed ", fused_on_packed)) if packed else (("", fused),):
         # The allocator hands these out again to `run`.
-        poison = [torch.full_like(x, float("nan")) for x in (value, packed, value, logits, value)]
+        poison = [torch.full_like(x, float("nan")) for x in (value, packed_logits, value, logits, value)]
         del poison
         ours, again = run(), run()
         for name, x, y, truth, peer in zip(("out", "grad_value", "grad_logits"), ours, again, exact, eager):
