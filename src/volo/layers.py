@@ -69,13 +69,16 @@ class OutlookAttention(nn.Module):
     Attributes:
         portable: whether to compute by `volo.ops.portable`, in operations that every runtime has. None: in graphs that are
             being exported, and nowhere else.
-        packs: whether GPU kernels get packed logits (`volo.ops.packed`) where that pays; if not, rows as they are.
+        packs: whether GPU kernels get packed logits (`volo.ops.packed`) where that pays; if not, rows as they are. Off
+            for all layers until those kernels have run on a GPU; `layer.packs = True` turns it on.
         keeps_packed: whether to keep the copy of `attn`'s parameters that packing takes, rather than to make it at each
             call, while no gradients are wanted. It is made anew when these change, except through `.data`.
 
     Raises ValueError when `dim` is no multiple of `num_heads`, or when kernel, stride and padding give another number
     of windows than the pooled input has positions (ceil(H / stride) by ceil(W / stride)).
     """
+
+    packs = False
 
     def __init__(
         self,
@@ -100,7 +103,6 @@ class OutlookAttention(nn.Module):
         self.attn = nn.Linear(dim, num_heads * kernel_size**4)
         self.attn_drop = attn_drop
         self.portable: bool | None = None
-        self.packs = True
         self.keeps_packed = False
         self._kept: tuple[list[Any], tuple[Tensor, Tensor | None]] | None = None
         self.proj = nn.Linear(dim, dim)

@@ -220,7 +220,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def layer_of(seed: int = 0, **options: int) -> OutlookAttention:
     torch.manual_seed(seed)
     geometry = {"dim": 32, "num_heads": 2, "kernel_size": 3, "stride": 2, "padding": 1}
-    return OutlookAttention(**(geometry | options)).half()
+    layer = OutlookAttention(**(geometry | options)).half()
+    layer.packs = True
+    return layer
+
+
+def test_layers_pack_when_they_are_told_to(calls: list[str]) -> None:
+    layer, x = layer_of(dim=8, num_heads=1), torch.randn(1, 2, 4, 8).half()
+    packed = layer(x)
+    assert calls == ["forward"]
+    del layer.packs
+    torch.testing.assert_close(layer(x), packed, atol=2e-3, rtol=2e-3)
+    assert calls == ["forward"]
 
 
 def run(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:

@@ -66,8 +66,8 @@ def list_stages(
     # Triton decides when it is imported whether it interprets its kernels.
     interpreted = {"TRITON_INTERPRET": "1"} if is_rehearsal else {}
     eager, compiled = ["volo", "timm eager"], ["volo compiled", "timm compiled"]
-    all_ways = [*eager, *compiled, "volo graph", "volo compiled graph", "timm compiled graph"]
-    all_ways += ["volo on rows", "volo on rows compiled"]
+    all_ways = [*eager, *compiled, "volo packed compiled", "volo graph", "volo compiled graph", "timm compiled graph"]
+    all_ways.append("volo packed")
     large, profiled, to_compile = [d3, d3_step], [d1, d1_step], [d1, d1_step, d3]
     large_ways, tuned = eager + compiled, [*compiled, "volo max-autotune", "timm max-autotune"]
     if is_rehearsal:  # the same paths, each once

@@ -129,8 +129,8 @@ def candidates(models: Models) -> dict[str, Callable[[], Candidate]]:
             "timm compiled graph": lambda: _step(models, ours=False, compiled=True, graph=True),
             "volo max-autotune": lambda: _step(models, ours=True, compiled=True, is_tuned=True),
             "timm max-autotune": lambda: _step(models, ours=False, compiled=True, is_tuned=True),
-            "volo on rows": lambda: _step(models, ours=True, packs=False),
-            "volo on rows compiled": lambda: _step(models, ours=True, packs=False, compiled=True),
+            "volo packed": lambda: _step(models, ours=True, packs=True),
+            "volo packed compiled": lambda: _step(models, ours=True, packs=True, compiled=True),
         }
     return {
         "volo": lambda: _inference(models, ours=True),
@@ -142,25 +142,20 @@ def candidates(models: Models) -> dict[str, Callable[[], Candidate]]:
         "timm compiled graph": lambda: _inference(models, ours=False, compiled=True, graph=True),
         "volo max-autotune": lambda: _inference(models, ours=True, compiled=True, is_tuned=True),
         "timm max-autotune": lambda: _inference(models, ours=False, compiled=True, is_tuned=True),
-        "volo on rows": lambda: _inference(models, ours=True, packs=False),
-        "volo on rows compiled": lambda: _inference(models, ours=True, packs=False, compiled=True),
+        "volo packed": lambda: _inference(models, ours=True, packs=True),
+        "volo packed compiled": lambda: _inference(models, ours=True, packs=True, compiled=True),
     }
 
 
 PLAIN = ("volo", "timm eager", "volo compiled", "timm compiled")
-GRAPHS = ("volo graph", "volo compiled graph", "timm compiled graph")
-TUNED = ("volo max-autotune", "timm max-autotune")
-"""Kernels chosen by trying them, in CUDA graphs."""
-ON_ROWS = ("volo on rows", "volo on rows compiled")
-"""With the kernels that take logits as they are: what packed logits bring to a whole model, and what is left without them."""
 
 
 def _inference(
-    models: Models, ours: bool, compiled: bool = False, graph: bool = False, is_tuned: bool = False, packs: bool = True
+    models: Models, ours: bool, compiled: bool = False, graph: bool = False, is_tuned: bool = False, packs: bool = False
 ) -> Candidate:
     module, images = models.fused if ours else models.peer, models.images.to(DTYPE)
-    if not packs:
-        module = on_rows(copy.deepcopy(module))
+    if packs:
+        module = on_packed(copy.deepcopy(module))
     if ours:
         images = images.contiguous(memory_format=torch.channels_last)
     model = models.compiled(module, is_tuned) if compiled else module
@@ -173,7 +168,7 @@ def _inference(
 
 
 def _step(
-    models: Models, ours: bool, compiled: bool = False, graph: bool = False, is_tuned: bool = False, packs: bool = True
+    models: Models, ours: bool, compiled: bool = False, graph: bool = False, is_tuned: bool = False, packs: bool = False
 ) -> Candidate:
     if graph:  # of the step that is compiled already
         its = _step(models, ours, compiled, is_tuned=is_tuned)
@@ -186,8 +181,8 @@ def _step(
 
 def _make_step(models: Models, ours: bool, compiled: bool, is_tuned: bool, packs: bool) -> Candidate:
     model: nn.Module = copy.deepcopy(models.twins[not ours])
-    if not packs:
-        on_rows(model)
+    if packs:
+        on_packed(model)
     images, layout = models.images, torch.contiguous_format
     if ours:
         layout = torch.channels_last
@@ -202,11 +197,11 @@ def _make_step(models: Models, ours: bool, compiled: bool, is_tuned: bool, packs
     return Candidate(training_step(model, forward, images, target), kept)
 
 
-def on_rows(model: nn.Module) -> nn.Module:
-    """`model`, whose outlook attention from now on takes its logits as they are."""
+def on_packed(model: nn.Module) -> nn.Module:
+    """`model`, whose outlook attention from now on computes with packed logits."""
     for module in model.modules():
         if isinstance(module, OutlookAttention):
-            module.packs = False
+            module.packs = True
     return model
 
 
