@@ -261,8 +261,10 @@ def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, opset", FORMATS)
+@pytest.mark.parametrize(
+    "kind, opset",
+    [form if form == ("onnx", 20) else pytest.param(*form, marks=pytest.mark.slow) for form in FORMATS],
+)
 def test_a_trained_segmenter_by_windows(
     kind: str, opset: int | None, trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -107,7 +107,7 @@ def evaluate(
         split = split or segment.val_split
         if object_value is not None:
             segment = dataclasses.replace(segment, object_value=object_value)
-        default = HowToTest.from_config(segment, preprocessing.img_size)
+        default = HowToTest.of_file(loaded.model) or HowToTest.from_config(segment, preprocessing.img_size)
         how = how_to_test(default, window=window, stride=stride, scales=scales, flip=flip) or default
         masked, skipped = open_split(
             preprocessing,

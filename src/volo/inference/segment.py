@@ -63,8 +63,8 @@ class Segmented:
 
 def default_window(classifier: LoadedModel[Segmenter], size: tuple[int, int]) -> HowToTest:
     """How an image of so many pixels is looked at where nobody says: whole if it is small, else by windows."""
-    if (made_for := getattr(classifier.model, "size", None)) is not None:  # an exported file takes no other
-        return HowToTest.by_windows(made_for)
+    if (how := HowToTest.of_file(classifier.model)) is not None:
+        return how
     if size[0] * size[1] <= WHOLE_PIXELS:
         return HowToTest()
     crop = height_width(classifier.preprocessing.img_size)

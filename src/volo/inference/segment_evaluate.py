@@ -46,6 +46,12 @@ class HowToTest:
         return cls.by_windows(segment.window or img_size, segment.stride)
 
     @classmethod
+    def of_file(cls, model: object) -> HowToTest | None:
+        """Windows of the only size that an exported file takes; None for what takes images of any size."""
+        size = getattr(model, "size", None)
+        return None if size is None else cls.by_windows(size)
+
+    @classmethod
     def by_windows(cls, window: Size, stride: Size = 0, **options: Any) -> HowToTest:
         """Raises ValueError for a stride that leaves gaps."""
         sides = height_width(window)
