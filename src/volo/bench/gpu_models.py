@@ -117,37 +117,33 @@ def timm_model(case: Case) -> nn.Module:
     )
 
 
+WAYS: dict[str, dict[str, bool]] = {
+    "volo": {"ours": True},
+    "timm eager": {"ours": False},
+    "volo compiled": {"ours": True, "compiled": True},
+    "timm compiled": {"ours": False, "compiled": True},
+    "volo packed compiled": {"ours": True, "compiled": True, "packs": True},
+    "volo graph": {"ours": True, "graph": True},
+    "volo compiled graph": {"ours": True, "compiled": True, "graph": True},
+    "timm compiled graph": {"ours": False, "compiled": True, "graph": True},
+    "volo max-autotune": {"ours": True, "compiled": True, "is_tuned": True},
+    "timm max-autotune": {"ours": False, "compiled": True, "is_tuned": True},
+    "volo packed": {"ours": True, "packs": True},
+}
+"""What can be measured of a case, in the order of its worth."""
+COMPILED = ("volo compiled", "timm compiled", "volo packed compiled")
+"""Those that torch.compile has to be done for first."""
+
+
 def candidates(models: Models) -> dict[str, Callable[[], Candidate]]:
-    """What can be measured of a case, in the order of its worth: functions that make it."""
-    if models.case.work == "training":
-        return {
-            "volo": lambda: _step(models, ours=True),
-            "timm eager": lambda: _step(models, ours=False),
-            "volo compiled": lambda: _step(models, ours=True, compiled=True),
-            "timm compiled": lambda: _step(models, ours=False, compiled=True),
-            "volo compiled graph": lambda: _step(models, ours=True, compiled=True, graph=True),
-            "timm compiled graph": lambda: _step(models, ours=False, compiled=True, graph=True),
-            "volo max-autotune": lambda: _step(models, ours=True, compiled=True, is_tuned=True),
-            "timm max-autotune": lambda: _step(models, ours=False, compiled=True, is_tuned=True),
-            "volo packed": lambda: _step(models, ours=True, packs=True),
-            "volo packed compiled": lambda: _step(models, ours=True, packs=True, compiled=True),
-        }
+    """Functions that make the candidates of a case, by `WAYS`; a training step goes into a graph compiled, or not at all."""
+    is_training = models.case.work == "training"
+    make = _step if is_training else _inference
     return {
-        "volo": lambda: _inference(models, ours=True),
-        "timm eager": lambda: _inference(models, ours=False),
-        "volo compiled": lambda: _inference(models, ours=True, compiled=True),
-        "timm compiled": lambda: _inference(models, ours=False, compiled=True),
-        "volo graph": lambda: _inference(models, ours=True, graph=True),
-        "volo compiled graph": lambda: _inference(models, ours=True, compiled=True, graph=True),
-        "timm compiled graph": lambda: _inference(models, ours=False, compiled=True, graph=True),
-        "volo max-autotune": lambda: _inference(models, ours=True, compiled=True, is_tuned=True),
-        "timm max-autotune": lambda: _inference(models, ours=False, compiled=True, is_tuned=True),
-        "volo packed": lambda: _inference(models, ours=True, packs=True),
-        "volo packed compiled": lambda: _inference(models, ours=True, packs=True, compiled=True),
+        name: functools.partial(make, models, **how)
+        for name, how in WAYS.items()
+        if not (is_training and name == "volo graph")
     }
-
-
-PLAIN = ("volo", "timm eager", "volo compiled", "timm compiled")
 
 
 def _inference(
@@ -171,7 +167,7 @@ def _step(
     models: Models, ours: bool, compiled: bool = False, graph: bool = False, is_tuned: bool = False, packs: bool = False
 ) -> Candidate:
     if graph:  # of the step that is compiled already
-        its = _step(models, ours, compiled, is_tuned=is_tuned)
+        its = _step(models, ours, compiled, is_tuned=is_tuned, packs=packs)
         return Candidate(captured(its.run, models.device), its.kept, has_own_memory=False)
     key = ours, compiled, is_tuned, packs
     if key not in models.steps:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from volo.bench.gpu_models import DTYPE, PLAIN, Case, Models, candidates, kernels_of, measure
+from volo.bench.gpu_models import COMPILED, DTYPE, Case, Models, candidates, kernels_of, measure
 from volo.bench.stages import Report, die_with
 from volo.bench.timing import alternate, captured, copy_bandwidth, matrix_rate, setting
 from volo.ops.outlook_attention import list_backends, outlook_attention, window_grid
@@ -176,7 +176,7 @@ def compilation(report: Report, device: str, cases: Sequence[Mapping[str, Any]])
 
     Each compiles in a process of its own; a row for each says how long it took.
     """
-    jobs = [(case, name) for case in cases for name in PLAIN if name.endswith("compiled")]
+    jobs = [(case, name) for case in cases for name in COMPILED]
     threads = max(1, (os.cpu_count() or 1) // len(jobs))
     running: dict[int, tuple[subprocess.Popen[str], float]] = {}
     for i, (case, name) in enumerate(jobs):
