@@ -225,6 +225,27 @@ def test_what_is_no_image_is_said_and_the_next_one_works(opened: Browser, pictur
     assert not opened.evaluate("document.getElementById('state').classList.contains('bad')")
 
 
+def test_what_is_said_of_a_file_given_while_the_model_loads_stays(
+    browser: Browser, page: Path, pictures: dict[str, Path], tmp_path: Path
+):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("no image")
+    # The model is read by fetch, which waits here until it is told to go on.
+    slow = "const now = fetch, told = new Promise(go => self.go = go); self.fetch = (...what) => told.then(() => now(...what));"
+    script = browser.send("Page.addScriptToEvaluateOnNewDocument", source=f"{{ {slow} }}")
+    browser.open(page)
+    browser.send("Page.removeScriptToEvaluateOnNewDocument", **script)
+    state = "document.getElementById('state').textContent"
+    assert browser.evaluate(state).startswith("Starting")
+    browser.drop([notes])
+    browser.wait_for(f"{state}.startsWith('notes.txt is no image')")
+    seen = "self.states = []; new MutationObserver(() => states.push(document.getElementById('state').textContent))"
+    browser.evaluate(f"{seen}.observe(document.getElementById('state'), {{childList: true}}); go()")
+    browser.drop([pictures["fish.png"]])
+    assert answered(browser, "fish.png")[0][0] == GOLD
+    assert not [text for text in browser.evaluate("states") if text.startswith("Ready")]
+
+
 def test_several_images_in_turn(opened: Browser, loaded: LoadedModel, pictures: dict[str, Path], tmp_path: Path):
     (tmp_path / "broken.png").write_bytes(pictures["fish.png"].read_bytes()[:99])
     names = ["grey.png", "fish.png"]
