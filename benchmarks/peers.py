@@ -1,7 +1,7 @@
 """VOLO against networks of timm of about its size: the same images, the same recipe, the same training loop.
 
     python benchmarks/peers.py --pictures PICTURES64 --photos PHOTOS --cifar10 CIFAR10_NPZ --work DIR
-    python benchmarks/peers.py ... --maps MAPS      (label maps of volo annotate: two more ways to train VOLO)
+    python benchmarks/peers.py ... --maps MAPS      (label maps of volo annotate: three more ways to train VOLO)
     python benchmarks/peers.py --speed              (images per second of one core; best while nothing else runs)
 
 Every network is pretrained on the first files of pictures64 (17,170 images of 202 classes; scored on all 5,050 held-out ones),
@@ -124,6 +124,7 @@ VOLOS: dict[str, dict[str, Any]] = {
     "volo_nano": {},
     "volo_nano, label on every token": {"loss": {"token_weight": 0.5}},
     "volo_nano, label maps": {"task": "token_label"},
+    "volo_nano, label maps, true class": {"task": "token_label", "token_label": {"ground_truth": "only"}},
     "volo_nano, label maps and MixToken": {"task": "token_label", "augment": {"mix_token": 1.0}},
 }
 """Ways to train VOLO: what is different from `PRETRAINING`."""
@@ -216,7 +217,7 @@ class Comparison:
         if name in BODIES:
             values["model"] |= {"name": name}
         elif values.get("task") == "token_label":
-            values["token_label"] = {"maps": str(self.maps)}
+            values["token_label"] = {"maps": str(self.maps), **values.get("token_label", {})}
         return recipe_from_dict(values)
 
     def pretrain(self, name: str, seed: int, what: str = "pretrained") -> dict[str, Any]:

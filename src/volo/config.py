@@ -225,8 +225,9 @@ class TokenLabelConfig:
     """Weight of the class token's loss."""
     dense_weight: float = 0.5
     """Weight of the mean loss of the other tokens."""
-    ground_truth: bool = False
-    """Mix the true class into the class token's label (fine-tuning): half where the annotator agrees with it, else a tenth."""
+    ground_truth: bool | Literal["only"] = False
+    """True: mix the true class into the class token's label (fine-tuning): half where the annotator agrees with it, else a
+    tenth. "only": the class token learns the true class alone, and the annotator teaches the other tokens."""
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,8 @@ def test_ground_truth_counts_half_where_the_annotator_agrees_and_a_tenth_elsewhe
     mixed = torch.stack([0.5 * label[0] + 0.5 * truth[0], 0.9 * label[1] + 0.1 * truth[1]])
     loss = token_label_loss(logits, logits[:, None], targets, dense_weight=0.0, ground_truth=True)
     torch.testing.assert_close(loss, F.cross_entropy(logits, mixed))
+    alone = token_label_loss(logits, logits[:, None], targets, dense_weight=0.5, ground_truth="only")
+    torch.testing.assert_close(alone, F.cross_entropy(logits, truth) + 0.5 * F.cross_entropy(logits, label))
 
 
 def test_what_does_not_go_together_is_refused(model):

@@ -7,6 +7,7 @@ Targets, losses and the task live here; generating label maps and moving them al
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def token_label_loss(
     lam: Tensor | float = 1.0,
     cls_weight: float = 1.0,
     dense_weight: float = 0.5,
-    ground_truth: bool = False,
+    ground_truth: bool | Literal["only"] = False,
 ) -> Tensor:
     """cls_weight * class loss + dense_weight * mean token loss (VOLO, section 4.1).
 
@@ -71,11 +72,11 @@ def token_label_loss(
         token_logits: [B, N, K], put back to their own images (`restore_tokens`).
         targets: class and token targets.
         lam: share of each image's own fine tokens; the rest came from the mirrored place in the batch (MixToken).
-        ground_truth: mix the truth into the class label, as fine-tuning does: r * label + (1 - r) * truth with r = 0.5
-            where both have the same top class, else 0.9.
+        ground_truth: True: mix the truth into the class label, as fine-tuning does: r * label + (1 - r) * truth with
+            r = 0.5 where both have the same top class, else 0.9. "only": r = 0 (ours, for annotators that are often wrong).
     """
-    class_target = targets.class_label
-    if ground_truth:
+    class_target = targets.truth if ground_truth == "only" else targets.class_label
+    if ground_truth is True:
         agrees = targets.truth.argmax(-1, keepdim=True) == class_target.argmax(-1, keepdim=True)
         share = torch.where(agrees, 0.5, 0.9).to(class_target.dtype)
         class_target = share * class_target + (1.0 - share) * targets.truth
