@@ -32,14 +32,17 @@ WAYS = {
 }
 
 
-def measure(name: str, run: str, way: str, max_drop: float) -> dict[str, Any]:
+def measure(name: str, run: str, way: str, max_drop: float, max_changed: float | None) -> dict[str, Any]:
     loaded = load(run)
     row: dict[str, Any] = {"model": name, "architecture": loaded.recipe.model.name, "task": loaded.task, "way": way}  # type: ignore[union-attr]
+    if max_changed is not None:
+        row["max_changed"] = max_changed
     options: dict[str, Any] = WAYS[way]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "model" + KINDS[options["format"]].ending)
         try:
-            report = volo.export(loaded, out, dtype="int8", max_drop=max_drop, on_note=print, **options).values
+            limits = {"max_drop": max_drop, "max_changed": max_changed}
+            report = volo.export(loaded, out, dtype="int8", on_note=print, **limits, **options).values
         except MismatchError as error:
             return row | {"failed": str(error)}
         plain = volo.export(loaded, Path(folder, "plain.onnx")).values
@@ -49,6 +52,10 @@ def measure(name: str, run: str, way: str, max_drop: float) -> dict[str, Any]:
     figures = {key: text.replace(path, what) if isinstance(text, str) else text for key, text in told.items()}
     sizes = {"megabytes": report["bytes"] / 1e6, "megabytes_fp32": plain["bytes"] / 1e6}
     return figures | row | sizes
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["way"], row.get("max_changed"), row["machine"]["capability"]
 
 
 def machine() -> dict[str, Any]:
@@ -63,6 +70,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--max-drop", type=float, default=1.0)
+    parser.add_argument("--max-changed", type=float, help="percent of the answers that may differ; rows of their own")
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     if options.threads:
@@ -71,10 +79,9 @@ def main() -> None:
     for given in options.runs:
         name, _, run = given.partition("=")
         for way in options.ways:
-            row = measure(name, run, way, options.max_drop) | {"machine": machine()}
+            row = measure(name, run, way, options.max_drop, options.max_changed) | {"machine": machine()}
             print(json.dumps({key: value for key, value in row.items() if key not in ("tried", "machine")}), flush=True)
-            key = (name, way, row["machine"]["capability"])
-            rows = [r for r in rows if (r["model"], r["way"], r["machine"]["capability"]) != key] + [row]
+            rows = [r for r in rows if key_of(r) != key_of(row)] + [row]
             report = {"what": "int8 of trained models", "max_drop": options.max_drop, "rows": rows}
             RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

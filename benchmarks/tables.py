@@ -412,7 +412,8 @@ def quantisation() -> str:
     content = result("quantisation")
 
     def line(r: dict[str, Any]) -> list[str]:
-        what = [f"{r['model']} (`{r['architecture']}`)", r["machine"]["capability"], r["way"]]
+        way = r["way"] + (f", at most {r['max_changed']:g} % of the answers changed" if "max_changed" in r else "")
+        what = [f"{r['model']} (`{r['architecture']}`)", r["machine"]["capability"], way]
         if "failed" in r:
             return [*what, "", "", "", "nothing suffices", ""]
         kept = r["left_in_floating_point"]

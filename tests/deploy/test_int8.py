@@ -183,10 +183,12 @@ class Planned:
     trial = open
 
 
-def plan(harm: dict[str, float], max_drop: float = 1.0) -> tuple[list[str], int]:
+def plan(
+    harm: dict[str, float], max_drop: float = 1.0, max_changed: float | None = None, labels: Tensor | None = None
+) -> tuple[list[str], int]:
     """100 images, whose first logit is ahead by 0.01 to 1.00."""
     ahead = [torch.full((3, 16, 16), 0, dtype=torch.uint8) for _ in range(100)]
-    feed = Feed(Images(lambda i: ahead[i], range(100), "images"), DATA, 100, False, False)
+    feed = Feed(Images(lambda i: ahead[i], range(100), "images", labels), DATA, 100, False, False)
     inputs = (torch.arange(1, 101) / 100).view(100, 1, 1, 1).expand(100, 3, 16, 16)
 
     class Given(Feed):
@@ -194,7 +196,7 @@ def plan(harm: dict[str, float], max_drop: float = 1.0) -> tuple[list[str], int]
             return iter([inputs[: len(self)]])
 
     given = Given(feed.images, DATA, 100, False, False)
-    judge = Judge(given, [torch.stack([inputs[:, 0, 0, 0], torch.zeros(100)], 1)], None, max_drop)
+    judge = Judge(given, [torch.stack([inputs[:, 0, 0, 0], torch.zeros(100)], 1)], None, max_drop, max_changed)
     quantizer = Planned(harm)
     _, report = Int8("static", given, judge).guard(quantizer, quantizer.open)
     return report["left_in_floating_point"], quantizer.made
@@ -212,6 +214,15 @@ def test_a_layer_that_only_looks_harmful_is_given_back():
     """Alone the first is the worst, but its error has the other sign than those that matter."""
     kept, _ = plan({"a.b": -0.5, "c.d": 0.45, "e.f": 0.3, "g.h": 1e-6, "i.j": 1e-6, "k.l": 1e-6}, max_drop=20)
     assert kept == ["c.d", "e.f"]
+
+
+def test_answers_may_change_less_than_the_accuracy():
+    """Half of the answers that change become right, and the others wrong: the accuracy stays."""
+    harm = {"a.b": 0.2, "c.d": 1e-5, "e.f": 1e-5, "g.h": 1e-5}
+    labels = torch.arange(100) % 2
+    assert plan(harm, labels=labels)[0] == []
+    assert plan(harm, labels=labels, max_changed=1.0)[0] == ["a.b"]
+    assert plan(harm, labels=labels, max_changed=20.0)[0] == []
 
 
 def test_blocks():
@@ -319,6 +330,8 @@ class Reversed(nn.Module):
         ({"int8": "static"}, "--dtype int8"),
         ({"int8": "dynamic", "dtype": "int8", "format": "openvino"}, "static"),
         ({"dtype": "int8", "max_drop": -1.0}, "from 0 to 100"),
+        ({"dtype": "int8", "max_changed": 101.0}, "max_changed is a percentage, from 0 to 100; given: 101"),
+        ({"max_changed": 1.0}, "max_changed is about int8, and dtype is 'fp32'"),
         ({"dtype": "int8", "with_preprocessing": True, "dynamic": (), "batch_size": 2}, "one at a time"),
         ({"dtype": "int8", "dynamic": (), "batch_size": 30}, "batches of 30"),
     ],

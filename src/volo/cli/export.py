@@ -45,6 +45,9 @@ class ExportOptions:
     max_drop: float = 1.0
     """Accuracy in percentage points (without labels: percent of the predictions) that int8 may lose. Layers are left in
     floating point, as few as suffice, until it holds."""
+    max_changed: float | None = None
+    """Percent of the predictions, right or wrong, that int8 may change; held in the same way. If left out, any, as long as
+    the accuracy holds."""
     licence: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """Of the weights; kept inside the file."""
     overwrite: bool = False
@@ -92,6 +95,7 @@ def export(options: ExportOptions) -> int:
         data=options.data,
         int8=options.int8,
         max_drop=options.max_drop,
+        max_changed=options.max_changed,
         licence=options.licence,
         overwrite=options.overwrite,
         web_runtime=options.web_runtime,

@@ -231,11 +231,15 @@ class Judge:
     targets: TableTargets | None
     max_drop: float
     """Percent of the answers, or, where labels are known, of the accuracy."""
+    max_changed: float | None = None
+    """Percent of the answers, right or wrong, whether labels are known or not."""
 
     @classmethod
-    def of(cls, model: nn.Module, feed: Feed, max_drop: float, targets: TableTargets | None) -> Judge:
+    def of(
+        cls, model: nn.Module, feed: Feed, max_drop: float, max_changed: float | None, targets: TableTargets | None
+    ) -> Judge:
         with torch.inference_mode():
-            return cls(feed, [_first(model(x)) for x in feed], targets, max_drop)
+            return cls(feed, [_first(model(x)) for x in feed], targets, max_drop, max_changed)
 
     @property
     def before(self) -> float | None:
@@ -254,16 +258,26 @@ class Judge:
         return Score(float(torch.cat(same).mean()), error if error == error else float("inf"), self._top1(answers))
 
     def accepts(self, score: Score) -> bool:
-        """Where the truth is known it decides, else how many answers stayed."""
-        before = self.before
-        lost = 1 - score.agreement if before is None or score.top1 is None else before - score.top1
-        return 100 * lost <= self.max_drop + 1e-9 and score.error < float("inf")
+        """Where the truth is known it decides, else how many answers stayed; `max_changed` is held in any case."""
+        before, changed = self.before, 1 - score.agreement
+        lost = changed if before is None or score.top1 is None else before - score.top1
+        if score.error == float("inf") or 100 * lost > self.max_drop + 1e-9:
+            return False
+        return self.max_changed is None or 100 * changed <= self.max_changed + 1e-9
 
     def told(self, score: Score) -> str:
         """For people."""
+        same = f"{100 * score.agreement:.2f} % of the model's answers"
         if score.top1 is None or self.before is None:
-            return f"{100 * score.agreement:.2f} % of the model's answers"
-        return f"top-1 {100 * self.before:.2f} -> {100 * score.top1:.2f} %"
+            return same
+        top1 = f"top-1 {100 * self.before:.2f} -> {100 * score.top1:.2f} %"
+        return top1 if self.max_changed is None else f"{top1} and {same}"
+
+    @property
+    def allowed(self) -> str:
+        """For people: what `accepts` holds a score to."""
+        lost = f"{self.max_drop:g} may be lost"
+        return lost if self.max_changed is None else f"{lost} and {self.max_changed:g} % of the answers may differ"
 
     def _is_same(self, given: Tensor, expected: Tensor) -> Tensor:
         if self.targets is None:
@@ -345,7 +359,7 @@ class Int8:
         if not self.judge.accepts(score):
             raise MismatchError(
                 f"the file as it was written gives {self.judge.told(score)} on {self.judge.feed.images.what}, and "
-                f"{self.judge.max_drop:g} may be lost. No file was written"
+                f"{self.judge.allowed}. No file was written"
             )
         before = self.judge.before
         return score.to_dict() | ({} if before is None else {"top1_before": 100 * before})
@@ -389,11 +403,12 @@ class Int8:
         too_few, enough = 0, 1
         while enough > most or not suffices(names[:enough]):
             if enough >= most:
+                how = "--max-drop" if self.judge.max_changed is None else "--max-drop or --max-changed"
                 worst = ", ".join(f"{name} ({error:.2g})" for name, error in ranked[:3])
                 raise MismatchError(
-                    f"int8 ({self.way}) gives {self.judge.told(first)} on {self.judge.feed.images.what}, and {self.judge.max_drop:g} "
-                    f"may be lost; {most} of {len(names)} layers in floating point are not enough to hold that. The largest errors "
-                    f"of the logits come from {worst}. Allow more with --max-drop, calibrate on other images (--data), or "
+                    f"int8 ({self.way}) gives {self.judge.told(first)} on {self.judge.feed.images.what}, and "
+                    f"{self.judge.allowed}; {most} of {len(names)} layers in floating point are not enough to hold that. The "
+                    f"largest errors of the logits come from {worst}. Allow more with {how}, calibrate on other images (--data), or "
                     "choose another way (--int8) or --dtype fp16 or bf16. No file was written"
                 )
             too_few, enough = enough, min(2 * enough, most)

@@ -97,6 +97,7 @@ def export(
     data: str | Path | None = None,
     int8: Way | None = None,
     max_drop: float = 1.0,
+    max_changed: float | None = None,
     licence: str = "",
     overwrite: bool = False,
     web_runtime: str | Path | None = None,
@@ -127,6 +128,8 @@ def export(
             the format has.
         max_drop: of int8: percent of the accuracy, or without labels of the answers, that may be lost; layers are left in
             floating point until that holds (`volo.deploy.accuracy`).
+        max_changed: of int8: percent of the answers, right or wrong, that may differ from the model's; held as `max_drop` is.
+            None: any, as long as the accuracy holds.
         licence: of the weights, kept inside the file.
         overwrite: replace a file that is there.
         web_runtime: of a page, the folder of ONNX Runtime Web; by default that of an installed npm package.
@@ -141,7 +144,7 @@ def export(
         ModuleNotFoundError: the format's packages are missing; the message says what to install.
         OSError: the folder cannot be written to, or is full. Then there is no file.
     """
-    kind = _check(format, dtype, dynamic or (), opset, batch_size, with_preprocessing, int8, max_drop)
+    kind = _check(format, dtype, dynamic or (), opset, batch_size, with_preprocessing, int8, max_drop, max_changed)
     if dynamic is None:
         dynamic = () if kind.is_fixed else ("batch",)
     free = frozenset(dynamic)
@@ -190,7 +193,7 @@ def export(
     guarded = None
     if dtype == "int8":
         fixed = None if "batch" in free else batch_size
-        guarded = _int8(loaded, module, data, fixed, int8 or WAYS[format][0], max_drop, on_note)
+        guarded = _int8(loaded, module, data, fixed, int8 or WAYS[format][0], max_drop, max_changed, on_note)
     shape = Shape(height, width, batch_size, free, multiple, in_chans)
     program = make_program(module, shape, pixels=with_preprocessing)
     names = ("pixels" if with_preprocessing else "images", *outputs)
@@ -268,6 +271,7 @@ def _check(
     pixels: bool,
     int8: str | None,
     max_drop: float,
+    max_changed: float | None,
 ) -> Kind:
     """Everything that can be wrong before a model is loaded."""
     if format not in KINDS:
@@ -301,6 +305,10 @@ def _check(
         raise ValueError(f"{format} files become int8 by {', '.join(WAYS[format])}; given: {int8!r}")
     if not 0 <= max_drop <= 100:
         raise ValueError(f"max_drop is a percentage, from 0 to 100; given: {max_drop}")
+    if max_changed is not None and dtype != "int8":
+        raise ValueError(f"max_changed is about int8, and dtype is {dtype!r}: add --dtype int8, or leave it out")
+    if max_changed is not None and not 0 <= max_changed <= 100:
+        raise ValueError(f"max_changed is a percentage, from 0 to 100; given: {max_changed}")
     if dtype == "int8":
         require("onnxruntime")
         if format == "openvino":
@@ -536,6 +544,7 @@ def _int8(
     batch_size: int | None,
     way: Way,
     max_drop: float,
+    max_changed: float | None,
     on_note: Callable[[str], None] | None,
 ) -> Int8:
     """Images, and what `module` says of those that judge. `batch_size`: of a file whose batch is fixed."""
@@ -546,7 +555,8 @@ def _int8(
         for images in find_images(loaded, data)
     )
     targets = loaded.targets if loaded.task == "table" else None
-    return Int8(way, calibration, Judge.of(module, judged, max_drop, targets), on_note or (lambda text: None))
+    judge = Judge.of(module, judged, max_drop, max_changed, targets)
+    return Int8(way, calibration, judge, on_note or (lambda text: None))
 
 
 def _compare(
