@@ -22,10 +22,9 @@ from torch import nn
 
 from volo import __version__
 from volo.config import DataConfig, Size, nearest
-from volo.data.decode import decode_image
 from volo.data.transforms import height_width
 from volo.deploy import check
-from volo.deploy.accuracy import Feed, Int8, Judge, as_arrays, find_images
+from volo.deploy.accuracy import Feed, Int8, Judge, as_arrays, find_images, images_at
 from volo.deploy.formats import aoti, coreml, executorch, litert
 from volo.deploy.program import DTYPES, InDtype, Shape, WithPreprocessing, WithTokens, at_size, make_program, prepare
 from volo.deploy.quantize import WAYS, Dynamic, Nncf, Static, Way
@@ -170,7 +169,10 @@ def export(
         free -= {"size"}
     multiple = _multiple(loaded.model)
     height, width = height_width(loaded.preprocessing.img_size)
-    real = check.find_images(data) if data is not None and dtype != "int8" else None
+    real = None
+    if data is not None and dtype != "int8":
+        images = images_at(loaded, data).few(check.MAX_IMAGES)
+        real = Feed(images, loaded.preprocessing, batch_size, "batch" not in free, with_preprocessing)
 
     source: nn.Module = loaded.model
     if format == "html" and isinstance(source, VOLO) and isinstance(source.aux_head, nn.Linear):
@@ -554,31 +556,39 @@ def _compare(
     exported: ExportedModel,
     dtype: str,
     shape: Shape,
-    real: list[Path] | None,
+    real: Feed | None,
     int8: Int8 | None,
 ) -> dict[str, Any]:
     """How close the file comes. For int8 this only describes: `Int8` has decided."""
     model = loaded.model.cpu().eval()
-    what = int8.judge.feed.images.what if int8 is not None else f"{len(real)} images" if real else "made images"
-    shown = None if int8 is None else list(itertools.islice(int8.judge.feed, check.MAX_IMAGES // int8.judge.feed.batch))
+    feed = real if int8 is None else int8.judge.feed
+    what = (
+        int8.judge.feed.images.what
+        if int8 is not None
+        else f"{len(real.images.numbers)} images"
+        if real
+        else "made images"
+    )
+    shown = (
+        None if feed is None else list(itertools.islice(feed, check.MAX_IMAGES // min(feed.batch, check.MAX_IMAGES)))
+    )
     if exported.takes_pixels:
         height, width = height_width(loaded.preprocessing.img_size)
         sizes = [(height, width), (2 * height + 1, 3 * width), (height // 2 + 3, width)]
         pictures: Iterable[torch.Tensor] = (check.made_pixels(*size, seed=i) for i, size in enumerate(sizes))
         if shown is not None:
             pictures = shown
-        elif real is not None:
-            pictures = (decode_image(path).permute(1, 2, 0)[None] for path in real)
         tolerance = {"fp32": check.PROBABILITY_TOLERANCE, "int8": 1.0}.get(dtype, 0.1)
         return {
             "compared_on": what,
             "compared": [check.compare_pixels(model, exported, loaded.preprocessing, pictures, tolerance)],
         }
-    images = torch.cat(shown) if shown else None if real is None else check.read_images(real, loaded.preprocessing)
+    images = torch.cat(shown) if shown else None
     batches = check.example_images(
         loaded.preprocessing, shape.free, shape.multiple, shape.batch, images, shape.channels
     )
-    rows = check.compare(model, exported, dtype, batches, 1.0 if dtype == "fp32" else 0.0)
+    targets = loaded.targets if loaded.task == "table" else None
+    rows = check.compare(model, exported, dtype, batches, 1.0 if dtype == "fp32" else 0.0, targets)
     first = batches[0]
     return {
         "compared_on": what,
