@@ -340,3 +340,21 @@ def test_the_same_answers_of_a_table_are_those_of_its_outputs():
         assert row["top1_agreement"] == 0.5
     (row,) = check.compare(model, model, "int8", [images], 0.0, targets)  # type: ignore[arg-type]
     assert row["top1_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["x.pt2", "x.pt2.json"])
+def test_a_folder_is_never_replaced(loaded: LoadedModel, tmp_path: Path, name: str):
+    """It would go with all that is in it."""
+    kept = tmp_path / name / "of the user.txt"
+    kept.parent.mkdir()
+    kept.write_text("x")
+    with pytest.raises(ValueError, match=f"{name} is a folder, which is never replaced.*--out"):
+        volo.export(loaded, tmp_path / "x.pt2", format="torch", overwrite=True)
+    assert kept.read_text() == "x" and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_place_that_cannot_be_is_refused_before_the_work(loaded: LoadedModel, tmp_path: Path, monkeypatch):
+    (tmp_path / "a file").write_text("x")
+    monkeypatch.setattr(exporting, "make_program", lambda *args, **how: pytest.fail("the work has begun"))
+    with pytest.raises(OSError, match="cannot be written to .*choose another place with --out"):
+        volo.export(loaded, tmp_path / "a file" / "x.pt2", format="torch")

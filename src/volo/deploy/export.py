@@ -45,6 +45,8 @@ from volo.models.volo import VOLO
 
 Format = Literal["onnx", "openvino", "torch", "html", "aoti", "executorch", "coreml", "litert"]
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
+_PACKAGE = "Manifest.json"
+"""What lies in a folder that is a file of Core ML."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -168,6 +170,8 @@ def export(
                 "'table' gives no probabilities"
             )
         free -= {"size"}
+    with _scratch(target.parent):  # what cannot be written is said before the work
+        pass
     multiple = _multiple(loaded.model)
     height, width = height_width(loaded.preprocessing.img_size)
     real = None
@@ -222,7 +226,6 @@ def export(
     }
 
     values: dict[str, Any] = {"file": target.name, "export": format, "description": description}
-    target.parent.mkdir(parents=True, exist_ok=True)
     # A folder of its own beside the target: what a failure leaves is one thing to remove, and renaming stays in one disk.
     with _scratch(target.parent) as folder:
         written = folder / target.name
@@ -357,7 +360,7 @@ def _from_module(model: nn.Module, img_size: Size | None, in_chans: int) -> tupl
 def _target(
     model: str | Path | LoadedModel[Any] | nn.Module, out: str | Path | None, kind: Kind, overwrite: bool
 ) -> Path:
-    """Where the file goes. Raises ValueError where one is there already, or the name has another ending."""
+    """Where the file goes. Raises ValueError where one is there already, or a folder, or the name has another ending."""
     if out is None:
         if isinstance(model, (nn.Module, LoadedModel)):
             raise ValueError(f"say where the file goes: out='model{kind.ending}'")
@@ -367,6 +370,8 @@ def _target(
     if not target.name.lower().endswith(kind.ending):
         raise ValueError(f"files of this format end in {kind.ending}; given: {target.name}")
     taken = [path for path in _files(target) if path.exists()]
+    if folders := [path for path in taken if path.is_dir() and not (path / _PACKAGE).is_file()]:
+        raise ValueError(f"{folders[0]} is a folder, which is never replaced; choose another name with --out")
     if taken and not overwrite:
         raise ValueError(f"{taken[0]} exists; choose another name with --out, or replace it with --overwrite")
     return target
@@ -395,6 +400,7 @@ class _scratch:
 
     def __enter__(self) -> Path:
         try:
+            self.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix=".volo-export-", dir=self.parent))
         except OSError as error:
             raise OSError(
