@@ -124,7 +124,7 @@ def find_images(loaded: LoadedModel[Any], data: str | Path | None) -> tuple[Imag
     fourth image and the others; labelled where they lie in folders of the model's classes, or as `volo evaluate` takes them.
     Raises ValueError where there are none.
     """
-    own = dataclasses.replace(loaded.preprocessing, check="off", cache="none")
+    own = _opened_as(loaded.preprocessing)
     where = Path(own.path).expanduser()
     if has_own_images(loaded) and (data is None or (own.path and Path(data).expanduser().resolve() == where.resolve())):
         return _own_images(loaded, own)
@@ -152,7 +152,7 @@ def images_at(loaded: LoadedModel[Any], data: str | Path) -> Images:
 
     Raises ValueError and FileNotFoundError where there are none.
     """
-    own = dataclasses.replace(loaded.preprocessing, check="off", cache="none")
+    own = _opened_as(loaded.preprocessing)
     if loaded.task == "classify" and loaded.classes:
         try:
             found = open_labelled(data, own, loaded.classes, loaded.wnids)
@@ -177,6 +177,11 @@ def images_at(loaded: LoadedModel[Any], data: str | Path) -> Images:
         return Images(rows.load, range(len(rows)), str(data))
     paths = find_pictures([str(data)])
     return Images(lambda i: decode_image(paths[i]), range(len(paths)), str(data))
+
+
+def _opened_as(data: DataConfig) -> DataConfig:
+    """The data of a model, for a look at a few of its images: not all are tried again, unless some were left out."""
+    return dataclasses.replace(data, check=data.check if data.on_bad_image == "skip" else "off", cache="none")
 
 
 def _own_images(loaded: LoadedModel[Any], data: DataConfig) -> tuple[Images, Images]:
