@@ -114,6 +114,12 @@ def test_volo_of_timm_too():
         assert torch.equal(Annotator(model)(images).flatten(1, 2), tokens)
 
 
+def test_an_exported_file_is_refused_by_what_it_lacks(tmp_path: Path):
+    (tmp_path / "x.onnx").write_bytes(b"anything")
+    with pytest.raises(ValueError, match=r"x.onnx is an exported file.*tokens: give the run folder"):
+        load_annotator(AnnotatorConfig(model=str(tmp_path / "x.onnx")))
+
+
 def test_what_cannot_annotate():
     with pytest.raises(ValueError, match="needs classes"):
         Annotator(volo.create_model("volo_nano", **(SMALL | {"num_classes": 0})))

@@ -128,6 +128,8 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
         ("trian tiny.toml", "did you mean 'train'?"),
         ("train", "volo train needs a recipe"),
         ("train --resume", "the recipe comes first"),
+        ("predict x y.png --json", "--format json"),
+        ("predict x --data photos", "volo evaluate"),
         ("train digitz", "no recipe 'digitz'"),
         ("train tiny.toml", "already holds a run"),
         ("train tiny.toml --out x --model.options.dephts [1,1]", "did you mean 'depths'?"),

@@ -187,3 +187,16 @@ def test_two_spellings_of_a_name_are_one_class(tmp_path: Path) -> None:
     classes_in(tmp_path / "val", names=("cafe\u0301", "bar"))
     assert len(opened(tmp_path).val) == 8
     assert match_classes(["cafe\u0301"], ["bar", "caf\u00e9"]) == [1]
+
+
+@pytest.mark.parametrize("folders", [("images", "masks"), ("Img", "Annotations")])
+def test_images_and_masks_are_no_two_classes(tmp_path: Path, folders: tuple[str, str]) -> None:
+    """A classifier would tell them apart without fail, and say nothing of the images."""
+    classes_in(tmp_path / "plain", names=folders)
+    classes_in(tmp_path / "split/train", tmp_path / "split/val", names=folders)
+    for root, way_out in (("plain", "none"), ("split", "train,val")):
+        with pytest.raises(ValueError, match=f"photos_masks.*--data.splits {way_out}"):
+            opened(tmp_path / root)
+        assert opened(tmp_path / root, splits=way_out).classes == tuple(sorted(folders))
+    classes_in(tmp_path / "three", names=(*folders, "cats"))
+    assert len(opened(tmp_path / "three").classes) == 3

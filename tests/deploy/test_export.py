@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import volo
 from volo.cli.main import main
 from volo.config import DataConfig
 from volo.data.decode import decode_image
+from volo.data.targets import Output, TableTargets
 from volo.data.transforms import PixelPipeline, eval_transform
 from volo.deploy import check
 from volo.deploy import export as exporting
@@ -297,3 +299,62 @@ def test_d1_and_timms(name: str, tmp_path: Path):
         report = volo.export(model, out, format=name, img_size=224)  # type: ignore[arg-type]
         assert max(row["relative_error"] for row in report.values["compared"]) < 1e-4
         out.unlink()
+
+
+def test_tables_and_archives_are_images_to_compare_on(loaded: LoadedModel, pictures: list[Path], tmp_path: Path):
+    """What `volo train` and `volo evaluate` take as data, export takes, too."""
+    rows = [f"{path},{path.parent.name}" for path in pictures]
+    (tmp_path / "labels.csv").write_text("path,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    np.savez(tmp_path / "data.npz", images=np.zeros((4, 16, 16, 3), np.uint8), labels=np.arange(4), classes=CLASSES)
+    for name, count in (("labels.csv", len(pictures)), ("data.npz", 4)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "No complete tensor")  # PyTorch's own words, of no use to anybody here
+            values = volo.export(loaded, tmp_path / f"{name}.pt2", format="torch", data=tmp_path / name).values
+        assert values["compared_on"] == f"{count} images"
+
+
+def test_too_few_images_for_a_fixed_batch_are_said(loaded: LoadedModel, pictures: list[Path], tmp_path: Path):
+    """Before anything is written."""
+    folder = pictures[0].parents[1]
+    with pytest.raises(ValueError, match="batches of 16 .*: give more with --data, or export with --dynamic batch"):
+        volo.export(loaded, tmp_path / "x.onnx", data=folder, dynamic=(), batch_size=16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_answers_of_a_table_are_those_of_its_outputs():
+    """Largest of all numbers of a row, as of a classifier, says nothing about a table."""
+    targets = TableTargets((Output("n", "number"), Output("kind", "class", ("a", "b"))))
+    model = torch.nn.Flatten()
+    images = torch.tensor([[0.0, 2.0, 1.0], [0.0, 1.0, 2.0]])[:, :, None, None]
+
+    class Other(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1) + torch.tensor([3.0, 0.0, 0.0])  # another number, the same class
+
+    class Flipped(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)[:, [0, 2, 1]]
+
+    for other in (Other(), Flipped()):
+        (row,) = check.compare(model, other, "int8", [images], 0.0, targets)  # type: ignore[arg-type]
+        assert row["top1_agreement"] == 0.5
+    (row,) = check.compare(model, model, "int8", [images], 0.0, targets)  # type: ignore[arg-type]
+    assert row["top1_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["x.pt2", "x.pt2.json"])
+def test_a_folder_is_never_replaced(loaded: LoadedModel, tmp_path: Path, name: str):
+    """It would go with all that is in it."""
+    kept = tmp_path / name / "of the user.txt"
+    kept.parent.mkdir()
+    kept.write_text("x")
+    with pytest.raises(ValueError, match=f"{name} is a folder, which is never replaced.*--out"):
+        volo.export(loaded, tmp_path / "x.pt2", format="torch", overwrite=True)
+    assert kept.read_text() == "x" and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_place_that_cannot_be_is_refused_before_the_work(loaded: LoadedModel, tmp_path: Path, monkeypatch):
+    (tmp_path / "a file").write_text("x")
+    monkeypatch.setattr(exporting, "make_program", lambda *args, **how: pytest.fail("the work has begun"))
+    with pytest.raises(OSError, match="cannot be written to .*choose another place with --out"):
+        volo.export(loaded, tmp_path / "a file" / "x.pt2", format="torch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -249,6 +250,19 @@ def test_a_run_needs_no_folder(loaded: LoadedModel, images: Tensor, folder: Path
         find_images(gone, None)
     with pytest.raises(ValueError, match="--data FOLDER"):
         find_images(loaded, None)
+
+
+def test_images_that_a_run_left_out_are_left_out_again(loaded: LoadedModel, folder: Path, tmp_path: Path):
+    shutil.copytree(folder, tmp_path / "photos")
+    for path in sorted((tmp_path / "photos").rglob("*.png"))[::3]:
+        path.write_bytes(path.read_bytes()[:40])
+    good = len(list(folder.rglob("*.png"))) - len(list(folder.rglob("*.png"))[::3])
+    data = DataConfig(path=str(tmp_path / "photos"), img_size=16, crop_pct=1.0, val_fraction=0.5, on_bad_image="skip")
+    run = LoadedModel(loaded.model, "classify", CLASSES, data, "a run", recipe=Recipe(data=data))
+    parts = find_images(run, None)
+    assert sum(len(part.numbers) for part in parts) == good
+    for part in parts:
+        assert all(part.load(i).shape[0] == 3 for i in part.numbers)
 
 
 def test_images_without_labels_and_few_of_them(loaded: LoadedModel, folder: Path, tmp_path: Path):

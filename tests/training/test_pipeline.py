@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import shlex
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from volo.cli.main import main
+from volo.cli.progress import TrainReporter
 from volo.config import Recipe, recipe_to_toml
 from volo.data.files import FolderLock
 from volo.models.checkpoint import load_checkpoint
@@ -66,3 +71,47 @@ def test_the_folder_is_locked_while_the_annotator_trains(recipe: Recipe, tmp_pat
 
 def test_the_annotator_sees_the_same_split(recipe: Recipe) -> None:
     assert annotator_recipe(recipe).data.splits == "none"
+
+
+def told_to_go_on(said: str) -> list[str]:
+    return shlex.split(re.split(r"(?:go on|continue) with: ", said)[1].splitlines()[0])
+
+
+def test_the_command_that_goes_on_works_while_the_annotator_trains(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run has no folder of its own by then: `volo train FOLDER --resume` would find nothing there."""
+    (tmp_path / "my recipe.toml").write_text(recipe_to_toml(recipe))
+    out = tmp_path / "run"
+    with monkeypatch.context() as changed:
+        changed.setattr(TrainReporter, "on_start", StopsTheAnnotator.on_start)
+        changed.setattr(TrainReporter, "on_step", StopsTheAnnotator.on_step)
+        command = ["train", str(tmp_path / "my recipe.toml"), "--out", str(out), "--overwrite"]
+        assert main(command) == 128 + signal.SIGINT
+    program, *words = told_to_go_on(capsys.readouterr().err)
+    assert program == "volo" and "--overwrite" not in words
+    assert main([*words, "--quiet"]) == 0
+    assert load_checkpoint(out / "last.pt")["step"] > 0
+
+
+def test_the_command_that_goes_on_works_before_the_run_has_begun(
+    tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "its.toml").write_text(recipe_to_toml(tiny(SHORT)))
+
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr("volo.training.pipeline.fit_into_time", stop)
+        assert main(["train", str(tmp_path / "its.toml"), "--out", str(tmp_path / "a run")]) == 128 + signal.SIGINT
+    _, *words = told_to_go_on(capsys.readouterr().err)
+    assert main([*words, "--quiet"]) == 0
+    assert load_checkpoint(tmp_path / "a run" / "last.pt")["step"] > 0
+
+
+def test_a_folder_without_a_run_is_not_taken_for_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, why in ((tmp_path, "holds no run"), (tmp_path / "gone", "is not there")):
+        assert main(["train", str(folder), "--resume"]) == 2
+        told = capsys.readouterr().err
+        assert why in told and "imagenet" not in told

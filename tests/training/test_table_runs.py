@@ -296,6 +296,36 @@ def test_an_exported_or_shared_model_says_the_same(finished, table, tmp_path) ->
             export(result.out, tmp_path / "pixels.onnx", with_preprocessing=True)
 
 
+def test_a_table_is_what_its_model_is_exported_with(finished, table, tmp_path) -> None:
+    """The images of its rows are compared, and calibrate and judge int8; answers are those of its outputs."""
+    pytest.importorskip("onnxruntime")
+    kind, result = finished
+    if kind == "number":
+        return
+    count = len(table.read_text().splitlines()) - 1
+    values = export(result.out, tmp_path / "plain.pt2", format="torch", data=table).values
+    assert values["compared_on"] == "60 images" and {row["top1_agreement"] for row in values["compared"]} == {1.0}
+    moved = tmp_path / "moved"
+    shutil.copytree(table.parent, moved)
+    told = export(result.out, tmp_path / "x.onnx", dtype="int8", data=moved / "labels.csv", max_drop=20).values["int8"]
+    assert told["calibrated_on"] == f"{count // 4} images of {moved / 'labels.csv'}"
+
+
+def test_its_vectors_judge_other_tables_and_its_own_is_refused(finished, table, capsys) -> None:
+    """The columns it learned are no columns of the data set that it looks over."""
+    _, result = finished
+    with table.open(newline="") as file:
+        rows = [(row["path"], row["gender"]) for row in csv.DictReader(file)]
+    plain = table.with_name("plain.csv")
+    plain.write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in rows))
+    assert main(["embed", str(result.out), "--data", str(plain), "--check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["count"] == len(rows)
+    for data in ([], ["--data", str(table)]):
+        assert main(["embed", str(result.out), *data, "--check"]) == 2
+        told = capsys.readouterr().err
+        assert "one class" in told and "--data" in told and "label_columns" not in told
+
+
 def test_weights_of_a_classifier_are_a_start(tiny, table, tmp_path) -> None:
     """Other heads are new, everything below them is kept."""
     columns = {"data.label_columns": ("gender",), "schedule.epochs": 1}

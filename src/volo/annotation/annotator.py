@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from volo.config import AnnotatorConfig, Size
 from volo.data.transforms import height_width
+from volo.inference.exported import is_exported
 from volo.inference.model_source import LoadedModel, load
 from volo.models.volo import VOLO
 
@@ -172,10 +173,15 @@ def load_annotator(how: AnnotatorConfig, device: torch.device | str = "cpu") -> 
     """The annotator that `how` names, as `volo.inference.model_source.load` does, models of timm included.
 
     Its preprocessing is with `how.img_size` and, for a centre crop, `how.crop`. Of a run folder whose best weights label no
-    tokens, the last ones. Raises ValueError, FileNotFoundError for unknown names and missing files, and for a VOLO that has
-    never learned to label a token; DownloadError.
+    tokens, the last ones. Raises ValueError, FileNotFoundError for unknown names and missing files, for exported files, and
+    for a VOLO that has never learned to label a token; DownloadError.
     """
     check_view(how.crop, how.img_size)
+    if is_exported(Path(how.model)):
+        raise ValueError(
+            f"{how.model} is an exported file, which names whole images; an annotator has to name their tokens: give the run folder or "
+            "the checkpoint that it was made from"
+        )
 
     def read(model: str) -> LoadedModel[Any]:
         return load(

@@ -111,7 +111,9 @@ def show_packed(console: Console, packed: Packed) -> None:
         soft_wrap=True,
         highlight=False,
     )
-    console.print(Text.assemble("next: ", (f"volo train RECIPE --data {packed.out}", "bold")), soft_wrap=True)
+    console.print(
+        Text.assemble("next: ", (f"volo train RECIPE --data {shlex.quote(str(packed.out))}", "bold")), soft_wrap=True
+    )
 
 
 main = partial(run, pack)

@@ -178,4 +178,9 @@ def prediction_line(prediction: Prediction, name_width: int, class_width: int) -
     return line
 
 
-main = partial(run, predict, ours=OF_MODELS)
+_HABITS = OF_MODELS | {
+    "--json": "--format json prints JSON",
+    "--csv": "--format csv prints CSV",
+    "--data": "images are named after the model, files or folders; volo evaluate scores a data set",
+}
+main = partial(run, predict, ours=_HABITS)

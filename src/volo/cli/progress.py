@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import deque
 from typing import Any
@@ -96,11 +97,12 @@ class TrainReporter(NullReporter):
             self._has_head = True
             head = "".join(f"{FIGURES[key]:>9}" for key in columns)
             self._say(Text(f"{'epoch':>7}{'step':>9}{'loss':>9}{'held out':>10}{head}{'time':>9}", style="dim"))
-        loss = sum(self._since_eval) / len(self._since_eval) if self._since_eval else float("nan")
+        # None before the first step: what is evaluated there are the weights it starts from.
+        loss = f"{sum(self._since_eval) / len(self._since_eval):.4f}" if self._since_eval else "-"
         self._since_eval.clear()
         figures = "".join(f"{figure_text(key, metrics[key]):>9}" for key in columns)
         row = (
-            f"{metrics['epoch']:>7.1f}{metrics['step']:>9,}{loss:>9.4f}{metrics['loss']:>10.4f}{figures}"
+            f"{metrics['epoch']:>7.1f}{metrics['step']:>9,}{loss:>9}{metrics['loss']:>10.4f}{figures}"
             f"{duration(time.monotonic() - self._started):>9}"
         )
         self._say(Text.assemble(row, (" best" if is_best else "", "bold green")))
@@ -128,14 +130,14 @@ def show_result(console: Console, result: TrainResult) -> None:
         )
     speed = f", {result.images_per_second:,.0f} images/s in training" if result.images_per_second else ""
     console.print(f"{duration(result.seconds)} in all{speed}", highlight=False)
-    weights = result.out / ("best.pt" if best else "last.pt")
+    weights, out = result.out / ("best.pt" if best else "last.pt"), shlex.quote(str(result.out))
     console.print(Text.assemble("  ", (str(weights), "cyan"), "  the weights"), soft_wrap=True)
     console.print(
         Text.assemble(
             "next: ",
-            (f"volo {'segment' if result.score == 'miou' else 'predict'} {result.out} PICTURES...", "bold"),
+            (f"volo {'segment' if result.score == 'miou' else 'predict'} {out} PICTURES...", "bold"),
             "   or   ",
-            (f"volo evaluate {result.out}", "bold"),
+            (f"volo evaluate {out}", "bold"),
         ),
         soft_wrap=True,
     )

@@ -52,7 +52,7 @@ class TrainOptions:
     recipe: Annotated[tyro.conf.FlagConversionOff[Recipe], tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
 
-def train(options: TrainOptions) -> int:
+def train(options: TrainOptions, words: Sequence[str] = ()) -> int:
     """Train a classifier, or a segmentation model: RECIPE is a .toml file, the name of one that ships with volo, or a run folder (to repeat it).
 
     Every key of the recipe can be changed: --section.key VALUE. Arguments of the model that have no key of their own
@@ -93,19 +93,25 @@ def train(options: TrainOptions) -> int:
     if options.plan:
         return _show_plan(recipe, out, options)
     program = "volo" if process_rank() is None else "torchrun ... -m volo"
-    resume_command = f"{program} train {shlex.quote(str(out))} --resume"
+
+    def go_on() -> str:
+        """The command that continues. Until a run has its recipe in its folder, only the words it was given know it."""
+        if (out / "recipe.toml").is_file() or not words:
+            return f"{program} train {shlex.quote(str(out))} --resume"
+        return f"{program} train {shlex.join(w for w in words if w not in ('--resume', '--overwrite'))} --resume"
+
     keep_freed_memory()
     try:
         with reporter or contextlib.nullcontext():
             result = run_training(recipe, out, resume=options.resume, overwrite=options.overwrite, reporter=reporter)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(resume_command) from None
+        raise KeyboardInterrupt(go_on()) from None
     if not is_main:
         return 128 + result.signal if result.signal else 0
     if result.status == "interrupted":
         if options.json:  # of the annotator's training, if it was that
             print((result.out / "summary.json").read_text(encoding="utf-8"))
-        note(f"stopped after step {result.step:,} of {result.total_steps:,}; continue with: {resume_command}")
+        note(f"stopped after step {result.step:,} of {result.total_steps:,}; continue with: {go_on()}")
         return 128 + result.signal
 
     if options.json:
@@ -293,7 +299,7 @@ def main(argv: Sequence[str]) -> int:
         logger.info("model.options of the recipe are left out (%s): they are for %s", ", ".join(its_own), own)
         of_recipe = {option: value for option, value in of_recipe.items() if option in FOR_ANY_MODEL}
     model = dataclasses.replace(recipe.model, options=of_recipe | given)
-    return train(dataclasses.replace(options, recipe=dataclasses.replace(recipe, model=model)))
+    return train(dataclasses.replace(options, recipe=dataclasses.replace(recipe, model=model)), argv)
 
 
 def _prepare(argv: Sequence[str]) -> tuple[list[str], TrainOptions, dict[str, Any], dict[str, Any]]:
@@ -307,7 +313,15 @@ def _prepare(argv: Sequence[str]) -> tuple[list[str], TrainOptions, dict[str, An
             raise ValueError(f"the recipe comes first: volo train RECIPE {' '.join(argv)}")
         return [*asked], TrainOptions(), {}, {}
     folder = Path(argv[0])
-    path = find_recipe(folder / "recipe.toml" if (folder / "recipe.toml").is_file() else argv[0])
+    try:
+        path = find_recipe(folder / "recipe.toml" if (folder / "recipe.toml").is_file() else argv[0])
+    except FileNotFoundError:
+        if "--resume" not in argv or folder.suffix == ".toml" or len(folder.parts) == 1:
+            raise
+        raise FileNotFoundError(
+            f"{folder} {'holds no run: it has no recipe.toml' if folder.exists() else 'is not there'}. --resume goes on with a "
+            "run folder, or with the run that a recipe and --out name"
+        ) from None
     # The recipe a run was started with lies in its folder, where it is also continued.
     out = folder if (folder / "recipe.toml").is_file() else Path("runs") / path.stem
     recipe = load_recipe(path)

@@ -31,7 +31,7 @@ from volo.data.sources import (
     raise_bad,
     split_by_seed,
 )
-from volo.data.splits import WAY_OUT, inside, split_folders
+from volo.data.splits import IMAGE_FOLDERS, MASK_FOLDERS, WAY_OUT, Parts, inside, split_folders
 from volo.data.walk import IMAGE_ENDINGS, contents_of, is_image_name, spelled, walk
 
 REMEMBERED_FROM = 50_000
@@ -60,6 +60,8 @@ def open_folders(
         raise ValueError(
             f"{train.root} has one class folder only, {classes[0]}; classification needs at least two.\n{LAYOUTS}"
         )
+    if config.splits == "auto":
+        _refuse_masks(train.root, classes, parts)
     for scan in scans[1:]:
         _require_known(scan, classes)
     source, skipped = _check(scans, path, classes, config, on_progress, share)
@@ -80,6 +82,17 @@ def open_folders(
     ignored = [name for scan in scans for name in scan.ignored_names(path)]
     what = f"{parts.train[0]}/ and {parts.val[0]}/" if parts.val else ""
     return DataSplits(train_source, val_source, classes, skipped, notes, ignored, what)
+
+
+def _refuse_masks(root: Path, classes: Sequence[str], parts: Parts) -> None:
+    """Raises ValueError where the classes would be images and their masks: told apart without fail, and of no use."""
+    names = [name.lower() for name in classes]
+    if len(names) == 2 and any(n in IMAGE_FOLDERS for n in names) and any(n in MASK_FOLDERS for n in names):
+        way_out = ",".join([*parts.train, *parts.val]) if parts.val else "none"
+        raise ValueError(
+            f"{root} has {' and '.join(f'{name}/' for name in classes)}, as images with a class for every pixel lie: train a "
+            f"segmentation model on them (volo train photos_masks). If these are two classes, say --data.splits {way_out}"
+        )
 
 
 def open_folder(

@@ -38,7 +38,7 @@ from volo.data.mask_values import (
 )
 from volo.data.mask_values import palette as palette
 from volo.data.sources import Names, PixelCache, Progress, Share, available_cores, cache_budget, check_all, raise_bad
-from volo.data.splits import TRAIN, VAL, held_out, role
+from volo.data.splits import IMAGE_FOLDERS, MASK_FOLDERS, TRAIN, VAL, held_out, role
 from volo.data.walk import contents_of, is_image_name, list_folder, spelled, walk
 
 LAYOUTS = """\
@@ -51,7 +51,6 @@ data.path can be, for task "segment",
 Names of classes come from classes.csv (index,name,r,g,b), classes.txt (a name a line) or objectInfo150.txt (ADE20K). With
 none of them, masks of 0 and 255 alone, or 0 and 1 alone, are of background and object."""
 
-_IMAGE_FOLDERS, _MASK_FOLDERS = ("images", "imgs", "img"), ("annotations", "masks", "labels", "mask")
 _MASK_ENDINGS = frozenset((".png", ".bmp", ".tif", ".tiff", ".gif", ".pgm", ".webp"))
 
 
@@ -262,7 +261,7 @@ def find_pairs(
     folders = list_folder(root)[0]
     images, masks = (
         next((root / name for wanted in kind for name in folders if name.lower() == wanted), None)
-        for kind in (_IMAGE_FOLDERS, _MASK_FOLDERS)
+        for kind in (IMAGE_FOLDERS, MASK_FOLDERS)
     )
     if images is None or masks is None:
         raise ValueError(f"{root} has no images/ and annotations/: it holds {contents_of(root)}.\n{LAYOUTS}")

@@ -15,6 +15,8 @@ from volo.data.walk import contents_of, is_image_name, list_folder
 TRAIN, VAL, TEST = "train", "val", "test"
 HELD_OUT = (VAL, TEST)
 """Where held-out images are looked for, in this order."""
+IMAGE_FOLDERS, MASK_FOLDERS = ("images", "imgs", "img"), ("annotations", "masks", "labels", "mask")
+"""What the folders of images with a class for every pixel are called."""
 
 _WORDS = {
     "train": TRAIN, "training": TRAIN, "trainset": TRAIN,

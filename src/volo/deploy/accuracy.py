@@ -24,10 +24,10 @@ from volo.data.classes import match_classes
 from volo.data.decode import decode_image
 from volo.data.images import open_data
 from volo.data.masks import open_split
-from volo.data.tables import open_targets
+from volo.data.tables import is_table, open_all_table, open_targets
 from volo.data.targets import TableTargets
 from volo.data.transforms import PixelPipeline, eval_transform
-from volo.deploy.check import MismatchError
+from volo.deploy.check import MismatchError, same_answers
 from volo.deploy.quantize import Quantizer
 from volo.inference.evaluate import open_labelled
 from volo.inference.model_source import LoadedModel
@@ -85,7 +85,7 @@ class Feed:
     def __post_init__(self) -> None:
         if not len(self):
             raise ValueError(
-                f"a file for batches of {self.batch} is calibrated and judged in such batches, and these are {self.images.what}: "
+                f"a file for batches of {self.batch} is tried in such batches, and these are {self.images.what}: "
                 "give more with --data, or export with --dynamic batch"
             )
 
@@ -124,7 +124,7 @@ def find_images(loaded: LoadedModel[Any], data: str | Path | None) -> tuple[Imag
     fourth image and the others; labelled where they lie in folders of the model's classes, or as `volo evaluate` takes them.
     Raises ValueError where there are none.
     """
-    own = dataclasses.replace(loaded.preprocessing, check="off", cache="none")
+    own = _opened_as(loaded.preprocessing)
     where = Path(own.path).expanduser()
     if has_own_images(loaded) and (data is None or (own.path and Path(data).expanduser().resolve() == where.resolve())):
         return _own_images(loaded, own)
@@ -133,33 +133,55 @@ def find_images(loaded: LoadedModel[Any], data: str | Path | None) -> tuple[Imag
             "int8 is calibrated on images and judged by its answers to others, and this model does not know those that it was "
             "trained on: give some with --data FOLDER (data=...)"
         )
-    load, count, what, labels = _images_at(loaded, own, data)
-    everything = range(count)
-    if count < APART:
-        both = Images(load, everything, f"all {count} images of {what}", labels)
+    found = images_at(loaded, data)
+    load, everything, labels = found.load, found.numbers, found.labels
+    if len(everything) < APART:
+        both = dataclasses.replace(found, what=f"all {len(everything)} images of {found.what}")
         return both, both
     calibration = list(everything[::4])
     others = [i for i in everything if i % 4]
     return (
-        _chosen(load, calibration, CALIBRATED, f"images of {what}", None),
-        _chosen(load, others, JUDGED, f"other images of {what}", None if labels is None else labels[others]),
+        _chosen(load, calibration, CALIBRATED, f"images of {found.what}", None),
+        _chosen(load, others, JUDGED, f"other images of {found.what}", None if labels is None else labels[others]),
     )
 
 
-def _images_at(
-    loaded: LoadedModel[Any], own: DataConfig, data: str | Path
-) -> tuple[Callable[[int], Tensor], int, str, Tensor | None]:
-    """Images of any place: how to load one, how many there are, what they are, and their classes if they have those of the
-    model."""
+def images_at(loaded: LoadedModel[Any], data: str | Path) -> Images:
+    """All images of any place: labelled data as `volo evaluate` takes it, with its classes if they are those of the model;
+    those that have masks, for a segmentation model; those of a table; else files, folders and globs. `what` is the place.
+
+    Raises ValueError and FileNotFoundError where there are none.
+    """
+    own = _opened_as(loaded.preprocessing)
     if loaded.task == "classify" and loaded.classes:
         try:
             found = open_labelled(data, own, loaded.classes, loaded.wnids)
             labels = _classes(found.source.targets, found.class_map)
-            return found.source.load, len(found.source), found.what, labels
+            return Images(found.source.load, range(len(found.source)), found.what, labels)
         except ValueError:  # no folders of these classes: images alone
             pass
+    if loaded.task == "segment":
+        segment = dataclasses.replace(loaded.segment, layout="auto", num_classes=0, object_value=-1)
+        known = (loaded.classes, loaded.colours)
+        config = dataclasses.replace(own, path=str(data))
+        try:  # masks are no images to try a model on
+            masked, _ = open_split(
+                config, segment, segment.val_split, known=known, learned=loaded.object_value, draw=False
+            )
+            return Images(lambda i: masked.load(i)[0], range(len(masked)), str(data))
+        except ValueError:  # images alone
+            pass
+    if is_table(Path(data)):
+        targets = loaded.targets if loaded.task == "table" else None
+        rows, _ = open_all_table(dataclasses.replace(own, path=str(data), kind="auto", splits="auto"), targets)
+        return Images(rows.load, range(len(rows)), str(data))
     paths = find_pictures([str(data)])
-    return (lambda i: decode_image(paths[i])), len(paths), str(data), None
+    return Images(lambda i: decode_image(paths[i]), range(len(paths)), str(data))
+
+
+def _opened_as(data: DataConfig) -> DataConfig:
+    """The data of a model, for a look at a few of its images: not all are tried again, unless some were left out."""
+    return dataclasses.replace(data, check=data.check if data.on_bad_image == "skip" else "off", cache="none")
 
 
 def _own_images(loaded: LoadedModel[Any], data: DataConfig) -> tuple[Images, Images]:
@@ -250,7 +272,7 @@ class Judge:
         same, square, whole, answers = [], 0.0, 0.0, []
         for inputs, expected in zip(self.feed, self.expected, strict=True):
             given = _first(run(inputs))
-            same.append(self._is_same(given, expected).float().flatten(1).mean(1))
+            same.append(same_answers(given, expected, self.targets).float().flatten(1).mean(1))
             square += float((given - expected).square().sum())
             whole += float(expected.square().sum())
             answers.append(given.argmax(1))
@@ -278,20 +300,6 @@ class Judge:
         """For people: what `accepts` holds a score to."""
         lost = f"{self.max_drop:g} may be lost"
         return lost if self.max_changed is None else f"{lost} and {self.max_changed:g} % of the answers may differ"
-
-    def _is_same(self, given: Tensor, expected: Tensor) -> Tensor:
-        if self.targets is None:
-            return (given.argmax(1) == expected.argmax(1))[:, None]
-        same = []
-        parts = zip(self.targets.outputs, self.targets.split_logits(given), self.targets.split_logits(expected))
-        for output, mine, its in parts:
-            if output.kind == "class":
-                same.append((mine.argmax(1) == its.argmax(1))[:, None])
-            elif output.kind == "labels":
-                same.append((mine > 0) == (its > 0))
-            else:  # in standard deviations of the training images
-                same.append((mine - its).abs() < 0.1)
-        return torch.cat(same, dim=1)
 
     def _top1(self, answers: list[Tensor]) -> float | None:
         labels = self.feed.labels

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +23,9 @@ from torch import nn
 
 from volo import __version__
 from volo.config import DataConfig, Size, nearest
-from volo.data.decode import decode_image
 from volo.data.transforms import height_width
 from volo.deploy import check
-from volo.deploy.accuracy import Feed, Int8, Judge, as_arrays, find_images
+from volo.deploy.accuracy import Feed, Int8, Judge, as_arrays, find_images, images_at
 from volo.deploy.formats import aoti, coreml, executorch, litert
 from volo.deploy.program import DTYPES, InDtype, Shape, WithPreprocessing, WithTokens, at_size, make_program, prepare
 from volo.deploy.quantize import WAYS, Dynamic, Nncf, Static, Way
@@ -45,6 +45,8 @@ from volo.models.volo import VOLO
 
 Format = Literal["onnx", "openvino", "torch", "html", "aoti", "executorch", "coreml", "litert"]
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
+_PACKAGE = "Manifest.json"
+"""What lies in a folder that is a file of Core ML."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -171,9 +173,14 @@ def export(
                 "'table' gives no probabilities"
             )
         free -= {"size"}
+    with _scratch(target.parent):  # what cannot be written is said before the work
+        pass
     multiple = _multiple(loaded.model)
     height, width = height_width(loaded.preprocessing.img_size)
-    real = check.find_images(data) if data is not None and dtype != "int8" else None
+    real = None
+    if data is not None and dtype != "int8":
+        images = images_at(loaded, data).few(check.MAX_IMAGES)
+        real = Feed(images, loaded.preprocessing, batch_size, "batch" not in free, with_preprocessing)
 
     source: nn.Module = loaded.model
     if format == "html" and isinstance(source, VOLO) and isinstance(source.aux_head, nn.Linear):
@@ -222,7 +229,6 @@ def export(
     }
 
     values: dict[str, Any] = {"file": target.name, "export": format, "description": description}
-    target.parent.mkdir(parents=True, exist_ok=True)
     # A folder of its own beside the target: what a failure leaves is one thing to remove, and renaming stays in one disk.
     with _scratch(target.parent) as folder:
         written = folder / target.name
@@ -362,7 +368,7 @@ def _from_module(model: nn.Module, img_size: Size | None, in_chans: int) -> tupl
 def _target(
     model: str | Path | LoadedModel[Any] | nn.Module, out: str | Path | None, kind: Kind, overwrite: bool
 ) -> Path:
-    """Where the file goes. Raises ValueError where one is there already, or the name has another ending."""
+    """Where the file goes. Raises ValueError where one is there already, or a folder, or the name has another ending."""
     if out is None:
         if isinstance(model, (nn.Module, LoadedModel)):
             raise ValueError(f"say where the file goes: out='model{kind.ending}'")
@@ -372,6 +378,8 @@ def _target(
     if not target.name.lower().endswith(kind.ending):
         raise ValueError(f"files of this format end in {kind.ending}; given: {target.name}")
     taken = [path for path in _files(target) if path.exists()]
+    if folders := [path for path in taken if path.is_dir() and not (path / _PACKAGE).is_file()]:
+        raise ValueError(f"{folders[0]} is a folder, which is never replaced; choose another name with --out")
     if taken and not overwrite:
         raise ValueError(f"{taken[0]} exists; choose another name with --out, or replace it with --overwrite")
     return target
@@ -400,6 +408,7 @@ class _scratch:
 
     def __enter__(self) -> Path:
         try:
+            self.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix=".volo-export-", dir=self.parent))
         except OSError as error:
             raise OSError(
@@ -529,7 +538,10 @@ def _write_program(
     program: Any, path: Path, names: tuple[str, ...], description: dict[str, Any], **how: Any
 ) -> dict[str, Any]:
     content = io.BytesIO()  # where PyTorch's own writer meets a full disk, it ends the process
-    torch.export.save(program, content, extra_files={f"{KEY}.json": json.dumps(description, ensure_ascii=False)})
+    with warnings.catch_warnings():
+        # Said of weights that are views of others; they are on the CPU, and the file is compared with the model.
+        warnings.filterwarnings("ignore", "No complete tensor found in the group")
+        torch.export.save(program, content, extra_files={f"{KEY}.json": json.dumps(description, ensure_ascii=False)})
     path.write_bytes(content.getbuffer())
     return {"operators": sorted({str(node.target) for node in program.graph.nodes if node.op == "call_function"})}
 
@@ -564,31 +576,39 @@ def _compare(
     exported: ExportedModel,
     dtype: str,
     shape: Shape,
-    real: list[Path] | None,
+    real: Feed | None,
     int8: Int8 | None,
 ) -> dict[str, Any]:
     """How close the file comes. For int8 this only describes: `Int8` has decided."""
     model = loaded.model.cpu().eval()
-    what = int8.judge.feed.images.what if int8 is not None else f"{len(real)} images" if real else "made images"
-    shown = None if int8 is None else list(itertools.islice(int8.judge.feed, check.MAX_IMAGES // int8.judge.feed.batch))
+    feed = real if int8 is None else int8.judge.feed
+    what = (
+        int8.judge.feed.images.what
+        if int8 is not None
+        else f"{len(real.images.numbers)} images"
+        if real
+        else "made images"
+    )
+    shown = (
+        None if feed is None else list(itertools.islice(feed, check.MAX_IMAGES // min(feed.batch, check.MAX_IMAGES)))
+    )
     if exported.takes_pixels:
         height, width = height_width(loaded.preprocessing.img_size)
         sizes = [(height, width), (2 * height + 1, 3 * width), (height // 2 + 3, width)]
         pictures: Iterable[torch.Tensor] = (check.made_pixels(*size, seed=i) for i, size in enumerate(sizes))
         if shown is not None:
             pictures = shown
-        elif real is not None:
-            pictures = (decode_image(path).permute(1, 2, 0)[None] for path in real)
         tolerance = {"fp32": check.PROBABILITY_TOLERANCE, "int8": 1.0}.get(dtype, 0.1)
         return {
             "compared_on": what,
             "compared": [check.compare_pixels(model, exported, loaded.preprocessing, pictures, tolerance)],
         }
-    images = torch.cat(shown) if shown else None if real is None else check.read_images(real, loaded.preprocessing)
+    images = torch.cat(shown) if shown else None
     batches = check.example_images(
         loaded.preprocessing, shape.free, shape.multiple, shape.batch, images, shape.channels
     )
-    rows = check.compare(model, exported, dtype, batches, 1.0 if dtype == "fp32" else 0.0)
+    targets = loaded.targets if loaded.task == "table" else None
+    rows = check.compare(model, exported, dtype, batches, 1.0 if dtype == "fp32" else 0.0, targets)
     first = batches[0]
     return {
         "compared_on": what,

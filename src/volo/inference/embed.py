@@ -319,18 +319,31 @@ def data_config(loaded: LoadedModel[VOLO], path: str | Path | None) -> Any:
     """How the data set at `path` (None: that of the model's own training) is opened: with the model's own split where it is
     that of the training, else as its layout says. Images that cannot be decoded are left out.
 
-    Raises ValueError where the model knows of no data.
+    Raises ValueError where the model knows of no data, and for the table of a model of several outputs: images of a data set
+    have one class.
     """
     data = dataclasses.replace(loaded.preprocessing, on_bad_image="skip", check="full")
+    is_own = path is None or bool(
+        data.path and Path(path).expanduser().resolve() == Path(data.path).expanduser().resolve()
+    )
+    if loaded.task == "table":
+        outputs = loaded.targets.outputs
+        if is_own and data.path and (len(outputs) > 1 or outputs[0].kind != "class"):
+            raise ValueError(
+                f"{data.path} says of its images {', '.join(f'{it.name} ({it.kind})' for it in outputs)}, and images of a data set "
+                "have one class here: give a table with one label column or class folders with --data, or the images "
+                "themselves (PICTURE...) in place of a data set"
+            )
+        if not is_own:  # those columns are the model's, not those of another table
+            data = dataclasses.replace(data, label_columns=(), label_kinds=())
     if path is None:
         if not data.path and data.kind == "auto":
             raise ValueError("these weights come without images; name a data set with --data")
         return data
-    given = Path(path).expanduser()
-    if data.path and given.resolve() == Path(data.path).expanduser().resolve():
+    if is_own:
         return data
     splits = data.splits if data.splits == "none" else "auto"
-    return dataclasses.replace(data, path=str(given), kind="auto", splits=splits)
+    return dataclasses.replace(data, path=str(Path(path).expanduser()), kind="auto", splits=splits)
 
 
 def _check_options(pool: str, batch_size: int, amp: str) -> None:
