@@ -285,6 +285,19 @@ def test_cityscapes_submission(tmp_path: Path) -> None:
     assert cityscapes_name("x/berlin_000543_000019_leftImg8bit.png") == "berlin_000543_000019_pred_labelIds.png"
 
 
+def test_masks_beside_images_are_no_images(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, data = save_run(tmp_path / "run", 3), tmp_path / "masks"
+    for name in ("Images", "masks"):
+        (data / "town" / name).mkdir(parents=True)
+        shutil.copy(picture, data / "town" / name / "a.png")
+    assert main(["segment", str(run), str(data), "--out", str(tmp_path / "out"), "--json"]) == 0
+    said = capsys.readouterr()
+    assert "left out: 1 masks" in said.err and len(json.loads(said.out)["pictures"]) == 1
+    masks = data / "town" / "masks"
+    assert main(["segment", str(run), str(masks), "--out", str(tmp_path / "asked"), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["pictures"]) == 1
+
+
 def test_results_of_pictures_with_the_same_name_stay_apart() -> None:
     assert output_names([Path("a/1.png"), Path("b/2.png")]) == ["1", "2"]
     assert output_names([Path("x/a/1.png"), Path("x/b/1.png"), Path("2.png")]) == ["a__1", "b__1", "2"]

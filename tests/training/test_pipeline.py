@@ -110,6 +110,32 @@ def test_the_command_that_goes_on_works_before_the_run_has_begun(
     assert load_checkpoint(tmp_path / "a run" / "last.pt")["step"] > 0
 
 
+def test_the_command_that_goes_on_does_not_resume_the_run_that_was_to_be_replaced(
+    tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "its.toml").write_text(recipe_to_toml(tiny(SHORT)))
+    command = ["train", str(tmp_path / "its.toml"), "--out", str(tmp_path / "run")]
+    assert main([*command, "--quiet"]) == 0
+
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    again = [*command, "--overwrite", "--train.seed", "7"]
+    with monkeypatch.context() as changed:
+        changed.setattr("volo.training.pipeline.fit_into_time", stop)
+        assert main(again) == 128 + signal.SIGINT
+    assert told_to_go_on(capsys.readouterr().err) == ["volo", *again]
+
+
+def test_a_schedule_that_contradicts_itself_is_refused_before_images_are_read(
+    tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "its.toml").write_text(recipe_to_toml(tiny(SHORT)))
+    options = ["--data", str(tmp_path / "gone"), "--schedule.epochs", "1", "--schedule.warmup_epochs", "2"]
+    assert main(["train", str(tmp_path / "its.toml"), "--out", str(tmp_path / "run"), *options]) == 2
+    assert "warmup_epochs=2" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_a_folder_without_a_run_is_not_taken_for_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder, why in ((tmp_path, "holds no run"), (tmp_path / "gone", "is not there")):
         assert main(["train", str(folder), "--resume"]) == 2

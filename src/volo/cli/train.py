@@ -94,9 +94,14 @@ def train(options: TrainOptions, words: Sequence[str] = ()) -> int:
         return _show_plan(recipe, out, options)
     program = "volo" if process_rank() is None else "torchrun ... -m volo"
 
+    kept = out / "recipe.toml"
+    earlier = kept.stat().st_mtime_ns if kept.is_file() and options.overwrite else None
+
     def go_on() -> str:
         """The command that continues. Until a run has its recipe in its folder, only the words it was given know it."""
-        if (out / "recipe.toml").is_file() or not words:
+        if kept.is_file() and kept.stat().st_mtime_ns == earlier:  # the run that was to be replaced is still there
+            return f"{program} train {shlex.join(words)}"
+        if kept.is_file() or not words:
             return f"{program} train {shlex.quote(str(out))} --resume"
         return f"{program} train {shlex.join(w for w in words if w not in ('--resume', '--overwrite'))} --resume"
 

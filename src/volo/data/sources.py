@@ -244,7 +244,7 @@ def raise_bad(bad: list[BadImage], total: int, where: Path) -> None:
         listed = "\n".join(f"  {item}" for item in bad)
         raise ValueError(
             f"{len(bad)} of {total} images in {where} cannot be used:\n{listed}\n"
-            'Repair or remove them, or leave them out with data.on_bad_image "skip".'
+            "Repair or remove them, or leave them out: --on-bad-image skip (in recipes and Python, data.on_bad_image)."
         )
 
 

@@ -23,7 +23,9 @@ from volo.data.decode import BadImageError, decode_image
 from volo.data.files import write_atomically
 from volo.data.mask_transforms import scale_to, scaled_size
 from volo.data.mask_values import CITYSCAPES, Colour, is_background
+from volo.data.splits import IMAGE_FOLDERS, MASK_FOLDERS
 from volo.data.transforms import PixelPipeline, height_width
+from volo.data.walk import list_folder
 from volo.inference.evaluate import AMP_DTYPES
 from volo.inference.model_source import LoadedModel
 from volo.inference.segment_evaluate import NOT_FINITE, HowToTest, log_probabilities
@@ -379,6 +381,20 @@ def is_result(path: Path) -> bool:
             return image.info.get("Software") == SOFTWARE
     except (OSError, ValueError, SyntaxError):
         return False
+
+
+def masks_beside_images(pictures: Sequence[Path], folders: Sequence[Path]) -> list[Path]:
+    """Those of `pictures`, found in `folders`, that lie in masks/ (annotations/, labels/) with images/ next to it."""
+
+    def is_mask(path: Path, folder: Path) -> bool:
+        return any(
+            parent.name.lower() in MASK_FOLDERS
+            and any(name.lower() in IMAGE_FOLDERS for name in list_folder(parent.parent)[0])
+            for parent in path.parents
+            if parent.is_relative_to(folder) and parent != folder
+        )
+
+    return [path for path in pictures if any(path.is_relative_to(f) and is_mask(path, f) for f in folders)]
 
 
 def earlier_areas(

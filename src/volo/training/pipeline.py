@@ -18,6 +18,7 @@ from volo.data.transforms import height_width
 from volo.distributed import World, agree_on_start, join_world, main_first, main_only
 from volo.training import run_folder
 from volo.training.loop import train as run_loop
+from volo.training.optim import LearningRate
 from volo.training.report import NullReporter, Reporter, TrainResult
 from volo.training.settings import torch_settings
 from volo.training.time_limit import fit_into_time
@@ -53,6 +54,8 @@ def train(
     maps that are there but not as [annotator] says.
     """
     started = time.monotonic()
+    if not recipe.schedule.minutes:
+        LearningRate.from_recipe(recipe, 1)  # refuses what contradicts itself before images are read
     out, reporter = Path(out), reporter or NullReporter()
     with join_world(recipe.train.device) as world:
         prepared, stopped = prepare_label_maps(
