@@ -86,7 +86,7 @@ PRETRAINED: dict[str, PretrainedWeights] = {
 
 
 OWN = {
-    "volo_nano": "67bfdefe7fd92edc8f89a6f0f426c1235984443b710d9cb59338371bde1d5535",
+    "volo_nano": "8e0a6318695ff7f73b8aa6e60bb0d5012acd2a5e3b27ed25d3cca55855395597",
     "volo_tiny": "77970147ae1e3884645c2885222b8c438407dbbf4c9e6d1cebb44ff5ce603e7b",
 }
 """SHA-256 of NAME.safetensors, the weights that we trained ourselves for the model of that name. Those of volo_nano come with
