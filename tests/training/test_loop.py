@@ -403,6 +403,15 @@ class Heard(NullReporter):
         self.messages.append(text)
 
 
+@pytest.mark.parametrize("warmup", [True, False])
+def test_a_random_start_that_the_average_keeps_is_said(tiny, tmp_path, warmup: bool) -> None:
+    heard = Heard()
+    options = {"optim.ema_decay": 0.9, "optim.ema_warmup": warmup, "schedule.epochs": 2}
+    train(tiny(options), tmp_path / "run", reporter=heard)
+    said = [text for text in heard.messages if "random start" in text]
+    assert bool(said) != warmup and all("--optim.ema_warmup true" in text for text in said)
+
+
 class Averages(nn.Module):
     """No VOLO: layers on an image of 8 x 8 px."""
 

@@ -235,6 +235,19 @@ def test_average_warms_up_to_its_decay() -> None:
     assert math.isclose(WeightAverage(nn.Linear(2, 2), 0.999, warmup=False).decay_at(2), 0.999)
 
 
+@pytest.mark.parametrize("warmup", [True, False])
+def test_how_much_of_the_start_an_average_keeps(warmup: bool) -> None:
+    model = nn.Linear(2, 2)
+    nn.init.ones_(model.weight)
+    average = WeightAverage(model, 0.98, warmup)
+    for step in range(1, 31):
+        average.update(step)
+        nn.init.zeros_(model.weight)  # from the second step on
+    left = float(average.module.weight.mean())
+    assert left == pytest.approx(average.share_of_start(30), rel=1e-4)
+    assert (left > 0.5) != warmup and average.share_of_start(10**7) == 0.0
+
+
 @pytest.mark.parametrize("decay", [1.0, -0.1])
 def test_average_needs_a_decay(decay) -> None:
     with pytest.raises(ValueError, match="ema_decay"):

@@ -67,6 +67,8 @@ WORKLOADS: dict[str, OpenWorkload] = {
     "table": Table,
 }
 """Who opens the workload of a recipe, by its `task`."""
+NOTICEABLE = 0.01
+"""Of a random start, a share in the averaged weights that costs accuracy."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -177,6 +179,12 @@ class Run:
         self.ema = None
         if recipe.optim.ema_decay:
             self.ema = WeightAverage(task, recipe.optim.ema_decay, recipe.optim.ema_warmup)
+            kept = 0.0 if recipe.optim.ema_warmup else self.ema.share_of_start(self.rate.total_steps)
+            if checkpoint is None and not recipe.model.weights and kept > NOTICEABLE:
+                reporter.on_message(
+                    f"the averaged weights, which are evaluated and exported, keep {100 * kept:.0f} % of the random start after "
+                    f"{self.rate.total_steps:,} steps: let them forget it with --optim.ema_warmup true"
+                )
         if self.is_sharded:
             shard(task, world)
             if self.ema is not None:

@@ -182,6 +182,15 @@ class WeightAverage:
             return 0.0
         return min(self.decay, 1.0 - step ** (-2.0 / 3.0)) if self.warmup else self.decay
 
+    def share_of_start(self, steps: int) -> float:
+        """How much of the weights it began with, or rather of those after the first step, is left after `steps` steps."""
+        share = 1.0
+        for step in range(2, steps + 1):
+            share *= self.decay_at(step)
+            if share < 1e-9:
+                return 0.0
+        return share
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the weights that the source has after `step` steps."""
