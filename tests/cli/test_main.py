@@ -181,6 +181,14 @@ def test_a_traceback_can_be_had(inside: Path, monkeypatch: pytest.MonkeyPatch) -
         main(["evaluate", "nothing"])
 
 
+@pytest.mark.parametrize("given, meant", [("true", True), ("False", False), ("only", "only"), (None, True)])
+def test_a_switch_that_has_a_third_way(given: str | None, meant: bool | str, inside: Path) -> None:
+    out = f"runs/third_{given}"
+    words = ["--token_label.ground_truth"] + ([] if given is None else [given])
+    assert main(["train", "tiny.toml", "--out", out, *words, "--schedule.epochs", "1", "--quiet"]) == 0
+    assert load_recipe(f"{out}/recipe.toml").token_label.ground_truth == meant
+
+
 def test_overrides_reach_the_recipe(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "train tiny.toml --out runs/other --schedule.epochs 1 --schedule.warmup_epochs=0 --data.img-size 16 24 "
     words += "--train.deterministic false --optim.ema_warmup=false --train.grad_checkpointing --train.seed 3 "

@@ -296,6 +296,9 @@ def test_masks_beside_images_are_no_images(picture: Path, tmp_path: Path, capsys
     masks = data / "town" / "masks"
     assert main(["segment", str(run), str(masks), "--out", str(tmp_path / "asked"), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["pictures"]) == 1
+    (data / "town" / "Images" / "a.png").unlink()
+    assert main(["segment", str(run), str(data), "--out", str(tmp_path / "none"), "--json"]) == 2
+    assert "no images are left" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_results_of_pictures_with_the_same_name_stay_apart() -> None:

@@ -97,12 +97,12 @@ def segment(options: SegmentOptions) -> int:
     if left_out := [path for path in pictures if is_result(path)]:
         note(f"left out: {len(left_out):,} results of volo segment, such as {left_out[0]}")
         pictures = [path for path in pictures if path not in set(left_out)]
-        if not pictures:
-            raise ValueError("no images are left: all that were named are results of volo segment")
     folders = [path for word in (options.model, *options.pictures) if (path := Path(word).expanduser()).is_dir()]
     if masks := masks_beside_images(pictures, folders):
         note(f"left out: {len(masks):,} masks, such as {masks[0]}; name their folder to have them segmented")
         pictures = [path for path in pictures if path not in set(masks)]
+    if not pictures:
+        raise ValueError("no images are left: all that were named are results of volo segment, or masks")
     targets = output_files(pictures, options.out, cityscapes=options.cityscapes, overlays=options.overlays)
     console = results(options.json)
     width = min(60, max(len(str(path)) for path in pictures))

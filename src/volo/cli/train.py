@@ -367,8 +367,12 @@ def _spell_booleans(argv: list[str]) -> list[str]:
         for section, hint in hints.items()
         if dataclasses.is_dataclass(hint)
         for key in dataclasses.fields(hint)
-        if typing.get_type_hints(hint)[key.name] is bool
+        if bool in (its := typing.get_type_hints(hint)[key.name], *typing.get_args(its))
     }
+
+    def spelled(value: str) -> str:
+        return value.capitalize() if value.lower() in ("true", "false") else value
+
     result: list[str] = []
     words = iter(argv)
     following = next(words, None)
@@ -378,10 +382,10 @@ def _spell_booleans(argv: list[str]) -> list[str]:
         if "--" + name[2:].replace("-", "_") not in switches:
             result.append(word)
         elif has_value:
-            result.append(f"{name}={value.capitalize()}")
+            result.append(f"{name}={spelled(value)}")
         elif following is None or following.startswith("--"):
             result += [word, "True"]
         else:
-            result += [word, following.capitalize()]
+            result += [word, spelled(following)]
             following = next(words, None)
     return result

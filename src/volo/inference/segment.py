@@ -386,15 +386,18 @@ def is_result(path: Path) -> bool:
 def masks_beside_images(pictures: Sequence[Path], folders: Sequence[Path]) -> list[Path]:
     """Those of `pictures`, found in `folders`, that lie in masks/ (annotations/, labels/) with images/ next to it."""
 
-    def is_mask(path: Path, folder: Path) -> bool:
+    def is_of_masks(place: Path) -> bool:
         return any(
             parent.name.lower() in MASK_FOLDERS
             and any(name.lower() in IMAGE_FOLDERS for name in list_folder(parent.parent)[0])
-            for parent in path.parents
-            if parent.is_relative_to(folder) and parent != folder
+            for folder in folders
+            if place.is_relative_to(folder)
+            for parent in (place, *place.parents)
+            if parent != folder and parent.is_relative_to(folder)
         )
 
-    return [path for path in pictures if any(path.is_relative_to(f) and is_mask(path, f) for f in folders)]
+    places = {place for place in {path.parent for path in pictures} if is_of_masks(place)}
+    return [path for path in pictures if path.parent in places]
 
 
 def earlier_areas(
