@@ -12,6 +12,14 @@ Data sets:
     photos     all training images of a folder, scored on its held-out ones; then, for the spread, 20 images a class, three draws
     cifar10    200 training images a class, three draws; scored on the first test images
     camvid     windows of 96 px of the training images in which one of seven classes has most pixels, scored on windows of test
+    digits     scikit-learn's handwritten digits of 8 x 8 pixels, every fifth held out; then 20 a class
+
+The recipe `photos` is tried on the same images. They are written as folders (of CIFAR-10 the first draw), and what the runs
+reached is noted:
+
+    python benchmarks/transfer.py --cifar10 CIFAR10_NPZ --camvid CAMVID --digits --folders DIR
+    volo train photos --data DIR/cifar10 --out RUN
+    python benchmarks/transfer.py --run cifar10=RUN --out FILE.json
 """
 
 from __future__ import annotations
@@ -51,6 +59,8 @@ CAMVID_SHARE = {8: 0.4, 9: 0.15}
 """Pixels of a window that its class must have; 0.7 for all that are not here."""
 CAMVID_WINDOW = 96
 CAMVID_PER_CLASS = 60
+RECIPE = "recipe photos"
+"""The key of what its runs reached, beside the networks with their probes."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +209,18 @@ def camvid_windows(root: Path, split: str) -> ArraySource:
     )
 
 
+def digits() -> tuple[ArraySource, ArraySource]:
+    """Training images and every fifth, held out; uint8 [N, 3, 8, 8]."""
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    pixels = torch.from_numpy((scans.images * (255 / 16)).round().astype(np.uint8))
+    images, labels = pixels[:, None].expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(scans.target).long()
+    whole = ArraySource(images, labels, [f"{i}" for i in range(len(labels))], tuple(map(str, range(10))))
+    held = [i for i in range(len(labels)) if i % 5 == 0]
+    return whole.select([i for i in range(len(labels)) if i % 5]), whole.select(held)
+
+
 def open_sets(options: argparse.Namespace) -> dict[str, tuple[ImageSource, ImageSource, int]]:
     """(training, held-out, images a class of the draws) of each data set that was named."""
     sets: dict[str, tuple[ImageSource, ImageSource, int]] = {}
@@ -216,7 +238,37 @@ def open_sets(options: argparse.Namespace) -> dict[str, tuple[ImageSource, Image
         sets["cifar10"] = train.select(used.tolist()), test.select(range(options.test)), 200
     if options.camvid:
         sets["camvid"] = camvid_windows(options.camvid, "train"), camvid_windows(options.camvid, "test"), 30
+    if options.digits:
+        sets["digits"] = *digits(), 20
     return sets
+
+
+def write_folders(sets: dict[str, tuple[ImageSource, ImageSource, int]], out: Path) -> None:
+    """DIR/SET/train/CLASS/*.png and DIR/SET/val/CLASS/*.png; FileExistsError for a set that is there."""
+    for kind, (train, held, per_class) in sets.items():
+        chosen = draw(train.targets.numpy(), per_class, 0) if kind == "cifar10" else range(len(train))
+        (out / kind).mkdir(parents=True)
+        for split, source, indices in (("train", train, chosen), ("val", held, range(len(held)))):
+            for index in map(int, indices):
+                folder = out / kind / split / source.classes[int(source.targets[index])]
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(source.load(index).permute(1, 2, 0).numpy()).save(folder / f"{index:05}.png")
+
+
+def reached(run: Path) -> dict[str, Any]:
+    """What a run of the recipe `photos` came to: its probe's score, that of the last epoch, of the best."""
+    content = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    scores = (json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    probe = next((score["top1"] for score in scores if score["kind"] == "eval" and score["step"] == 0), None)
+    return {
+        "images": [content["num_train"], content["num_val"]],
+        "probe": probe,
+        "final": content["final"]["top1"],
+        "best": content["best"]["top1"],
+        "epochs": round(content["epoch"]),
+        "seconds": content["seconds"],
+        "setting": setting(torch.device("cpu")) | {key: content[key] for key in ("date", "threads")},
+    }
 
 
 def keep(path: Path, results: dict[str, Any]) -> None:
@@ -229,13 +281,30 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of photos, a folder a class")
     parser.add_argument("--cifar10", type=Path, help="folder with data_batch_*.npz and test_batch.npz")
     parser.add_argument("--camvid", type=Path, help="folder with images/, annotations/, train.txt and test.txt")
-    parser.add_argument("--network", action="append", required=True, metavar="NAME=WEIGHTS@SIZES")
+    parser.add_argument("--digits", action="store_true", help="the handwritten digits that scikit-learn ships")
+    parser.add_argument("--network", action="append", default=[], metavar="NAME=WEIGHTS@SIZES")
+    parser.add_argument("--folders", type=Path, help="write the sets' images here, for the recipe photos")
+    parser.add_argument(
+        "--run", action="append", default=[], metavar="SET=RUN", help="note what a run of that recipe reached"
+    )
     parser.add_argument("--draws", type=int, default=3, help="small training sets of each data set")
     parser.add_argument("--test", type=int, default=2000, help="test images of CIFAR-10")
-    parser.add_argument("--out", type=Path, required=True, help="JSON; what it holds of other networks is kept")
+    parser.add_argument("--out", type=Path, help="JSON; what it holds of other networks and sets is kept")
     options = parser.parse_args()
+    if (options.network or options.run) and not options.out:
+        parser.error("--network and --run need --out, the file for what is found")
     sets = open_sets(options)
+    if options.folders:
+        write_folders(sets, options.folders)
+    if not options.out:
+        return
     results: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    for kind, _, run in (wanted.partition("=") for wanted in options.run):
+        results.setdefault(
+            RECIPE, {"command": f"volo train photos --data FOLDER, of which {Path(__file__).name} made the folders"}
+        )
+        results[RECIPE][kind] = reached(Path(run))
+        keep(options.out, results)
     for wanted in options.network:
         name, _, rest = wanted.partition("=")
         weights, _, sizes = rest.rpartition("@")

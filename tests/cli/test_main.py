@@ -189,6 +189,15 @@ def test_a_switch_that_has_a_third_way(given: str | None, meant: bool | str, ins
     assert load_recipe(f"{out}/recipe.toml").token_label.ground_truth == meant
 
 
+@pytest.mark.parametrize(
+    "words", [["--data.img_size", "[16, 24]"], ["--data.img-size", "[16,", "24]"], ["--data.img_size=[16,24]"]]
+)
+def test_lists_may_be_spelt_as_in_toml(words: list[str], inside: Path) -> None:
+    out = f"runs/list_{len(words)}{len(words[0])}"
+    assert main(["train", "tiny.toml", "--out", out, *words, "--schedule.epochs", "1", "--quiet"]) == 0
+    assert load_recipe(f"{out}/recipe.toml").data.img_size == (16, 24)
+
+
 def test_overrides_reach_the_recipe(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "train tiny.toml --out runs/other --schedule.epochs 1 --schedule.warmup_epochs=0 --data.img-size 16 24 "
     words += "--train.deterministic false --optim.ema_warmup=false --train.grad_checkpointing --train.seed 3 "

@@ -230,6 +230,18 @@ def test_command_line_from_end_to_end(tiny, table, tmp_path, capsys) -> None:
                 assert all(column in said for column in columns)
 
 
+def test_an_exported_file_is_judged_by_the_loss_it_learned_by(tiny, table, tmp_path) -> None:
+    """The file has no recipe; what it says must be what the run says, not the loss that is the default."""
+    changes = {"table.number_loss": "mse", "schedule.epochs": 2, "optim.lr": 1e-5}
+    result = train(recipe_of(tiny, table, "number", **changes), tmp_path / "run")
+    file = export(str(result.out), tmp_path / "age.pt2", format="torch").path
+    other = shutil.copy(table, table.with_name("other_loss.csv"))
+    expected = evaluate(str(result.out), other)
+    assert evaluate(str(file), other)["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    std = load(result.out).targets.outputs[0].std
+    assert expected["loss"] == pytest.approx((expected["rmse"] / std) ** 2, rel=1e-3)  # Huber's is half of it at most
+
+
 def test_a_class_column_goes_through_the_ordinary_classifier(tiny, table, tmp_path, capsys) -> None:
     recipe = dataclasses.replace(
         recipe_of(tiny, table, "mixed", **{"data.label_columns": ("gender",), "augment.mix_token": 1.0}),

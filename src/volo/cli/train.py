@@ -334,7 +334,7 @@ def _prepare(argv: Sequence[str]) -> tuple[list[str], TrainOptions, dict[str, An
     default = TrainOptions(
         out=out, recipe=dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, options={}))
     )
-    return _spell_booleans(argv), default, recipe.model.options, given_options
+    return _spell_lists(_spell_booleans(argv)), default, recipe.model.options, given_options
 
 
 def _take_model_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -359,16 +359,44 @@ def _take_model_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]
     return rest, options
 
 
-def _spell_booleans(argv: list[str]) -> list[str]:
-    """--train.compile true (as in TOML), or without a value, as the parser wants it: --train.compile True."""
-    hints = typing.get_type_hints(Recipe)
-    switches = {
+def _keys_of(type_: type) -> set[str]:
+    """Options of the recipe's keys that take, maybe among others, a value of this type."""
+    return {
         f"--{section}.{key.name}"
-        for section, hint in hints.items()
+        for section, hint in typing.get_type_hints(Recipe).items()
         if dataclasses.is_dataclass(hint)
         for key in dataclasses.fields(hint)
-        if bool in (its := typing.get_type_hints(hint)[key.name], *typing.get_args(its))
+        if any(type_ in (its, typing.get_origin(its)) for its in _alternatives(typing.get_type_hints(hint)[key.name]))
     }
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return (hint, *typing.get_args(hint))
+
+
+def _spell_lists(argv: list[str]) -> list[str]:
+    """--data.img_size [32, 48] or [32,48] (as in TOML) as the parser wants it: --data.img_size 32 48."""
+    lists, result = _keys_of(tuple), list[str]()
+    words = iter(argv)
+    for word in words:
+        name, has_value, value = word.partition("=")
+        if "--" + name[2:].replace("-", "_") not in lists:
+            result.append(word)
+            continue
+        if not has_value:
+            value = next(words, "")
+        while value.startswith("[") and not value.endswith("]") and (more := next(words, "")):
+            value += more  # [32, 48] without quotes is two words to the shell
+        if value.startswith("[") and value.endswith("]") and "[" not in value[1:]:
+            result += [name, *(item.strip().strip("\"'") for item in value[1:-1].split(",") if item.strip())]
+        else:
+            result += [word] if has_value else [word, *([value] if value else [])]
+    return result
+
+
+def _spell_booleans(argv: list[str]) -> list[str]:
+    """--train.compile true (as in TOML), or without a value, as the parser wants it: --train.compile True."""
+    switches = _keys_of(bool)
 
     def spelled(value: str) -> str:
         return value.capitalize() if value.lower() in ("true", "false") else value

@@ -213,6 +213,7 @@ def export(
         "colours": loaded.colours if loaded.task == "segment" else [],
         **({"object_value": loaded.object_value} if loaded.task == "segment" else {}),
         "targets": loaded.extras.get("targets", []),
+        **({"number_loss": loaded.number_loss} if loaded.task == "table" else {}),
         "preprocessing": {
             name: getattr(loaded.preprocessing, name)
             for name in ("img_size", "crop_pct", "interpolation", "mean", "std")

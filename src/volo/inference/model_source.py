@@ -79,6 +79,11 @@ class LoadedModel(Generic[Model]):
         return TableTargets.from_list(self.extras["targets"])
 
     @property
+    def number_loss(self) -> str:
+        """By which loss a model of task "table" learned its numbers (`TableConfig.number_loss`)."""
+        return self.recipe.table.number_loss if self.recipe else self.extras.get("number_loss", "huber")
+
+    @property
     def colours(self) -> tuple[Colour, ...]:
         """Of the classes, for a segmentation model."""
         return tuple(
@@ -232,7 +237,7 @@ def _from_exported(path: Path, trust: bool) -> LoadedModel[Any]:
         wnids=tuple(described["wnids"]),
         extras={
             key: described[key]
-            for key in ("colours", "object_value", "targets")
+            for key in ("colours", "object_value", "targets", "number_loss")
             if described.get(key) not in (None, [])
         },
     )

@@ -157,7 +157,7 @@ def evaluate(
             targets=loaded.targets,
             device=device,
             amp=amp,
-            number_loss=loaded.recipe.table.number_loss if loaded.recipe else "huber",
+            number_loss=loaded.number_loss,
         )
     elif loaded.task == "classify":
         labelled = open_labelled(data, preprocessing, loaded.classes, loaded.wnids, on_progress=checking)
