@@ -68,6 +68,9 @@ class DataConfig:
     "cifar10" or "cifar100", which are downloaded."""
     img_size: Size = 224
     """Side in pixels, or height and width."""
+    max_upscale: float = 0.0
+    """Factor by which small images are scaled up at most: where the median of their shorter sides, times this, is below img_size,
+    a run takes the next multiple of 32 in its place (64 at least), and keeps it in its recipe. 0: img_size holds."""
     splits: str = "auto"
     """Which folders or files are for training and which are held out: "auto" goes by their names (train, training_set,
     val, valid, dev, test, ...); "none": all is one set, and every folder a class; "NAME,NAME": these two."""

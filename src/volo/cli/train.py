@@ -303,8 +303,11 @@ def main(argv: Sequence[str]) -> int:
     if recipe.model.name != own and (its_own := [option for option in of_recipe if option not in FOR_ANY_MODEL]):
         logger.info("model.options of the recipe are left out (%s): they are for %s", ", ".join(its_own), own)
         of_recipe = {option: value for option, value in of_recipe.items() if option in FOR_ANY_MODEL}
-    model = dataclasses.replace(recipe.model, options=of_recipe | given)
-    return train(dataclasses.replace(options, recipe=dataclasses.replace(recipe, model=model)), argv)
+    model, data = dataclasses.replace(recipe.model, options=of_recipe | given), recipe.data
+    said = {word.partition("=")[0].replace("-", "_") for word in words}
+    if "__data.img_size" in said and "__data.max_upscale" not in said:
+        data = dataclasses.replace(data, max_upscale=0.0)  # who names a size wants that one
+    return train(dataclasses.replace(options, recipe=dataclasses.replace(recipe, model=model, data=data)), argv)
 
 
 def _prepare(argv: Sequence[str]) -> tuple[list[str], TrainOptions, dict[str, Any], dict[str, Any]]:

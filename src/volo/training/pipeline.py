@@ -17,6 +17,7 @@ from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.transforms import height_width
 from volo.distributed import World, agree_on_start, join_world, main_first, main_only
 from volo.training import run_folder
+from volo.training.image_size import fit_to_images
 from volo.training.loop import train as run_loop
 from volo.training.optim import LearningRate
 from volo.training.report import NullReporter, Reporter, TrainResult
@@ -58,6 +59,7 @@ def train(
         LearningRate.from_recipe(recipe, 1)  # refuses what contradicts itself before images are read
     out, reporter = Path(out), reporter or NullReporter()
     with join_world(recipe.train.device) as world:
+        recipe = fit_to_images(recipe, world, reporter)
         prepared, stopped = prepare_label_maps(
             recipe, out, world, reporter if world.is_main else NullReporter(), resume=resume, overwrite=overwrite
         )

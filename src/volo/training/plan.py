@@ -12,12 +12,14 @@ from typing import Any
 from volo.config import Recipe
 from volo.data.label_maps import INDEX, LabelMaps
 from volo.data.transforms import height_width
+from volo.distributed import join_world
 from volo.inference.model_source import LoadedModel
 from volo.training.annotator_cost import map_grid, num_parameters, outline_annotator, seconds_a_picture
+from volo.training.image_size import fit_to_images
 from volo.training.optim import LearningRate
 from volo.training.pipeline import annotator_recipe, trains_annotator
 from volo.training.probe import Probe, probe
-from volo.training.report import Reporter
+from volo.training.report import NullReporter, Reporter
 from volo.training.settings import torch_settings
 from volo.training.time_limit import EVALUATION_SHARE, check_limit, epochs_that_fit, with_epochs
 
@@ -47,7 +49,12 @@ def plan_training(
     None: not measured), with label maps their size and the time for generating them, with an annotator that is to be
     trained first its own plan.
     """
-    out = Path(out)
+    with join_world(recipe.train.device) as world:
+        recipe = fit_to_images(recipe, world, reporter or NullReporter())
+        return _plan(recipe, Path(out), steps, most_pictures, reporter)
+
+
+def _plan(recipe: Recipe, out: Path, steps: int, most_pictures: int, reporter: Reporter | None) -> dict[str, Any]:
     is_trained_here, label_maps = trains_annotator(recipe, out), _label_maps(recipe, out)
     draws = label_maps is not None and not label_maps["is_there"]
     is_missing = is_trained_here and (label_maps is None or draws)
