@@ -83,11 +83,7 @@ def export(options: ExportOptions) -> int:
         options.out,
         format=options.format,  # type: ignore[arg-type]
         dtype=options.dtype,
-        dynamic=None
-        if options.dynamic is None
-        else ()
-        if options.dynamic == "none"
-        else tuple(options.dynamic.split(",")),
+        dynamic=options.dynamic,
         opset=options.opset,
         img_size=read_size("--img-size", options.img_size),
         batch_size=options.batch_size,

@@ -90,7 +90,7 @@ def export(
     *,
     format: Format = "onnx",
     dtype: Dtype = "fp32",
-    dynamic: Sequence[str] | None = None,
+    dynamic: str | Sequence[str] | None = None,
     opset: int | None = None,
     img_size: Size | None = None,
     in_chans: int = 3,
@@ -116,8 +116,9 @@ def export(
             classifies images in the browser, "aoti" (.aoti.pt2, native code for this processor), "executorch" (.pte),
             "coreml" (.mlpackage) or "litert" (.tflite).
         dtype: what it computes in; inputs and outputs stay float32. "int8" needs real images: `data`, or those of the run.
-        dynamic: what one file leaves open: "batch", "size" (height and width, multiples of the model's), both, or nothing. If
-            None the batch, and nothing in formats whose shapes are fixed: ExecuTorch, Core ML, LiteRT.
+        dynamic: what one file leaves open: "batch", "size" (height and width, multiples of the model's), both, or nothing; as a
+            sequence, or as the command line has it ("batch,size", "none"). If None the batch, and nothing in formats whose
+            shapes are fixed: ExecuTorch, Core ML, LiteRT.
         opset: of ONNX, 17 to 23; 20 if None.
         img_size: another size than the model was made for.
         in_chans: channels of the images that a module takes.
@@ -146,6 +147,8 @@ def export(
         ModuleNotFoundError: the format's packages are missing; the message says what to install.
         OSError: the folder cannot be written to, or is full. Then there is no file.
     """
+    if isinstance(dynamic, str):  # as on the command line
+        dynamic = () if dynamic == "none" else tuple(dynamic.split(","))
     kind = _check(format, dtype, dynamic or (), opset, batch_size, with_preprocessing, int8, max_drop, max_changed)
     if dynamic is None:
         dynamic = () if kind.is_fixed else ("batch",)

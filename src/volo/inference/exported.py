@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import threading
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from volo.inference.pieces import InPieces
 from volo.inference.runtimes import (
     KEY,
     Run,
@@ -156,14 +158,37 @@ def onnx_session(model: str | bytes) -> tuple[Run, str]:
     """What runs an ONNX file, or the bytes of one, and what it says of itself."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that spin while they wait cost a busy machine many times what they save an idle one.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x}), session.get_modelmeta().custom_metadata_map.get(KEY, "")
+    threads = torch.get_num_threads()
+    seen = _stamp(model)
+
+    def open_session(threads: int) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Threads that spin while they wait cost a busy machine many times what they save an idle one.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def running(session: onnxruntime.InferenceSession) -> Run:
+        return lambda x: session.run(None, {session.get_inputs()[0].name: x})
+
+    def open_again(alone: bool) -> Run | None:
+        return running(open_session(1 if alone else threads)) if _stamp(model) == seen else None
+
+    session = open_session(threads)
+    text = session.get_modelmeta().custom_metadata_map.get(KEY, "")
+    takes_any_batch = not isinstance(session.get_inputs()[0].shape[0], int)
+    run = running(session)
+    return InPieces(run, open_again, threads) if threads > 1 and takes_any_batch else run, text
+
+
+def _stamp(model: str | bytes) -> tuple[int, ...] | None:
+    """Of a file: changes where another one takes its place."""
+    try:
+        stat = Path(model).stat() if isinstance(model, str) else None
+    except OSError:
+        return None
+    return (stat.st_ino, stat.st_size, stat.st_mtime_ns) if stat else (0,)
 
 
 def _open_openvino(path: Path) -> tuple[Run, str]:
@@ -184,9 +209,23 @@ def openvino_session(model: openvino.Model, dtype: str) -> Run:
 
     # OpenVINO takes bfloat16 by itself where the processor has it: precision is what the file was exported with.
     precision = "bf16" if dtype == "bf16" else "f32"
-    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
-    return lambda x: list(compiled(x).values())
+    threads = torch.get_num_threads()
+
+    def open_session(alone: bool) -> Run:
+        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+        compiled = openvino.Core().compile_model(model, "CPU", settings | ({"NUM_STREAMS": threads} if alone else {}))
+        own = threading.local()  # requests keep their memory, and serve one caller at a time
+
+        def run(x: np.ndarray) -> list[np.ndarray]:
+            if not hasattr(own, "request"):
+                own.request = compiled.create_infer_request()
+            return list(own.request.infer(x, share_inputs=True).values())
+
+        return run
+
+    run = open_session(False)
+    takes_any_batch = model.inputs[0].get_partial_shape()[0].is_dynamic
+    return InPieces(run, open_session, threads) if threads > 1 and takes_any_batch else run
 
 
 def _open_program(path: Path) -> tuple[Run, str]:
