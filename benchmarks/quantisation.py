@@ -38,17 +38,17 @@ def measure(name: str, run: str, way: str, max_drop: float, max_changed: float |
     if max_changed is not None:
         row["max_changed"] = max_changed
     options: dict[str, Any] = WAYS[way]
+    what = Path(loaded.preprocessing.path).name or loaded.preprocessing.kind
+    path = loaded.preprocessing.path or loaded.preprocessing.kind
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "model" + KINDS[options["format"]].ending)
         try:
             limits = {"max_drop": max_drop, "max_changed": max_changed}
             report = volo.export(loaded, out, dtype="int8", on_note=print, **limits, **options).values
         except MismatchError as error:
-            return row | {"failed": str(error)}
+            return row | {"failed": str(error).replace(path, what)}
         plain = volo.export(loaded, Path(folder, "plain.onnx")).values
     told = report["int8"]
-    what = Path(loaded.preprocessing.path).name or loaded.preprocessing.kind
-    path = loaded.preprocessing.path or loaded.preprocessing.kind
     figures = {key: text.replace(path, what) if isinstance(text, str) else text for key, text in told.items()}
     sizes = {"megabytes": report["bytes"] / 1e6, "megabytes_fp32": plain["bytes"] / 1e6}
     return figures | row | sizes

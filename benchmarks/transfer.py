@@ -43,7 +43,7 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
 from volo.bench.timing import setting
-from volo.config import DataConfig
+from volo.config import DataConfig, load_recipe
 from volo.data.files import write_atomically
 from volo.data.images import open_data
 from volo.data.loader import EvalLoader
@@ -265,6 +265,7 @@ def reached(run: Path) -> dict[str, Any]:
         "probe": probe,
         "final": content["final"]["top1"],
         "best": content["best"]["top1"],
+        "img_size": load_recipe(run / "recipe.toml").data.img_size,
         "epochs": round(content["epoch"]),
         "seconds": content["seconds"],
         "setting": setting(torch.device("cpu")) | {key: content[key] for key in ("date", "threads")},
