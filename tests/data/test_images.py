@@ -233,6 +233,16 @@ def test_pictures_in_nested_folders_and_with_odd_names_count(pictures: Path) -> 
     assert len(splits.train) == 13
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "\x1b[31ma"])
+def test_names_that_cannot_be_shown_are_refused(pictures: Path, name: str) -> None:
+    for split in ("train", "val"):
+        save(pictures / split / name / "1.png")
+    with pytest.raises(ValueError, match="control character") as told:
+        open_data(config(pictures))
+    assert repr(name) in str(told.value)
+    assert "\x1b" not in str(told.value)
+
+
 def test_empty_classes_are_named(pictures: Path) -> None:
     (pictures / "train/emu").mkdir()
     (pictures / "train/fox").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -51,6 +52,12 @@ def test_a_folder_holds_all_that_is_needed(classifier: LoadedModel, tmp_path: Pa
     assert load(folder, img_size=64).preprocessing.img_size == 64
     with pytest.raises(ValueError, match="not empty"):
         save_pretrained(classifier, folder)
+
+
+def test_names_of_somebody_else_do_not_command_the_terminal(classifier: LoadedModel, tmp_path: Path) -> None:
+    names = ("ant\nbee", "\x1b[2Jbee", "猫")
+    folder = save_pretrained(dataclasses.replace(classifier, classes=names), tmp_path / "ants")
+    assert load(folder).classes == (r"ant\nbee", r"\x1b[2Jbee", "猫")
 
 
 def test_segmentation_models_keep_their_colours(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,19 @@ def unique(names: Iterable[str], where: Path) -> tuple[str, ...]:
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1][:3]:
         raise ValueError(f"{where} names a class twice: {', '.join(twice)}")
     return names
+
+
+def printable(name: str) -> str:
+    """`name` without line breaks, tabs and escapes, which would break a table, or command the terminal: spelt out."""
+    return "".join(c if unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in name)
+
+
+def refuse_control_characters(names: Iterable[str]) -> None:
+    """Raises ValueError for a class whose name cannot be shown in a line."""
+    if strange := next((name for name in names if printable(name) != name), None):
+        raise ValueError(
+            f"the class {strange!r} has a control character in its name (a line break, a tab, an escape): give it another one"
+        )
 
 
 def agreed(lists: Sequence[tuple[Path, tuple[str, ...]]]) -> tuple[str, ...] | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from volo.config import DataConfig
+from volo.data.classes import refuse_control_characters
 from volo.data.decode import BadImage, BadImageError, decode_image, read_file
 from volo.data.splits import held_out
 
@@ -195,7 +196,9 @@ class DataSplits:
         ]
 
     def check_classes(self) -> list[str]:
-        """Notes on classes without images in a part. Raises ValueError where there is nothing to learn from, or to score."""
+        """Notes on classes without images in a part. Raises ValueError where there is nothing to learn from, or to score, and
+        for names that cannot be shown."""
+        refuse_control_characters(self.classes)
         notes = []
         for part, what in ((self.train, "training"), (self.val, "held-out")):
             counts = torch.bincount(part.targets, minlength=len(self.classes)).tolist()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from volo.config import DataConfig, nearest, read_text
+from volo.data.classes import refuse_control_characters
 from volo.data.decode import BadImage
 from volo.data.folders import open_files
 from volo.data.sources import LAYOUTS, DataSplits, FolderSource, Progress, Share, split_by_seed
@@ -117,6 +118,7 @@ def _open(
         train_source, val_source = split_by_seed(source, config, strata)  # type: ignore[assignment]
     targets = read.targets
     if not single:
+        refuse_control_characters(name for output in targets.outputs for name in output.classes)
         targets = targets if known is not None else targets.standardised(train_source.targets)
         by_seed = f"{100 * config.val_fraction:g} % held out by data.split_seed {config.split_seed}"
         count = f"{len(train_source):,} training images and {len(val_source):,} held out: {parts or by_seed}"

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from volo.config import DataConfig, Recipe, SegmentConfig, Size, load_recipe, nearest, recipe_from_dict
+from volo.data.classes import printable
 from volo.data.imagenet import imagenet_classes
 from volo.data.mask_values import Colour, default_colours
 from volo.data.targets import TableTargets
@@ -128,6 +129,8 @@ def load(
     presets of models that have none; DownloadError.
     """
     loaded = _find(source, task, img_size, device, use_ema, timm, weights, trust)
+    if (shown := tuple(map(printable, loaded.classes))) != loaded.classes:  # a file of somebody else's
+        loaded = dataclasses.replace(loaded, classes=shown)
     if task is not None and loaded.task != task:
         what = {
             "segment": "a segmentation model, which names pixels: use `volo segment` or `volo evaluate`",
