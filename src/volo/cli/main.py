@@ -35,12 +35,13 @@ COMMANDS = {
 HELP = f"""volo {__version__}: Vision Outlooker, image recognition with outlook attention (arXiv 2106.13112)
 
 {"".join(f"  {f'volo {name} {what}':22} {does}" + chr(10) for name, (what, does) in COMMANDS.items())}
-MODEL is a run folder, a checkpoint in it, published weights such as volo_d1.224, or a file of the original's or timm's.
+MODEL is a run folder, a checkpoint in it, an exported file, published weights such as volo_d1.224, or a file of the original's
+or timm's.
 
 Begin with:
-  volo train digits                                     a minute or two
-  volo train photos_cpu --data FOLDER                   FOLDER/CLASS/*.jpg, or FOLDER/train and FOLDER/val
-  volo predict runs/photos_cpu new_pictures/
+  volo train photos --data FOLDER                       FOLDER/CLASS/*.jpg, or FOLDER/train and FOLDER/val; five minutes
+  volo predict runs/photos new_pictures/
+  volo export runs/photos                               photos.onnx
   volo COMMAND --help                                   every option, with examples
 """
 
