@@ -97,6 +97,9 @@ def test_images_that_cannot_be_read_are_left_to_the_check(tiny: Callable[..., Re
     with pytest.raises(ValueError, match=r"train/a/0\.png"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run/last.pt").exists()
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no image")
+    assert fit_to_images(recipe, HERE, NullReporter()) == recipe
 
 
 def test_tables_too(tiny: Callable[..., Recipe], make_table: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import inspect
@@ -380,20 +381,21 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 def _spell_lists(argv: list[str]) -> list[str]:
     """--data.img_size [32, 48] or [32,48] (as in TOML) as the parser wants it: --data.img_size 32 48."""
     lists, result = _keys_of(tuple), list[str]()
-    words = iter(argv)
-    for word in words:
+    words = collections.deque(argv)
+    while words:
+        word = words.popleft()
         name, has_value, value = word.partition("=")
-        if "--" + name[2:].replace("-", "_") not in lists:
-            result.append(word)
-            continue
-        if not has_value:
-            value = next(words, "")
-        while value.startswith("[") and not value.endswith("]") and (more := next(words, "")):
-            value += more  # [32, 48] without quotes is two words to the shell
-        if value.startswith("[") and value.endswith("]") and "[" not in value[1:]:
-            result += [name, *(item.strip().strip("\"'") for item in value[1:-1].split(",") if item.strip())]
+        if "--" + name[2:].replace("-", "_") in lists and (value if has_value else "".join([*words][:1])).startswith(
+            "["
+        ):
+            given = [value] if has_value else []
+            # [32, 48] without quotes is two words to the shell.
+            while words and not words[0].startswith("--") and not (given and given[-1].endswith("]")):
+                given.append(words.popleft())
+            items = " ".join(given).removeprefix("[").removesuffix("]").split(",")
+            result += [name, *(item.strip().strip("\"'") for item in items if item.strip())]
         else:
-            result += [word] if has_value else [word, *([value] if value else [])]
+            result.append(word)
     return result
 
 

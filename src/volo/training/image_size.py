@@ -31,9 +31,11 @@ def fit_to_images(recipe: Recipe, world: World, reporter: Reporter) -> Recipe:
         return recipe
     if data.max_upscale < 1:
         raise ValueError(f"data.max_upscale is a factor of at least 1, or 0 for any; given: {data.max_upscale:g}")
-    if recipe.task not in ("classify", "table") or not isinstance(data.img_size, int) or data.img_size <= LEAST:
+    if recipe.task == "segment" or not isinstance(data.img_size, int) or data.img_size <= LEAST:
         return recipe
     side = main_only(world, lambda: median_side(recipe))
+    if side is None:
+        return recipe
     size = max(LEAST, STEP * -(-int(side * data.max_upscale) // STEP))
     if size >= data.img_size:
         return recipe
@@ -45,8 +47,8 @@ def fit_to_images(recipe: Recipe, world: World, reporter: Reporter) -> Recipe:
     return dataclasses.replace(recipe, data=dataclasses.replace(data, img_size=size))
 
 
-def median_side(recipe: Recipe) -> float:
-    """Of the shorter sides of the training images, in pixels; images that cannot be read are left to the check of the data."""
+def median_side(recipe: Recipe) -> float | None:
+    """Of the shorter sides of the training images, in pixels; None if none can be read, which the check of the data will say."""
     config = dataclasses.replace(recipe.data, check="off", cache="none")
     source = (open_targets if recipe.task == "table" else open_data)(config).train
     sides = []
@@ -55,4 +57,4 @@ def median_side(recipe: Recipe) -> float:
             sides.append(min(source.load(index).shape[1:]))
         except BadImageError:
             continue
-    return float(statistics.median(sides)) if sides else float("inf")
+    return float(statistics.median(sides)) if sides else None

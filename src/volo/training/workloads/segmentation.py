@@ -133,6 +133,7 @@ def check_recipe(recipe: Recipe) -> None:
         and (section, f.name) != ("augment", "hflip")
     ]
     idle += [f"schedule.{name}" for name in ("small_size", "small_epochs") if getattr(recipe.schedule, name)]
+    idle += ["data.max_upscale"] if recipe.data.max_upscale else []
     if idle:
         known = ", ".join(f.name for f in dataclasses.fields(SegmentConfig))
         raise ValueError(
