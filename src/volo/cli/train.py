@@ -385,9 +385,8 @@ def _spell_lists(argv: list[str]) -> list[str]:
     while words:
         word = words.popleft()
         name, has_value, value = word.partition("=")
-        if "--" + name[2:].replace("-", "_") in lists and (value if has_value else "".join([*words][:1])).startswith(
-            "["
-        ):
+        first = value if has_value else words[0] if words else ""
+        if "--" + name[2:].replace("-", "_") in lists and first.startswith("["):
             given = [value] if has_value else []
             # [32, 48] without quotes is two words to the shell.
             while words and not words[0].startswith("--") and not (given and given[-1].endswith("]")):
