@@ -77,6 +77,11 @@ def test_documents(result: dict[str, Any], tmp_path: Path):
     goals = text["deploy_goals"]()
     assert "| int8, batch 8: our fused float32 | 2.3 | 3.70 |" in goals
     assert "| openvino fp32, batch 1: timm's volo_d1 in the same | 1.1 | **1.05, missed** |" in goals
+    (tmp_path / "deploy_d1_avx2.json").write_text(json.dumps(result | {"device": "Another"}), encoding="utf-8")
+    table, goals = text["deploy"](), text["deploy_goals"]()
+    assert "A processor (" in table
+    assert "Another (" in table
+    assert "| int8, batch 8: our fused float32 | 2.3 | 3.70 | 3.70 |" in goals
 
 
 def test_plot(result: dict[str, Any], tmp_path: Path):
